@@ -1,0 +1,3 @@
+"""sslvision: self-supervised pretraining for vision."""
+
+__version__ = "0.1.0"
