@@ -1,0 +1,23 @@
+"""Which patches stay visible."""
+
+from torch import Tensor
+
+
+def visible_count(patches: int, mask_ratio: float) -> int:
+    """Return how many of an image's patches the encoder sees: the fraction 1 - mask_ratio, rounded down."""
+    return int(patches * (1 - mask_ratio))
+
+
+def random_keep(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Split every image's patches at random into visible and hidden ones (MAE, section 3, "Masking").
+
+    Args:
+        noise: (B, L) numbers; an image's smallest are kept.
+        mask_ratio: the fraction to hide.
+
+    Returns:
+        keep (B, K) and hidden (B, L - K): patch indices, in the order of their noise.
+    """
+    order = noise.argsort(dim=1)  # (B, L)
+    visible = visible_count(noise.shape[1], mask_ratio)
+    return order[:, :visible], order[:, visible:]

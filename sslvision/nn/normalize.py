@@ -1,0 +1,35 @@
+"""From bytes to what a network reads."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """(x / 255 - mean) / std per channel, of uint8 images (B, C, H, W); mean and std on the scale 0..1.
+
+    Both are buffers, so a checkpoint carries the statistics its weights were trained with.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
+
+    def set(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take other statistics, of as many channels."""
+        self.mean.copy_(torch.tensor(mean))
+        self.std.copy_(torch.tensor(std))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return float32 images."""
+        scale = (255 * self.std)[:, None, None]
+        return images.float().sub_(255 * self.mean[:, None, None]).div_(scale)
+
+    def undo(self, images: Tensor) -> Tensor:
+        """Return normalised images (B, C, H, W) on the scale 0..1, clipped to it."""
+        return (images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)

@@ -1,0 +1,54 @@
+"""Random numbers as a pure function of (seed, epoch, image, purpose).
+
+Crops, masks and colours are drawn from here and nowhere else, so neither the composition of a batch, nor loader workers,
+nor the number of processes, nor a resume can change what happens to an image. The generator is counter-based: the
+splitmix64 finaliser (Steele, Lea, Flood 2014) of a key made from the four, on any device.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GOLDEN_GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
+
+
+def mix(x: Tensor) -> Tensor:
+    """Return the splitmix64 finaliser of every int64 in `x`: wrapping products, logical shifts."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+@dataclass(frozen=True)
+class ImageRandom:
+    """The randomness of a batch of images in one epoch.
+
+    Attributes:
+        seed: the run's seed.
+        epoch: (B,) int64, the epoch each image is drawn in.
+        index: (B,) int64, each image's place in the data set.
+    """
+
+    seed: int
+    epoch: Tensor
+    index: Tensor
+
+    def uniform(self, purpose: str, n: int) -> Tensor:
+        """Return (B, n) numbers in [0, 1), independent between images, epochs and purposes ("mask", "crop 0", ...)."""
+        key = mix(mix(mix(self.index + _scalar(self.seed)) + self.epoch) + zlib.crc32(purpose.encode()))  # (B,)
+        counter = torch.arange(1, n + 1, device=self.index.device)
+        bits = mix(key[:, None] + counter * GOLDEN_GAMMA) >> 40  # (B, n), the 24 highest, sign extended
+        return (bits & 0xFFFFFF).float() / (1 << 24)
+
+
+def permutation(n: int, *, seed: int, epoch: int) -> Tensor:
+    """Return the order of `n` images in an epoch, (n,) int64."""
+    keys = mix(mix(torch.arange(n) + _scalar(seed)) + epoch)
+    return torch.argsort(keys, stable=True)
+
+
+def _scalar(seed: int) -> int:
+    """Spread a seed over 64 bits, so that neighbouring seeds share no images' keys."""
+    return int(mix(torch.tensor(seed * 2 + 1)))
