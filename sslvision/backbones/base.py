@@ -1,0 +1,42 @@
+"""The contract between a method and a backbone."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module, ABC):
+    """A timm model with its head off, seen as an encoder of tokens.
+
+    Attributes:
+        model: the timm model; its parameters keep timm's names, so its state dict loads in stock timm.
+        width: D, channels of an output token.
+        stride: pixels per side of an output token (ViT-B/16: 16).
+        grid: rows and columns of output tokens for images of `image_size`.
+        num_prefix: class and register tokens, which come first in the output of `encode`.
+    """
+
+    model: Any  # an nn.Module; timm has no types
+    image_size: tuple[int, int]
+    channels: int
+    width: int
+    stride: int
+    grid: tuple[int, int]
+    num_prefix: int
+
+    @abstractmethod
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return tokens (B, num_prefix + L, D) of images (B, C, H, W).
+
+        With `keep` (B, K), places on the output grid, only those units are embedded and attended, and the result is
+        (B, num_prefix + K, D) in the order of `keep`. Hidden pixels are never read.
+        """
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Return one feature per image (B, D) from the tokens of `encode`."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, D) of images (B, C, H, W), normalised as in pretraining."""
+        return self.pool(self.encode(images))

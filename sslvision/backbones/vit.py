@@ -1,0 +1,102 @@
+"""Vision transformers (Dosovitskiy et al. 2021): any timm `VisionTransformer`, encoding visible patches only if asked."""
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint_sequential
+
+from sslvision.backbones.base import Backbone
+from sslvision.errors import UsageError
+from sslvision.nn.patches import gather_tokens, take_patches
+from sslvision.nn.position import sincos_position
+
+
+class ViT(Backbone):
+    """A timm ViT of any size, patch and image size, with or without class and register tokens.
+
+    Raises:
+        UsageError: the image size is not a multiple of the patch size.
+    """
+
+    # B images, L patches of an image, K of them visible, P class and register tokens, D width, p patch side
+
+    def __init__(self, model: VisionTransformer):
+        super().__init__()
+        embed = model.patch_embed
+        self.model = model
+        self.image_size, self.grid = embed.img_size, embed.grid_size
+        self.channels, self.width = model.in_chans, model.embed_dim
+        self.stride = embed.patch_size[0]
+        self.num_prefix = model.num_prefix_tokens
+        if embed.patch_size[0] != embed.patch_size[1] or any(side % self.stride for side in self.image_size):
+            raise UsageError(
+                f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be cut into patches of "
+                f"{embed.patch_size[0]}x{embed.patch_size[1]}: give a backbone.image_size that is a multiple of "
+                "backbone.patch_size, and square patches."
+            )
+
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Encode all patches with stock timm, or the visible ones `keep` (B, K) alone. See Backbone.encode."""
+        model = self.model
+        if keep is None:
+            return model.forward_features(images)  # (B, P+L, D)
+        patches = take_patches(images, keep, self.stride)  # (B, K, C, p, p)
+        projection = model.patch_embed.proj  # a convolution whose windows never overlap is a matrix product
+        tokens = F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)  # (B, K, D)
+        tokens = self._add_prefix(model.patch_embed.norm(tokens), keep)  # (B, P+K, D)
+        tokens = model.norm_pre(model.pos_drop(tokens))
+        if model.grad_checkpointing and self.training:
+            tokens = checkpoint_sequential(model.blocks, len(model.blocks), tokens, use_reentrant=False)
+        else:
+            tokens = model.blocks(tokens)
+        return model.norm(tokens)
+
+    def _add_prefix(self, tokens: Tensor, keep: Tensor) -> Tensor:
+        """Add its position to every token and put class and register tokens in front, in timm's order."""
+        model, B = self.model, tokens.shape[0]
+        prefix = [token.expand(B, -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
+        if model.pos_embed is None:
+            return torch.cat([*prefix, tokens], dim=1)
+        first = model.pos_embed.shape[1] - self.grid[0] * self.grid[1]  # P, or 0 when prefix tokens have no position
+        tokens = tokens + gather_tokens(model.pos_embed[:, first:], keep)
+        tokens = torch.cat([*prefix, tokens], dim=1)  # (B, P+K, D)
+        if first:
+            tokens = torch.cat([tokens[:, :first] + model.pos_embed[:, :first], tokens[:, first:]], dim=1)
+        return tokens
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Pool as the timm model does (`global_pool` "token" or "avg"), so its exports give the same features."""
+        return self.model.forward_head(tokens, pre_logits=True)  # (B, D)
+
+    def use_sincos_positions(self) -> None:
+        """Replace the position embeddings by fixed 2-D sine-cosine ones, which are not trained."""
+        position = self.model.pos_embed
+        if position is None:
+            raise UsageError(
+                "This ViT has no absolute position embeddings; MAE needs them: choose another backbone.name."
+            )
+        first = position.shape[1] - self.grid[0] * self.grid[1]
+        with torch.no_grad():
+            position.copy_(sincos_position(self.width, self.grid, num_prefix=first))
+        position.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Initialise as the MAE paper does (appendix A.1): Xavier-uniform matrices, tokens normal with deviation 0.02."""
+        init_transformer(self.model)
+        nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.view(self.width, -1))
+        for token in (self.model.cls_token, self.model.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
+
+
+def init_transformer(module: nn.Module) -> None:
+    """Set all linear layers Xavier-uniform with zero bias, all norms to the identity."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
