@@ -1,0 +1,125 @@
+"""Crops: the authors' distribution, Pillow's pixels, and the same crop whichever way it is cut."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+from sslvision.nn.randomness import ImageRandom
+from sslvision.views.geometry import (
+    ATTEMPTS,
+    Crop,
+    center_crop,
+    crop_batch,
+    crop_boxes,
+    crop_one,
+    draw,
+    resampling_matrix,
+)
+
+
+def rng(images, seed=0):
+    return ImageRandom(seed, torch.zeros(images, dtype=torch.int64), torch.arange(images))
+
+
+def photograph(height, width, channels=3):
+    """A smooth picture with edges, as pictures are."""
+    y, x = np.mgrid[:height, :width] / 13
+    waves = [127 + 80 * np.sin(x + c) * np.cos(y * 0.7 - c) + 40 * (np.sin(x * y / 7) > 0) for c in range(channels)]
+    return torch.from_numpy(np.stack(waves).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("height", "width"), [(400, 400), (300, 900)])
+def test_boxes_have_the_distribution_of_torchvision(height, width):
+    crop = Crop(32, (0.2, 1.0))
+    torch.manual_seed(0)
+    ours = crop_boxes(torch.rand(8000, 2 * ATTEMPTS + 2), height, width, crop)
+    blank = torch.zeros(1, height, width)
+    theirs = torch.tensor([RandomResizedCrop.get_params(blank, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(8000)])
+    for name, value in {
+        "area": lambda box: (box[:, 2] * box[:, 3]).double() / (height * width),
+        "aspect": lambda box: (box[:, 3] / box[:, 2]).log().double(),
+        "top": lambda box: box[:, 0].double(),
+        "left": lambda box: box[:, 1].double(),
+    }.items():
+        assert kolmogorov_smirnov(value(ours), value(theirs)) <= 0.03, name  # 0.1 % of equal samples are further apart
+
+
+def kolmogorov_smirnov(one, other):
+    at = torch.cat([one, other])
+    cumulative = [torch.searchsorted(sample.sort().values, at, right=True) / len(sample) for sample in (one, other)]
+    return (cumulative[0] - cumulative[1]).abs().max()
+
+
+def test_boxes_lie_inside_the_image_even_where_no_ratio_fits():
+    for height, width in ((1, 4000), (4000, 1), (3, 3), (1, 1)):
+        boxes = crop_boxes(torch.rand(500, 2 * ATTEMPTS + 2), height, width, Crop(8, (0.2, 1.0)))
+        top, left, box_height, box_width = boxes.T
+        assert (boxes[:, 2:] >= 1).all()
+        assert ((top >= 0) & (top + box_height <= height)).all()
+        assert ((left >= 0) & (left + box_width <= width)).all()
+
+
+def test_a_crop_is_pillows_bicubic_resize_of_its_box():
+    image = photograph(61, 83)
+    crop = Crop(32, (0.2, 1.0))
+    for seed in range(10):
+        boxes, flipped = draw(rng(1, seed), 0, 61, 83, crop)
+        top, left, height, width = boxes[0].tolist()
+        pillow = Image.fromarray(image.permute(1, 2, 0).numpy())
+        pillow = pillow.crop((left, top, left + width, top + height)).resize((32, 32), Image.Resampling.BICUBIC)
+        expected = torch.from_numpy(np.array(pillow)).permute(2, 0, 1).int()
+        expected = expected.flip(2) if flipped.item() else expected
+        assert (crop_one(image, rng(1, seed), 0, crop).int() - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [20, 32, 64])
+def test_a_batch_is_cropped_as_its_images_one_by_one(size):
+    images = torch.stack([photograph(40, 52).roll(shift, dims=2) for shift in range(40)])
+    crop = Crop(size, (0.2, 1.0))
+    together = crop_batch(images, rng(40), 1, crop)
+    assert together.dtype == torch.uint8
+    for one in range(40):
+        alone = crop_one(images[one], ImageRandom(0, torch.tensor([0]), torch.tensor([one])), 1, crop)
+        assert (alone.int() - together[one].int()).abs().max() <= 2
+        assert (alone.int() - together[one].int()).abs().float().mean() <= 0.1
+
+
+def test_a_whole_image_at_its_own_size_stays_as_it_is():
+    images = torch.stack([photograph(32, 32, 1)] * 4)
+    whole = Crop(32, (1.0, 1.0), ratio=(1.0, 1.0), flip=False)
+    assert torch.equal(crop_batch(images, rng(4), 0, whole), images)
+
+
+def test_half_of_the_images_are_mirrored_if_asked():
+    images = photograph(16, 16, 1)[None].repeat(600, 1, 1, 1)
+    cut = crop_batch(images, rng(600), 0, Crop(16, (1.0, 1.0), ratio=(1.0, 1.0)))
+    mirrored = (cut == images.flip(3)).flatten(1).all(1)
+    straight = (cut == images).flatten(1).all(1)
+    assert (mirrored ^ straight).all()
+    assert 0.42 < mirrored.float().mean() < 0.58
+
+
+def test_views_of_an_image_differ():
+    images = photograph(40, 40)[None]
+    crop = Crop(24, (0.3, 0.6))
+    assert not torch.equal(crop_batch(images, rng(1), 0, crop), crop_batch(images, rng(1), 1, crop))
+
+
+def test_pixels_outside_the_box_have_no_weight():
+    weights = resampling_matrix(torch.tensor([7]), torch.tensor([9]), 30, 5)
+    assert (weights[..., :7] == 0).all()
+    assert (weights[..., 16:] == 0).all()
+    assert torch.allclose(weights.sum(2), torch.ones(1, 5))
+
+
+def test_evaluation_sees_the_centre_of_seven_eighths():
+    image = photograph(100, 200)
+    cut = center_crop(image, 56)
+    assert cut.shape == (3, 56, 56)
+    expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((128, 64), Image.Resampling.BICUBIC)
+    expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[:, 4:60, 36:92]
+    assert (cut.int() - expected.int()).abs().max() <= 1
+    assert center_crop(image[:, :32, :32], 32) is not None
+    assert torch.equal(center_crop(image[:, :32, :32], 32), image[:, :32, :32])
