@@ -1,0 +1,180 @@
+"""Image files to 8-bit tensors, through PIL: every kind of file has one defined conversion, every failure a reason.
+
+PIL, because torchvision's own decoder crashes the process on a damaged PNG. The conversions:
+
+- Transparency (RGBA, LA, palettes and colour keys) is composited on white: what a person sees on a page.
+- CMYK, YCbCr, palette and 1-bit images become RGB; grey is repeated; colour becomes grey by its luma (ITU-R 601).
+- 16-bit grey, 32-bit integers within 0..65535: value / 257, rounded, whatever the image's own range, so that images
+  stay comparable. Floats within 0..1: value * 255; floats beyond 1 but within 0..65535: as 16-bit. Values outside
+  0..65535 have no agreed range: each such image is stretched from its least to its greatest value. NaN and infinity
+  are refused. PIL hands out 16-bit colour as its high bytes.
+- The EXIF orientation is applied; ICC profiles are not. Of several pages or frames the first is read, except below.
+- `channels` other than 1 and 3: a file with exactly that many bands (their values as they are: alpha is a band like
+  any other), or with exactly that many pages of one band and one size, such as a TIFF stack. PIL opens no file of
+  more than four bands.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from sslvision.data.base import UnreadableImage
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
+MAX_PIXELS = 100_000_000
+
+Transpose = Image.Transpose
+UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def read_image(
+    path: str | os.PathLike[str], channels: int, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Tensor:
+    """Return the image in a file as (C, H, W) uint8, decoded as this module's docstring says.
+
+    The tensor is a view of (H, W, C) memory, the order in which images are decoded and resized fastest.
+
+    `at_least` is the short side the caller needs, in pixels: a JPEG that is at least twice as large is decoded at
+    1/2, 1/4 or 1/8 of its size, its short side still no less than `at_least`. It saves most of the decoding, and gives
+    a slightly different (box-filtered) image; other formats are always decoded in full.
+
+    `max_pixels` rejects decompression bombs by their header. PIL has a limit of its own, twice
+    `PIL.Image.MAX_IMAGE_PIXELS` (179 million), which stays in force.
+
+    Raises UnreadableImage, the reason in words, for anything that cannot be read.
+    """
+    with reasons_in_words(), open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise UnreadableImage("the file is empty")
+        with Image.open(file, formats=FORMATS) as image:
+            _refuse_bomb(image, max_pixels)
+            if at_least is not None:
+                image.draft(image.mode, (at_least, at_least))
+            return from_pil(image, channels, max_pixels=max_pixels)
+
+
+def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Return a PIL image as (C, H, W) uint8, converted as this module's docstring says.
+
+    Raises UnreadableImage where the image has not the bands asked for, and PIL's own errors: see `reasons_in_words`.
+    """
+    if channels in (1, 3):
+        return _tensor(_grey_or_colour(_upright(image), channels))
+    bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
+    if bands == channels and pages == 1:
+        return _tensor(np.array(_upright(image)))
+    if bands == 1 and pages == channels:
+        _refuse_bomb(image, max_pixels, pages)
+        return _tensor(_stack(image, pages))
+    raise UnreadableImage(
+        f"{channels} channels were asked for, and the file has {pages} page(s) of {bands} band(s) ({image.mode})"
+    )
+
+
+@contextmanager
+def reasons_in_words() -> Iterator[None]:
+    """Turn every error inside into UnreadableImage with a short reason; PIL's warnings about metadata are dropped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except UnreadableImage:
+        raise
+    except Exception as error:  # a damaged file makes PIL raise nearly anything
+        raise UnreadableImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case FileNotFoundError():
+            return "the file is gone"
+        case PermissionError():
+            return "no permission to read the file"
+        case UnidentifiedImageError():
+            return f"the content is not an image in a known format ({', '.join(FORMATS)})"
+        case Image.DecompressionBombError():
+            return f"too many pixels for PIL.Image.MAX_IMAGE_PIXELS: {error}"
+        case MemoryError():
+            return "not enough memory to decode it"
+        case OSError(strerror=str(words)):
+            return f"the file cannot be read: {words}"
+    words = " ".join(str(error).split())[:200]
+    return f"damaged or unsupported image data: {words or type(error).__name__}"
+
+
+def _refuse_bomb(image: Image.Image, max_pixels: int, pages: int = 1) -> None:
+    width, height = image.size
+    if width * height * pages > max_pixels:
+        each = f" on each of {pages} pages" if pages > 1 else ""
+        raise UnreadableImage(f"{width} x {height} pixels{each}, more than the limit of {max_pixels:,}")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return image
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _grey_or_colour(image: Image.Image, channels: int) -> np.ndarray:
+    """Return (H, W) uint8 for one channel, (H, W, 3) for three."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
+    if image.mode == "La":  # premultiplied: PIL converts it to LA alone
+        image = image.convert("LA")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    return np.array(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _stack(image: Image.Image, pages: int) -> np.ndarray:
+    """Return the one-band pages of an image as (H, W, N) uint8."""
+    stack = []
+    for page in range(pages):
+        image.seek(page)
+        if len(image.getbands()) != 1:
+            raise UnreadableImage(f"page {page + 1} of {pages} has {len(image.getbands())} bands, not one")
+        stack.append(_grey_or_colour(_upright(image), 1))
+        if stack[-1].shape != stack[0].shape:
+            raise UnreadableImage(f"pages of different sizes: page {page + 1} of {pages} is unlike the first")
+    return np.stack(stack, axis=-1)
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Return (H, W) numbers of any type as uint8, by the ranges of this module's docstring."""
+    is_float, values = values.dtype.kind == "f", values.astype(np.float64)
+    low, high = values.min(), values.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise UnreadableImage("its pixels include NaN or infinity")
+    if low < 0 or high > 65535:
+        scaled = (values - low) * (255 / max(high - low, np.finfo(np.float32).tiny))
+    elif is_float and high <= 1:
+        scaled = values * 255.0
+    else:
+        scaled = values / 257
+    return np.rint(scaled).astype(np.uint8)
+
+
+def _tensor(pixels: np.ndarray) -> Tensor:
+    """Return (H, W) or (H, W, C) as (C, H, W)."""
+    image = torch.from_numpy(pixels)
+    return image[None] if image.ndim == 2 else image.permute(2, 0, 1)

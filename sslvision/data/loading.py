@@ -1,0 +1,117 @@
+"""Data sets that a DataLoader reads: random crops for training, whole views for evaluation.
+
+Sources whose images lie in memory at one size are indexed a whole batch at a time, and their crops are cut on the
+training device. All others are decoded and cropped one by one in the loader's workers; only bytes travel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from sslvision.data.base import Source, UnreadableImage
+from sslvision.data.batch import Batch
+from sslvision.data.sampler import EpochBatches, Key
+from sslvision.nn.randomness import ImageRandom
+from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_one
+
+STAND_INS = 100  # images tried in place of an unreadable one
+
+
+class TrainingImages(Dataset[Batch]):
+    """Batches of crops, or, for sources in memory, of whole images that `cut_crops` crops on the device."""
+
+    def __init__(self, source: Source, crops: tuple[Crop, ...], seed: int):
+        self.source, self.crops, self.seed = source, crops, seed
+
+    def __getitems__(self, keys: list[Key]) -> Batch:
+        """Return the batch of `keys`; an unreadable image is replaced by the next readable one of the source."""
+        epoch, index = torch.tensor(keys).T.contiguous()  # (B,), (B,)
+        if self.source.images is not None:
+            return Batch([self.source.images[index]], index, epoch, [])
+        unreadable: list[tuple[int, str]] = []
+        cut: list[list[Tensor]] = []
+        for position, (_, number) in enumerate(keys):
+            image = self._read(number, unreadable)
+            if image is None:  # nothing readable far and wide: the training process stops with what is in `unreadable`
+                return Batch([], index, epoch, unreadable)
+            one = slice(position, position + 1)
+            rng = ImageRandom(self.seed, epoch[one], index[one])
+            cut.append([crop_one(image, rng, view, crop) for view, crop in enumerate(self.crops)])
+        return Batch([torch.stack(view) for view in zip(*cut, strict=True)], index, epoch, unreadable)
+
+    def _read(self, number: int, unreadable: list[tuple[int, str]]) -> Tensor | None:
+        for offset in range(STAND_INS):
+            place = (number + offset) % len(self.source)
+            try:
+                return self.source.read(place)
+            except UnreadableImage as error:
+                unreadable.append((place, str(error)))
+        return None
+
+
+def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
+    """Cut the crops of whole images (B, C, H, W) on the device they are on."""
+    rng = ImageRandom(seed, batch.epoch, batch.places)
+    return batch._replace(crops=[crop_batch(batch.crops[0], rng, view, crop) for view, crop in enumerate(crops)])
+
+
+class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
+    """Some images of a source, resized and centrally cropped to one size: (place, image or None, reason)."""
+
+    def __init__(self, source: Source, size: int, places: list[int]):
+        self.source, self.size, self.places = source, size, places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
+        """Return one image (C, size, size) uint8, or None and why it cannot be read."""
+        place = self.places[position]
+        try:
+            return place, center_crop(self.source.read(place), self.size), ""
+        except UnreadableImage as error:
+            return place, None, str(error)
+
+
+def evaluation_loader(
+    source: Source, size: int, places: list[int], *, batch_size: int = 256, workers: int = 0
+) -> DataLoader[Any]:
+    """Return a loader of (places (B,), images (B, C, size, size) uint8); unreadable images are left out."""
+    return DataLoader(
+        EvaluationImages(source, size, places), batch_size=batch_size, num_workers=workers, collate_fn=_collate_readable
+    )
+
+
+def training_loader(
+    source: Source, crops: tuple[Crop, ...], batches: EpochBatches, *, workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Return a loader of Batch; sources in memory need no workers."""
+    workers = 0 if source.images is not None else workers
+    return DataLoader(
+        TrainingImages(source, crops, batches.seed),
+        batch_sampler=batches,
+        collate_fn=_as_is,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+        worker_init_fn=_one_thread,
+        multiprocessing_context="forkserver" if workers > 0 else None,
+    )
+
+
+def _collate_readable(items: list[tuple[int, Tensor | None, str]]) -> tuple[Tensor, Tensor]:
+    readable = [(place, image) for place, image, _ in items if image is not None]
+    if not readable:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
+    places, images = zip(*readable, strict=True)
+    return torch.tensor(places), torch.stack(images)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # workers share the machine: more threads each only get in one another's way

@@ -1,0 +1,134 @@
+"""The data module: a pair of sources, the loader's settings, and the statistics of the pixels."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sslvision.data.base import Source, Splits, UnreadableImage
+from sslvision.data.batch import Batch
+from sslvision.data.loading import cut_crops, training_loader
+from sslvision.data.sampler import EpochBatches
+from sslvision.errors import DataError, UsageError
+from sslvision.nn.randomness import permutation
+from sslvision.views.geometry import Crop
+
+STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
+
+
+class ImageData(L.LightningDataModule):
+    """Images for a method.
+
+    Args:
+        splits: what to train on and what is held out.
+        crops: what the method wants cut from each image.
+        batch_size: images per optimizer update, over all devices and accumulated batches.
+        seed: of order and crops.
+        workers: loader processes per device; None takes the cores this process may use, up to 8 per device.
+    """
+
+    def __init__(
+        self, splits: Splits, crops: tuple[Crop, ...], *, batch_size: int, seed: int = 0, workers: int | None = None
+    ):
+        super().__init__()
+        self.splits, self.crops, self.batch_size, self.seed = splits, crops, batch_size, seed
+        self.workers = available_workers() if workers is None else workers
+
+    def batches(self, rank: int, world: int, accumulate: int) -> EpochBatches:
+        """Return the sampler of one process."""
+        return EpochBatches(
+            len(self.splits.train),
+            global_batch=self.batch_size,
+            seed=self.seed,
+            rank=rank,
+            world=world,
+            accumulate=accumulate,
+            updates_done=lambda: self.trainer.global_step if self.trainer else 0,
+        )
+
+    def batches_of(self, trainer: L.Trainer) -> EpochBatches:
+        """Return the sampler of this process of a trainer."""
+        return self.batches(trainer.global_rank, trainer.world_size, trainer.accumulate_grad_batches)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of this process, at the trainer's position."""
+        trainer = self.trainer
+        assert trainer is not None
+        return training_loader(
+            self.splits.train,
+            self.crops,
+            self.batches_of(trainer),
+            workers=self.workers,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+        )
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Cut the crops of images that came whole."""
+        if self.splits.train.images is None:
+            return batch
+        return cut_crops(batch, self.crops, self.seed)
+
+
+def available_workers() -> int:
+    """Return a sensible number of loader processes: the cores this process may use, 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+def pixel_statistics(
+    source: Source, normalize: str | Sequence[Sequence[float]], *, seed: int = 0
+) -> tuple[list[float], list[float]]:
+    """Return mean and deviation of the pixels per channel, on the scale 0..1.
+
+    Args:
+        source: the training images.
+        normalize: "imagenet"; "computed" (from all images in memory, or from 1,000 drawn ones of a folder); or the two
+            lists themselves, [[means], [deviations]].
+        seed: of the draw.
+
+    Raises:
+        UsageError: unknown word, or numbers that do not fit the channels.
+        DataError: no image could be read.
+    """
+    if normalize == "computed":
+        pixels = _pixels_per_channel(source, seed)  # a float64 tensor for each image or for all
+        count = sum(p.shape[1] for p in pixels)
+        mean = torch.stack([p.sum(1) for p in pixels]).sum(0) / count
+        square = torch.stack([p.square().sum(1) for p in pixels]).sum(0) / count
+        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)  # constant channels must not divide by zero
+        return mean.tolist(), std.tolist()
+    if isinstance(normalize, str):
+        if normalize not in STATISTICS:
+            raise UsageError(
+                f"data.normalize={normalize} is unknown: it is computed, imagenet, or two lists [[means], [deviations]]."
+            )
+        mean_std: Sequence[Sequence[float]] = STATISTICS[normalize]
+        if source.channels == 1:  # grey images: the mean of the three
+            mean_std = [[sum(values) / 3] for values in mean_std]
+    else:
+        mean_std = normalize
+    if len(mean_std) != 2 or any(len(values) != source.channels for values in mean_std) or min(mean_std[1]) <= 0:
+        raise UsageError(
+            f"data.normalize={normalize} does not fit images of {source.channels} channel(s): give [[means], [deviations]] "
+            f"with {source.channels} number(s) each, on the scale 0..1, deviations above 0."
+        )
+    return list(mean_std[0]), list(mean_std[1])
+
+
+def _pixels_per_channel(source: Source, seed: int) -> list[Tensor]:
+    """Return pixels as (C, n) tensors on the scale 0..1."""
+    if source.images is not None:
+        return [images.transpose(0, 1).flatten(1).double() / 255 for images in source.images.split(1000)]
+    pixels = []
+    for place in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
+        try:
+            pixels.append(source.read(place).flatten(1).double() / 255)
+        except UnreadableImage:
+            continue  # named when training meets it
+    if not pixels:
+        raise DataError(f"None of the images drawn from {source.name} can be read; is it the right folder?")
+    return pixels
