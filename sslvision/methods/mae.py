@@ -1,0 +1,283 @@
+"""Masked autoencoders are scalable vision learners (He et al. 2021, arXiv:2111.06377).
+
+Hide three quarters of an image's patches. A vision transformer encodes the visible ones alone; a light decoder, given
+their codes and a mask token at every hidden place, predicts the hidden pixels. The mean squared error on hidden patches
+is the loss; the encoder is what one keeps.
+
+    image -> patches -> keep 25 % -> encoder -> [codes | mask tokens] + positions -> decoder -> pixels of the hidden 75 %
+
+The decoder works in the order [class | visible | hidden], and its last block computes hidden patches only: the same
+numbers as the authors' implementation, without the ones the loss never reads.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from sslvision.backbones.base import Backbone
+from sslvision.backbones.build import build_backbone
+from sslvision.backbones.vit import ViT, init_transformer
+from sslvision.data.batch import Batch
+from sslvision.errors import UsageError
+from sslvision.methods.base import Clock, Method
+from sslvision.nn.attention import block_tail
+from sslvision.nn.masking import random_keep, visible_count
+from sslvision.nn.patches import gather_tokens, put_patches, take_patches
+from sslvision.nn.position import sincos_position
+from sslvision.nn.randomness import ImageRandom
+from sslvision.optim.schedules import warmup_cosine
+from sslvision.views.geometry import Crop
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class MAE(Method):
+    """Masked autoencoder on a ViT.
+
+    Args:
+        backbone: the encoder; its weights are initialised as in the paper and its positions become sine-cosine.
+        mask_ratio: share of patches hidden (section 3; 0.75).
+        norm_pix: predict each patch's pixels normalised by its own mean and deviation (section 3, "Reconstruction target").
+        decoder_width, decoder_depth, decoder_heads: of the decoder (table 1; 512, 8, 16).
+        crop_scale: share of the image's area a random resized crop covers (appendix A.1; 0.2 to 1).
+        flip: mirror half of the images.
+        lr: peak learning rate of the whole batch (appendix A.1: 1.5e-4 x batch / 256).
+        min_lr: learning rate at the end.
+        warmup_epochs: epochs of linear warm-up, fractions allowed.
+        weight_decay, betas: of AdamW.
+        mean, std: of the pixels, per channel, on the scale 0..1.
+        seed: of crops and masks.
+
+    Raises:
+        UsageError: a value is out of its range, or the backbone cannot encode visible patches alone.
+    """
+
+    decoder_pos_embed: Tensor
+
+    # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        mask_ratio: float = 0.75,
+        norm_pix: bool = True,
+        decoder_width: int = 512,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        flip: bool = True,
+        lr: float = 1.5e-4,
+        min_lr: float = 0.0,
+        warmup_epochs: float = 40.0,
+        weight_decay: float = 0.05,
+        betas: tuple[float, float] = (0.9, 0.95),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        seed: int = 0,
+    ):
+        check_settings(backbone, mask_ratio, decoder_width, decoder_depth, decoder_heads, crop_scale)
+        crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
+        super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
+        assert isinstance(backbone, ViT)  # check_settings
+        self.backbone = backbone
+        self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
+        self.schedule_lr = partial(warmup_cosine, peak=lr, end=min_lr, warmup_epochs=warmup_epochs)
+        self.weight_decay = weight_decay
+
+        patch, grid, prefix = backbone.stride, backbone.grid, backbone.num_prefix
+        self.decoder_embed = nn.Linear(backbone.width, decoder_width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
+        self.register_buffer("decoder_pos_embed", sincos_position(decoder_width, grid, num_prefix=prefix))
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.decoder_blocks = nn.Sequential(
+            *(Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
+        )
+        self.decoder_norm = norm(decoder_width)
+        self.decoder_pred = nn.Linear(decoder_width, patch**2 * backbone.channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise encoder and decoder as the paper does (appendix A.1)."""
+        self.backbone.init_weights()
+        self.backbone.use_sincos_positions()
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+            init_transformer(module)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
+        """Return normalised images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
+        rows, columns = self.backbone.grid
+        return [self.normalize(batch.crops[0]), rng.uniform("mask", rows * columns)]
+
+    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+        """Return the mean squared error on hidden patches."""
+        images, noise = views
+        keep, hidden = random_keep(noise, self.mask_ratio)  # (B, K), (B, H)
+        latent = self.backbone.encode(images, keep)  # (B, P+K, D)
+        prediction = self.decode(latent, keep, hidden)  # (B, H, p*p*C)
+        return {"loss": (prediction.float() - self.targets(images, hidden)).square().mean()}
+
+    def decode(self, latent: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the pixels of hidden patches (B, H, p*p*C) from the encoding (B, P+K, D) of the visible ones."""
+        tokens = self.decoder_embed(latent)  # (B, P+K, E)
+        prefix = self.backbone.num_prefix
+        position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
+        visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
+        masked = self.mask_token + gather_tokens(position, hidden)  # (B, H, E)
+        tokens = torch.cat([tokens[:, :prefix], visible, masked.to(tokens.dtype)], dim=1)  # (B, P+K+H, E)
+        tokens = self.decoder_blocks[:-1](tokens)
+        tokens = block_tail(self.decoder_blocks[-1], tokens, first=prefix + keep.shape[1])  # (B, H, E)
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """Return the pixels of hidden patches (B, H, p*p*C), channels last, normalised per patch if `norm_pix`."""
+        pixels = take_patches(images, hidden, self.backbone.stride).permute(0, 1, 3, 4, 2).flatten(2)
+        if not self.norm_pix:
+            return pixels
+        variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)  # unbiased, as the authors' code has it
+        return (pixels - mean) / (variance + 1e-6).sqrt()
+
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """Learning rate: linear warm-up, then half a cosine, per update (appendix A.1)."""
+        return {"lr": self.schedule_lr(clock.epoch, epochs=clock.epochs), "weight_decay": self.weight_decay}
+
+    def pretrained(self) -> Backbone:
+        """Return the encoder; the decoder is thrown away."""
+        return self.backbone
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
+        """Return originals, what the encoder saw of them, and reconstructions of uint8 images (N, C, S, S).
+
+        Where targets are normalised, a patch's own mean and deviation are given back to its prediction, as in the
+        authors' pictures: the reconstruction shows structure, not brightness.
+        """
+        seen = self.normalize(images)
+        number = torch.arange(len(images), device=images.device)
+        noise = ImageRandom(self.seed, torch.zeros_like(number), number).uniform(
+            "mask", self.backbone.grid[0] * self.backbone.grid[1]
+        )
+        keep, hidden = random_keep(noise, self.mask_ratio)
+        prediction = self.decode(self.backbone.encode(seen, keep), keep, hidden).float()  # (N, H, p*p*C)
+        patch = self.backbone.stride
+        pixels = take_patches(seen, hidden, patch)  # (N, H, C, p, p)
+        if self.norm_pix:
+            flat = pixels.flatten(2)
+            prediction = prediction * (flat.var(-1, keepdim=True) + 1e-6).sqrt() + flat.mean(-1, keepdim=True)
+        prediction = prediction.unflatten(2, (patch, patch, -1)).permute(0, 1, 4, 2, 3)  # (N, H, C, p, p)
+        originals = self.normalize.undo(seen)
+        masked = put_patches(originals, torch.full_like(pixels, 0.5), hidden)
+        rebuilt = self.normalize.undo(put_patches(seen, prediction.to(seen.dtype), hidden))
+        seen_as = f"{100 * hidden.shape[1] / noise.shape[1]:.3g} % hidden"
+        return {"reconstructions": [("original", originals), (seen_as, masked), ("reconstructed", rebuilt)]}
+
+    def describe(self) -> dict[str, str]:
+        """Return the exact mask ratio and the number of visible patches."""
+        rows, columns = self.backbone.grid
+        visible = visible_count(rows * columns, self.mask_ratio)
+        return {
+            "mask ratio": f"{1 - visible / (rows * columns):.4f} (asked: {self.mask_ratio})",
+            "visible patches": f"{visible} of {rows * columns}, {self.backbone.stride}x{self.backbone.stride} pixels each",
+        }
+
+    @classmethod
+    def from_official(
+        cls,
+        checkpoint: str | Path | Mapping[str, Any],
+        *,
+        heads: int | None = None,
+        decoder_heads: int = 16,
+        **settings: Any,
+    ) -> "MAE":
+        """Read a checkpoint in the format the authors released: encoder and decoder.
+
+        Args:
+            checkpoint: a file (loaded with weights_only=True), or its state dict, with or without the "model" level.
+            heads: attention heads of the encoder, which weights do not tell; by default 64 channels each (80 for ViT-H).
+            decoder_heads: attention heads of the decoder.
+            settings: further arguments of MAE, such as norm_pix.
+
+        Raises:
+            UsageError: the state dict is not an MAE's.
+        """
+        state = (
+            torch.load(checkpoint, map_location="cpu", weights_only=True)
+            if isinstance(checkpoint, (str, Path))
+            else checkpoint
+        )
+        state = dict(state.get("model", state))
+        missing = [
+            name for name in ("patch_embed.proj.weight", "decoder_pred.weight", "mask_token") if name not in state
+        ]
+        if missing:
+            raise UsageError(
+                f"This is no MAE checkpoint of the released format: it has no {', '.join(missing)}. Checkpoints without a "
+                "decoder (such as mae_pretrain_vit_base.pth) load in timm itself: timm.create_model(..., checkpoint_path=...)."
+            )
+        width, channels, patch = state["patch_embed.proj.weight"].shape[:3]
+        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
+        backbone = build_backbone(
+            "vit_base_patch16_224",
+            image_size=side,
+            channels=channels,
+            patch_size=patch,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads or width // (80 if width == 1280 else 64),
+        )
+        if channels != 3:
+            settings = {"mean": (0.5,) * channels, "std": (0.5,) * channels} | settings
+        method = cls(
+            backbone,
+            decoder_width=state["mask_token"].shape[-1],
+            decoder_depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
+            decoder_heads=decoder_heads,
+            **settings,
+        )
+        own = {name for name in state if name.startswith(("decoder_", "mask_token"))}
+        method.load_state_dict(
+            {(name if name in own else f"backbone.model.{name}"): value for name, value in state.items()}
+            | {name: value for name, value in method.state_dict().items() if name.startswith("normalize.")}
+        )
+        return method
+
+
+def check_settings(
+    backbone: Backbone,
+    mask_ratio: float,
+    decoder_width: int,
+    decoder_depth: int,
+    decoder_heads: int,
+    crop_scale: tuple[float, float],
+) -> None:
+    """Raise UsageError for settings MAE cannot have."""
+    if not isinstance(backbone, ViT):
+        raise UsageError(
+            f"MAE needs a backbone that encodes visible patches alone; a {type(backbone).__name__} cannot yet."
+        )
+    if not 0 < mask_ratio < 1:
+        raise UsageError(
+            f"mask_ratio={mask_ratio} is out of range: it is the share of patches to hide, more than 0 and less than 1 "
+            "(the paper's is 0.75)."
+        )
+    patches = backbone.grid[0] * backbone.grid[1]
+    if not 0 < visible_count(patches, mask_ratio) < patches:
+        raise UsageError(
+            f"mask_ratio={mask_ratio} leaves {visible_count(patches, mask_ratio)} of {patches} patches visible: at least "
+            "one must be visible and one hidden. Change mask_ratio, or make patches smaller (backbone.patch_size)."
+        )
+    if decoder_depth < 1:
+        raise UsageError(f"decoder_depth={decoder_depth} is too small: the decoder has at least one block.")
+    if decoder_heads < 1 or decoder_width % decoder_heads or decoder_width % 4:
+        raise UsageError(f"decoder_width={decoder_width} must be a multiple of 4 and of decoder_heads={decoder_heads}.")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise UsageError(
+            f"crop_scale={list(crop_scale)} must be two shares of the image's area, 0 < smallest <= largest <= 1."
+        )
