@@ -1,0 +1,68 @@
+"""How good is a backbone: k-NN and linear probe on frozen features of labelled images, and raw pixels for comparison."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sslvision.backbones.base import Backbone
+from sslvision.data.base import Source, Splits
+from sslvision.data.loading import evaluation_loader
+from sslvision.downstream.features import chosen_places, extract_features
+from sslvision.downstream.knn import knn_top
+from sslvision.downstream.linear import linear_probe
+from sslvision.nn.normalize import Normalize
+
+PIXELS = 32  # side to which larger images are shrunk before their pixels are compared
+
+Features = Callable[[Source, list[int]], tuple[Tensor, Tensor]]
+
+
+def has_labels(splits: Splits) -> bool:
+    """Return whether there is anything to evaluate with: labels on both sides, and more than one class."""
+    train, test = splits
+    return train.labels is not None and test is not None and test.labels is not None and int(train.labels.max()) > 0
+
+
+def evaluate_backbone(
+    backbone: Backbone, normalize: Normalize, splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0
+) -> dict[str, float]:
+    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features.
+
+    Args:
+        backbone: in whatever state it is; its features are those of its own pooling.
+        normalize: as in pretraining.
+        splits: labelled; features of `train` are the neighbours and the training set of the probe.
+        at_most: training images used, drawn if there are more.
+        seed: of the draw and of the probe's held-out part.
+        workers: loader processes.
+    """
+    return _evaluate(
+        lambda source, places: extract_features(backbone, normalize, source, places, workers=workers),
+        splits,
+        at_most=at_most,
+        seed=seed,
+    )
+
+
+def evaluate_pixels(splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0) -> dict[str, float]:
+    """Return the same scores with the pixels themselves as features, at 32x32."""
+
+    def pixels(source: Source, places: list[int]) -> tuple[Tensor, Tensor]:
+        batches = list(evaluation_loader(source, PIXELS, places, workers=workers))
+        where = torch.cat([where for where, _ in batches])
+        return where, torch.cat([images.flatten(1) for _, images in batches if images.numel()]).float() / 255
+
+    return _evaluate(pixels, splits, at_most=at_most, seed=seed)
+
+
+def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) -> dict[str, float]:
+    train, test = splits
+    assert test is not None
+    assert train.labels is not None
+    assert test.labels is not None
+    train_places, train_features = features(train, chosen_places(train, at_most, seed=seed))
+    test_places, test_features = features(test, chosen_places(test, at_most, seed=seed))
+    labelled = (train_features, train.labels[train_places], test_features, test.labels[test_places])
+    top1, top5 = knn_top(*labelled)
+    return {"knn_top1": top1, "knn_top5": top5, "linear_top1": linear_probe(*labelled, seed=seed).top1}

@@ -1,0 +1,139 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sslvision.downstream import knn
+from sslvision.downstream.knn import knn_top
+from sslvision.errors import DataError, UsageError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "knn.safetensors"
+Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def split(golden: dict[str, Tensor]) -> Split:
+    return golden["train_features"], golden["train_labels"], golden["test_features"], golden["test_labels"]
+
+
+@pytest.mark.parametrize("k", [10, 20])
+def test_the_vote_matches_the_authors_numbers_exactly(golden: dict[str, Tensor], split: Split, k: int) -> None:
+    assert knn_top(*split, k=k) == tuple(golden[f"expected.k{k}"].tolist())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 199, 200, 1000])
+def test_the_chunk_size_does_not_change_the_result(split: Split, chunk: int) -> None:
+    assert knn_top(*split, chunk=chunk) == knn_top(*split)
+
+
+def test_the_memory_bound_decides_the_chunk(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, products = knn_top(*split), []
+    topk = Tensor.topk
+
+    def watched_topk(similarity: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+        products.append(similarity.numel())
+        return topk(similarity, k, dim)
+
+    monkeypatch.setattr(Tensor, "topk", watched_topk)
+    monkeypatch.setattr(knn, "SIMILARITIES_AT_ONCE", 6_500)  # ten test images against 600
+    assert knn_top(*split) == expected
+    assert max(products) == 6_000
+
+
+def test_the_order_of_the_training_images_does_not_matter(split: Split) -> None:
+    features, labels, *test = split
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    assert knn_top(features[order], labels[order], *test) == knn_top(*split)
+
+
+def test_renaming_the_classes_does_not_matter(split: Split) -> None:
+    features, labels, test_features, test_labels = split
+    rename = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    # With everyone voting no class is without a vote, and so no tie is broken by the class's index.
+    assert knn_top(features, rename[labels], test_features, rename[test_labels], k=600) == knn_top(*split, k=600)
+
+
+def test_the_scale_of_a_feature_vector_does_not_matter(split: Split) -> None:
+    features, labels, test_features, test_labels = split
+    scale = torch.rand(len(features), 1, generator=torch.Generator().manual_seed(0)) * 100 + 0.01
+    assert knn_top(features * scale, labels, test_features * 7, test_labels) == knn_top(*split)
+
+
+def test_a_single_neighbour_decides_alone() -> None:
+    angles = torch.tensor([0.0, 0.5, 1.0, 1.5])
+    train = torch.stack([angles.cos(), angles.sin()], dim=1)
+    test = torch.tensor([[math.cos(0.1), math.sin(0.1)], [math.cos(1.4), math.sin(1.4)]])
+    assert knn_top(train, torch.tensor([0, 1, 1, 2]), test, torch.tensor([0, 2]), k=1)[0] == 100
+    assert knn_top(train, torch.tensor([0, 1, 1, 2]), test, torch.tensor([1, 2]), k=1)[0] == 50
+
+
+@pytest.mark.parametrize(("temperature", "winner"), [(0.07, 0), (1.0, 1)])
+def test_the_temperature_weighs_one_near_against_two_far_neighbours(temperature: float, winner: int) -> None:
+    # Similarities 1.0 (class 0), 0.8 and 0.8 (class 1): exp(0.2 / T) against 2 changes sides at T = 0.2 / ln 2 = 0.289.
+    train = torch.tensor([[1.0, 0.0, 0.0], [0.8, 0.6, 0.0], [0.8, 0.0, 0.6]])
+    vote = knn_top(train, torch.tensor([0, 1, 1]), train[:1], torch.tensor([winner]), k=3, temperature=temperature)
+    assert vote[0] == 100
+
+
+def test_a_tiny_temperature_is_the_nearest_neighbour_and_does_not_overflow(split: Split) -> None:
+    assert knn_top(*split, temperature=1e-4)[0] == knn_top(*split, k=1)[0]
+
+
+def test_more_neighbours_than_training_images_means_all_of_them(split: Split) -> None:
+    features, labels, *test = split
+    assert knn_top(features[:15], labels[:15], *test, k=20) == knn_top(features[:15], labels[:15], *test, k=15)
+
+
+def test_top_5_of_three_classes_is_always_right() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(30, 4, generator=generator), torch.randn(30, 4, generator=generator)
+    labels = torch.arange(30) % 3
+    top1, top5 = knn_top(train, labels, test, labels.flip(0))
+    assert top1 < 100
+    assert top5 == 100
+
+
+def test_a_test_class_that_training_lacks_counts_as_wrong() -> None:
+    train = torch.eye(4)
+    assert knn_top(train, torch.tensor([0, 1, 2, 3]), train, torch.tensor([0, 1, 2, 9]), k=1)[0] == 75
+
+
+def test_half_precision_and_autocast_give_the_full_precision_vote(split: Split) -> None:
+    features, labels, test_features, test_labels = split
+    rounded = features.half().float(), labels, test_features.half().float(), test_labels
+    with torch.autocast("cpu", torch.bfloat16):
+        assert knn_top(features.half(), labels, test_features.half(), test_labels) == knn_top(*rounded)
+
+
+@pytest.mark.parametrize("setting", [{"k": 0}, {"temperature": 0.0}, {"chunk": 0}])
+def test_a_setting_that_cannot_be_is_refused(split: Split, setting: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="above 0"):
+        knn_top(*split, **setting)  # type: ignore[arg-type]
+
+
+def test_features_of_a_diverged_backbone_are_refused(split: Split) -> None:
+    features, labels, *test = split
+    poisoned = features.clone()
+    poisoned[3, 2] = math.nan
+    with pytest.raises(DataError, match="training features contain NaN"):
+        knn_top(poisoned, labels, *test)
+
+
+def test_labels_and_features_that_do_not_fit_are_refused(split: Split) -> None:
+    features, labels, test_features, test_labels = split
+    with pytest.raises(DataError, match=r"\(599, 16\) and \(600,\)"):
+        knn_top(features[1:], labels, test_features, test_labels)
+    with pytest.raises(DataError, match="same backbone"):
+        knn_top(features, labels, test_features[:, :8], test_labels)
+    with pytest.raises(DataError, match="unlabelled"):
+        knn_top(features, labels - 1, test_features, test_labels)
+    with pytest.raises(DataError, match=r"0\.\.4"):
+        knn_top(features, labels, test_features, test_labels, num_classes=5)

@@ -1,0 +1,164 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sslvision.downstream.linear import L2_GRID, Solution, fit, linear_probe, standardise, stratified_holdout
+from sslvision.errors import DataError, UsageError
+
+Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def blobs(spread: float, *, train: int = 400, test: int = 200, width: int = 12) -> Split:
+    """Four Gaussian classes around random centres; the larger the spread, the more they overlap."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(4, width, generator=generator)
+    labels = torch.arange(train + test) % 4
+    features = centres[labels] + spread * torch.randn(train + test, width, generator=generator)
+    return features[:train], labels[:train], features[train:], labels[train:]
+
+
+def zeros(classes: int, width: int, dtype: torch.dtype = torch.float32) -> Solution:
+    return Solution(torch.zeros(classes, width, dtype=dtype), torch.zeros(classes, dtype=dtype))
+
+
+def gradient(solution: Solution, x: Tensor, y: Tensor, l2: float) -> Tensor:
+    """Of the objective, in closed form: (softmax - one-hot)^T x / N + l2 W, and without the penalty for the bias."""
+    error = F.linear(x, *solution).softmax(1) - F.one_hot(y, len(solution.bias))
+    return torch.cat([error.T @ x / len(x) + l2 * solution.weight, error.mean(0)[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_the_gradient_vanishes_at_the_solution_and_the_bias_is_not_penalised(l2: float) -> None:
+    x, y, *_ = blobs(1.0)
+    y = torch.where(torch.arange(len(y)) % 3 == 0, 0, y)  # unbalanced, so that the bias matters
+    x = standardise(x, x)[0].double()  # fp32 ends where it can no longer tell two losses apart
+    solution = fit(x, y, l2=l2, start=zeros(4, 12, torch.float64))
+    assert gradient(solution, x, y, l2).abs().max() <= 1e-5
+    assert solution.bias.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
+def test_single_precision_reaches_the_same_loss(l2: float) -> None:
+    x, y, *_ = blobs(1.0)
+    single = fit(x, y, l2=l2, start=zeros(4, 12))
+    double = fit(x.double(), y, l2=l2, start=zeros(4, 12, torch.float64))
+    losses = [
+        float(F.cross_entropy(F.linear(x.double(), weight.double(), bias.double()), y) + l2 / 2 * weight.square().sum())
+        for weight, bias in (single, double)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+
+
+def test_the_optimum_does_not_depend_on_the_start() -> None:
+    x, y, *_ = blobs(1.0)
+    generator = torch.Generator().manual_seed(1)
+    far = Solution(torch.randn(4, 12, generator=generator), torch.randn(4, generator=generator))
+    cold, warm = fit(x, y, l2=1e-2, start=zeros(4, 12)), fit(x, y, l2=1e-2, start=far)
+    torch.testing.assert_close(warm.weight, cold.weight, atol=1e-3, rtol=0)
+    assert not far.weight.requires_grad  # and the start is left as it was
+
+
+def test_the_penalty_is_the_one_of_the_textbook() -> None:
+    # Two points at -1 and +1, one class each: the margin m = w_1 - w_0 solves sigmoid(-m) = l2 m / 2.
+    solution = fit(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), l2=0.1, start=zeros(2, 1))
+    margin = float(solution.weight[1] - solution.weight[0])
+    assert 1 / (1 + math.exp(margin)) == pytest.approx(0.1 * margin / 2, abs=1e-4)
+
+
+def test_separable_data_are_classified_perfectly() -> None:
+    probe = linear_probe(*blobs(0.1))
+    assert probe.top1 == 100
+    assert probe.holdout_top1 == 100
+
+
+def test_shuffled_labels_are_guessed_at_chance() -> None:
+    features, labels, test_features, test_labels = blobs(0.1, train=1000, test=1000)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    assert 17 < linear_probe(features, shuffled, test_features, test_labels).top1 < 33  # of four classes
+
+
+def test_noise_wants_more_regularisation_than_signal() -> None:
+    few = linear_probe(*blobs(3.0, train=80, width=40)).l2
+    many = linear_probe(*blobs(0.5, train=2000, width=40)).l2
+    assert few > many
+
+
+def test_the_scale_and_offset_of_features_do_not_matter() -> None:
+    features, labels, test_features, test_labels = blobs(1.0)
+    generator = torch.Generator().manual_seed(2)
+    scale, shift = 10 ** torch.empty(12).uniform_(-3, 3, generator=generator), torch.randn(12, generator=generator)
+    moved = linear_probe(features * scale + shift * scale, labels, test_features * scale + shift * scale, test_labels)
+    plain = linear_probe(features, labels, test_features, test_labels)
+    assert moved.l2 == plain.l2
+    assert moved.top1 == pytest.approx(plain.top1, abs=0.5)  # one image of 200
+
+
+def test_a_constant_feature_becomes_zero_and_changes_nothing() -> None:
+    features, labels, test_features, test_labels = blobs(1.0)
+    constant = 0.1  # has no exact binary value, so that its mean is off by a rounding
+    wide = torch.cat([features, torch.full((400, 1), constant)], dim=1)
+    wide_test = torch.cat([test_features, torch.full((200, 1), constant + 5)], dim=1)  # not constant in the test set
+    x, x_test = standardise(wide, wide_test)
+    assert (x[:, -1] == 0).all()
+    assert (x_test[:, -1] == 0).all()
+    assert linear_probe(wide, labels, wide_test, test_labels) == linear_probe(
+        features, labels, test_features, test_labels
+    )
+
+
+def test_standardised_features_have_mean_0_and_variance_1_even_far_from_zero() -> None:
+    x, _ = standardise(1000 + blobs(1.0)[0], torch.zeros(1, 12))
+    assert x.mean(0).abs().max() < 1e-6
+    torch.testing.assert_close(x.std(0, correction=0), torch.ones(12))
+
+
+def test_the_test_set_is_standardised_with_the_training_statistics() -> None:
+    _, test = standardise(torch.tensor([[0.0], [4.0]]), torch.tensor([[6.0], [2.0]]))
+    assert test.tolist() == [[2.0], [0.0]]
+
+
+def test_the_holdout_takes_a_tenth_of_every_class() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 50 + [2] * 3 + [3])[torch.randperm(154)]
+    held = stratified_holdout(labels, fraction=0.1, seed=0)
+    assert labels[held].bincount(minlength=4).tolist() == [10, 5, 1, 0]  # at least one, never the only one
+
+
+def test_the_holdout_is_a_function_of_the_seed() -> None:
+    labels = torch.arange(500) % 5
+    first = stratified_holdout(labels, fraction=0.1, seed=1)
+    assert torch.equal(first, stratified_holdout(labels, fraction=0.1, seed=1))
+    assert not torch.equal(first, stratified_holdout(labels, fraction=0.1, seed=2))
+
+
+def test_the_order_of_the_grid_does_not_matter() -> None:
+    assert linear_probe(*blobs(1.0), l2_grid=L2_GRID[::-1]) == linear_probe(*blobs(1.0))
+
+
+def test_the_final_fit_uses_the_held_out_images_too() -> None:
+    # One of the two images of class 1 is always held out; the test set holds copies of both.
+    features = torch.tensor([[0.0, 0.0]] * 20 + [[5.0, 0.0], [0.0, 5.0]])
+    labels = torch.tensor([0] * 20 + [1, 1])
+    assert linear_probe(features, labels, features[-2:], labels[-2:], l2_grid=(1e-4,)).top1 == 100
+
+
+def test_it_works_inside_inference_mode_and_autocast() -> None:
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        inside = linear_probe(*blobs(1.0))
+    assert inside == linear_probe(*blobs(1.0))
+
+
+@pytest.mark.parametrize("setting", [{"l2_grid": ()}, {"l2_grid": (0.0, 1.0)}, {"holdout": 0.0}, {"holdout": 1.0}])
+def test_a_setting_that_cannot_be_is_refused(setting: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="holdout"):
+        linear_probe(*blobs(1.0), **setting)  # type: ignore[arg-type]
+
+
+def test_data_that_cannot_be_probed_are_refused() -> None:
+    features, labels, *test = blobs(1.0)
+    with pytest.raises(DataError, match="infinity"):
+        linear_probe(features * math.inf, labels, *test)
+    with pytest.raises(DataError, match="two images"):
+        linear_probe(features[:4], labels[:4], *test)
