@@ -1,0 +1,155 @@
+"""What happens beside training: the count of unreadable images, k-NN accuracy on the way, pictures."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
+
+from sslvision.data.base import Source, Splits
+from sslvision.data.batch import Batch
+from sslvision.data.loading import evaluation_loader
+from sslvision.downstream.features import chosen_places, extract_features
+from sslvision.downstream.knn import knn_top
+from sslvision.errors import DataError
+from sslvision.methods.base import Method
+from sslvision.training.pictures import picture_figure
+
+PICTURED = 16  # held-out images in a picture
+
+
+class UnreadableImages(Callback):
+    """Count, name and bound the images that cannot be read.
+
+    Each process watches its own share. The names go to unreadable.csv at once, a line each.
+
+    Args:
+        source: the training images.
+        file: unreadable.csv of the run folder.
+        max_unreadable: the share of the training images that may be unreadable.
+    """
+
+    def __init__(self, source: Source, file: Path, max_unreadable: float):
+        self.source, self.file, self.max_unreadable = source, file, max_unreadable
+        self.found: dict[int, str] = {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Take note of what the loader could not read for this batch."""
+        news = {place: reason for place, reason in batch.unreadable if place not in self.found}
+        if not news:
+            return
+        self.found |= news
+        self._write(news)
+        if not batch.crops or len(self.found) > self.max_unreadable * len(self.source):
+            examples = "; ".join(
+                f"{self.source.describe(place)}: {reason}" for place, reason in list(self.found.items())[:3]
+            )
+            raise DataError(
+                f"{len(self.found)} of {len(self.source)} images cannot be read, more than data.max_unreadable="
+                f"{self.max_unreadable:g} allows. For example {examples}. All are named in {self.file}: mend or remove them, "
+                "or raise data.max_unreadable."
+            )
+
+    @rank_zero_only
+    def _write(self, news: dict[int, str]) -> None:
+        new_file = not self.file.exists()
+        with open(self.file, "a", newline="") as file:
+            rows = csv.writer(file)
+            if new_file:
+                rows.writerow(["image", "reason"])
+            rows.writerows([self.source.describe(place), reason] for place, reason in news.items())
+
+
+class OnlineKNN(Callback):
+    """k-NN accuracy (k = 20) of the backbone every so many epochs, on all processes together.
+
+    Args:
+        splits: labelled.
+        every_epochs: how often.
+        at_most: training images used, drawn if there are more; a look on the way need not be exact.
+        workers: loader processes.
+    """
+
+    def __init__(self, splits: Splits, *, every_epochs: int, at_most: int = 5_000, workers: int = 0):
+        self.splits, self.every_epochs, self.workers = splits, every_epochs, workers
+        self.places = [chosen_places(source, at_most, seed=0) for source in splits if source is not None]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate, log, and show it in the progress bar."""
+        epoch = trainer.current_epoch + 1
+        last = epoch == trainer.max_epochs  # evaluated in full when training is over
+        if epoch % self.every_epochs or last:
+            return
+        assert isinstance(pl_module, Method)
+        labelled: list[Tensor] = []
+        for source, places in zip(self.splits, self.places, strict=True):
+            assert source is not None
+            assert source.labels is not None
+            where, features = extract_features(
+                pl_module.pretrained(),
+                pl_module.normalize,
+                source,
+                places,
+                workers=self.workers,
+                rank=trainer.global_rank,
+                world=trainer.world_size,
+            )
+            labelled += [features, source.labels[where]]
+        top1, _ = knn_top(*labelled)
+        trainer.callback_metrics["knn_top1"] = torch.tensor(top1)
+        for logger in trainer.loggers:
+            logger.log_metrics({"knn_top1": top1, "epoch": epoch}, step=trainer.global_step)
+
+
+class Pictures(Callback):
+    """What the method makes of held-out images, drawn every so many epochs while training.
+
+    Args:
+        source: held-out images.
+        folder: figures/ of the run folder.
+        every_epochs: how often.
+    """
+
+    def __init__(self, source: Source, folder: Path, *, every_epochs: int):
+        self.source, self.folder, self.every_epochs = source, folder, every_epochs
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw on the way; the last pictures are drawn when training is over."""
+        epoch = trainer.current_epoch + 1
+        if epoch % self.every_epochs == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
+            assert isinstance(pl_module, Method)
+            draw_pictures(pl_module, self.source, self.folder, trainer.loggers, trainer.global_step)
+
+
+def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:
+    """Write the method's pictures of some held-out images, spread over the source, and hand them to the loggers."""
+    places = torch.linspace(0, len(source) - 1, min(PICTURED, len(source))).long().tolist()
+    _, images = next(iter(evaluation_loader(source, method.crops[0].size, places)))
+    if not len(images):
+        return
+    was_training = method.training
+    method.eval()
+    pictures = method.pictures(images.to(method.device))
+    method.train(was_training)
+    for name, columns in pictures.items():
+        file = folder / f"{name}.png"
+        shown = [(heading, images.cpu()) for heading, images in columns]
+        figure = picture_figure(shown, title=f"{name}, held-out images, step {step:,}")
+        figure.savefig(file)
+        for logger in loggers:
+            _log_picture(logger, name, file, step)
+
+
+def _log_picture(logger: Any, name: str, file: Path, step: int) -> None:
+    if hasattr(logger, "log_image"):  # Weights & Biases
+        logger.log_image(name, [str(file)], step=step)
+    elif hasattr(getattr(logger, "experiment", None), "add_image"):  # TensorBoard
+        from matplotlib.image import imread
+
+        logger.experiment.add_image(name, imread(file)[..., :3], step, dataformats="HWC")

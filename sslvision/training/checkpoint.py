@@ -1,0 +1,150 @@
+"""Checkpoints that a crash cannot spoil, weights in from anywhere, and the export that plain timm loads."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from safetensors.torch import load_file
+from timm.models import save_for_hf
+from torch import Tensor
+
+from sslvision.backbones.base import Backbone
+from sslvision.errors import UsageError
+from sslvision.methods.base import Method
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Write to a temporary file in the same folder, flush it to the disk, then put it in place of the old one.
+
+    Lightning writes over the old file, and a full disk or a kill then leaves neither.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save `checkpoint` so that `path` holds the old or the new one whole, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def export_backbone(
+    backbone: Backbone, folder: Path, *, options: Mapping[str, Any], mean: list[float], std: list[float]
+) -> None:
+    """Write model.safetensors and config.json, in timm's own format and under timm's parameter names.
+
+    Both ways of timm load it, the first without knowing anything of the model:
+        timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
+        timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
+    where name and model_args stand in config.json.
+
+    Args:
+        backbone: the pretrained backbone.
+        folder: is made if need be.
+        options: what it was built with: the keywords of build_backbone.
+        mean, std: of the pixels in pretraining, per channel; they go into the file, so users need not guess.
+    """
+    size = (backbone.channels, *backbone.image_size)
+    pretrained = {
+        "tag": "sslvision",
+        "input_size": size,
+        "mean": mean,
+        "std": std,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "num_classes": 0,
+    }
+    model = backbone.model
+    model.pretrained_cfg = {
+        "architecture": options["name"],
+        **pretrained,
+    }  # timm reads the architecture's name from here
+    arguments = timm_arguments(backbone, options)
+    save_for_hf(model, str(folder), model_config=pretrained, model_args=arguments, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"].pop("num_classes", None)  # the reader's to choose
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def timm_arguments(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords with which timm.create_model builds this backbone's model."""
+    own = ("name", "image_size", "channels", "pool")
+    return {
+        "img_size": backbone.image_size[0],
+        "in_chans": backbone.channels,
+        "global_pool": backbone.model.global_pool,
+        "fc_norm": False,
+        **{key: value for key, value in options.items() if key not in own},
+    }
+
+
+def load_weights(method: Method, path: str | Path) -> str:
+    """Start `method` from other weights (not from another run's optimizer or position): `init_from=`.
+
+    Args:
+        method: whose weights are replaced.
+        path: a run folder, a Lightning checkpoint of the same method, or backbone weights under timm's names (.safetensors,
+            .pth, an export folder).
+
+    Returns:
+        What was loaded, in words.
+
+    Raises:
+        UsageError: no such file, or its weights do not fit; some of the differing names and shapes are told.
+    """
+    file = find_weights(Path(path))
+    state = _read(file)
+    if "state_dict" in state:
+        _load_fitting(method, state["state_dict"], file)
+        return f"all weights of {file}"
+    tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
+    own = method.pretrained().model.state_dict()
+    _load_fitting(method.pretrained().model, {name: value for name, value in tensors.items() if name in own}, file)
+    left = len(tensors) - len(own)
+    return f"the backbone's weights of {file}" + (f" ({left} other tensors left aside)" if left > 0 else "")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if file.suffix == ".safetensors":
+        return dict(load_file(file))
+    return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True))
+
+
+def find_weights(path: Path) -> Path:
+    """Return the weight file that a run folder, an export folder or a path means."""
+    for candidate in (
+        path,
+        path / "checkpoints" / "last.ckpt",
+        path / "model.safetensors",
+        path / "export" / "model.safetensors",
+    ):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{path} holds no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
+
+
+def _load_fitting(module: torch.nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
+    own = module.state_dict()
+    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
+    wrong += [f"{name} is not in this model" for name in state.keys() - own.keys()]
+    wrong += [
+        f"{name} is {tuple(state[name].shape)} there and {tuple(value.shape)} here"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UsageError(f"The weights of {file} do not fit this model: {'; '.join(sorted(wrong)[:5])}{more}.")
+    module.load_state_dict(state)

@@ -1,0 +1,135 @@
+"""A run's metrics as one wide `metrics.csv`: what a person opens in a spreadsheet and the pictures are drawn from.
+
+Lightning's own CSVLogger deletes the metrics of an earlier session when a run is resumed in its folder; that is why
+this one exists. It appends, and only `rewind` forgets.
+"""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities import rank_zero_only
+
+from sslvision.errors import DataError
+
+Row = dict[str, str]  # the cells as they stand in the file
+
+
+class MetricsCSV(Logger):
+    """Writes `folder/metrics.csv`: columns `step`, `epoch` and then the metrics in their order of appearance.
+
+    Every row reaches the file as it is logged, so that a killed process loses none. A new column rewrites the file
+    through a temporary one. Metrics logged for the step of the last row join that row. A folder that has metrics keeps
+    them. Only rank zero reads or writes.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns = ["step", "epoch"]
+        self._rows: list[Row] = []
+        self._last_row_at: int | None = None  # its byte in the file; None: the file is yet to be read
+
+    @property
+    def name(self) -> str:
+        """Empty: the folder has no subfolders for names and versions."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Empty, as `name`."""
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        """The run folder."""
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: hyper-parameters have their own file."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write one row, or complete the last one when `step` is its own (or None)."""
+        self._open()
+        if step is None:
+            step = int(self._rows[-1]["step"]) if self._rows else 0
+        row = {"step": str(step)} | {name: _cell(value) for name, value in metrics.items() if name != "step"}
+        same_step = bool(self._rows) and self._rows[-1]["step"] == row["step"]
+        if same_step:
+            row = self._rows.pop() | row
+        self._rows.append(row)
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._columns += new
+            self._rewrite()
+        else:
+            self._write_last(over_the_last=same_step)
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after `step`: for a run that resumes from a checkpoint taken then."""
+        self._open()
+        kept = [row for row in self._rows if int(row["step"]) <= step]
+        if len(kept) < len(self._rows):
+            self._rows = kept
+            self._rewrite()
+
+    def _open(self) -> None:
+        """Read what an earlier session wrote; its last row may be torn where the process was killed."""
+        if self._last_row_at is not None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._columns, self._rows = _parse(self.path)
+        self._rewrite()
+
+    def _write_last(self, *, over_the_last: bool) -> None:
+        with self.path.open("r+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            self._last_row_at = self._last_row_at if over_the_last else end
+            assert self._last_row_at is not None
+            file.seek(self._last_row_at)
+            file.write(self._lines(self._rows[-1:]))  # one write: a reader, or a kill, sees it all or not at all
+            file.truncate()
+
+    def _rewrite(self) -> None:
+        head, last = self._lines([dict(zip(self._columns, self._columns, strict=True)), *self._rows[:-1]]), b""
+        if self._rows:
+            last = self._lines(self._rows[-1:])
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary.write_bytes(head + last)
+        os.replace(temporary, self.path)
+        self._last_row_at = len(head)
+
+    def _lines(self, rows: list[Row]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self._columns, restval="", lineterminator="\n").writerows(rows)
+        return text.getvalue().encode()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float | None]]:
+    """Return the columns of a `metrics.csv`, in its order; None where a row has no value. Raises DataError."""
+    columns, rows = _parse(Path(path))
+    return {name: [float(row[name]) if row.get(name) else None for row in rows] for name in columns}
+
+
+def _parse(path: Path) -> tuple[list[str], list[Row]]:
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        raise DataError(f"There is no {path}: has this run logged anything yet?") from None
+    whole = text[: text.rfind("\n") + 1]  # without a last line that a kill cut short
+    reader = csv.DictReader(io.StringIO(whole))
+    columns = list(reader.fieldnames or ["step", "epoch"])
+    if columns[:2] != ["step", "epoch"]:
+        raise DataError(f"{path} is not a metrics file of this program: its columns begin with {columns[:2]}.")
+    return columns, [{name: cell for name, cell in row.items() if cell} for row in reader]
+
+
+def _cell(value: Any) -> str:
+    return str(value) if isinstance(value, int) else f"{float(value):.8g}"  # 8 digits: all that fp32 holds

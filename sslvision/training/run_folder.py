@@ -1,0 +1,124 @@
+"""The folder of a run: made before anything else, and readable without us."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sslvision.errors import UsageError
+
+CONTENTS = """\
+# {name}
+
+Made by `{command}`.
+
+| file | what it is |
+| --- | --- |
+| results.json | the scores at the end: k-NN and linear probe, pretrained and untrained |
+| config.yaml | every setting of the run, in full |
+| environment.json | versions, git commit and hardware |
+| metrics.csv | loss, learning rate, k-NN accuracy by step |
+| figures/ | reconstructions of held-out images, learning curve |
+| checkpoints/last.ckpt | all that `resume=auto` needs to go on |
+| export/ | the backbone for use: `timm.create_model("local-dir:{name}/export", pretrained=True, num_classes=0)` |
+| unreadable.csv | images that could not be read, if there were any |
+"""
+
+
+def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Take an empty or new folder for a run; a used one only to resume in it or to empty it.
+
+    Raises:
+        UsageError: the folder is in use, or is not one of ours and would be emptied.
+    """
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        if not overwrite:
+            raise UsageError(
+                f"{folder} is in use: go on with it by resume=auto, empty it by overwrite=true, or choose another name=."
+            )
+        if not (folder / "config.yaml").is_file():
+            raise UsageError(
+                f"{folder} is not the folder of a run (it has no config.yaml) and is not emptied; name another."
+            )
+        shutil.rmtree(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+
+
+def describe(folder: Path, config: dict[str, Any], words: Sequence[str]) -> None:
+    """Write README.md, config.yaml and environment.json.
+
+    Args:
+        folder: of the run.
+        config: all settings, as plain containers.
+        words: the command line's.
+    """
+    command = shlex.join(["python", "-m", "sslvision.pretrain", *words])
+    (folder / "README.md").write_text(CONTENTS.format(name=folder.name, command=command))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_json(folder / "environment.json", environment(command))
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run; nothing of the person's account."""
+    packages = ("sslvision", "torch", "torchvision", "pytorch-lightning", "timm", "hydra-core", "numpy")
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in packages},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": len((_git("status", "--porcelain") or "").splitlines()),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write readable JSON."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the checkout this package lies in; None outside of one."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _processor() -> str:
+    """Return the processor's name."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,120 @@
+"""The Lightning trainer: everything of it can be set; what is not set follows the machine."""
+
+import importlib.util
+import netrc
+import os
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+
+from sslvision.errors import UsageError
+from sslvision.training.checkpoint import AtomicCheckpoints
+from sslvision.training.metrics import MetricsCSV
+
+
+def build_trainer(
+    *,
+    folder: Path,
+    epochs: int,
+    dry_run: bool,
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    options: dict[str, Any],
+) -> L.Trainer:
+    """Assemble the trainer.
+
+    Args:
+        folder: the run's folder.
+        epochs: passes over the data.
+        dry_run: stop after two updates.
+        loggers, callbacks: handed on.
+        options: the person's `trainer.*` settings; they win over the defaults below.
+
+    Raises:
+        UsageError: Lightning refuses an option.
+    """
+    defaults: dict[str, Any] = {
+        "precision": _precision(options.get("accelerator", "auto")),
+        "enable_model_summary": False,  # the effective configuration says it better
+        "num_sanity_val_steps": 0,
+    }
+    try:
+        with warnings.catch_warnings():
+            # "GPU available but not used" and the like: the person asked for it.
+            warnings.simplefilter("ignore")
+            return L.Trainer(
+                max_epochs=epochs,
+                max_steps=2 if dry_run else -1,
+                default_root_dir=folder,
+                logger=loggers,
+                callbacks=callbacks,
+                plugins=[AtomicCheckpoints(), *(options.get("plugins") or [])],
+                use_distributed_sampler=False,
+                enable_checkpointing=True,
+                **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
+            )
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        L.utilities.exceptions.MisconfigurationException,
+    ) as error:
+        shown = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
+        raise UsageError(f"Lightning refuses {shown or 'the trainer'}: {error}") from error
+
+
+def _precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16 where the hardware has units for it: elsewhere it is no faster, and on a plain CPU a hundred times slower."""
+    if trains_on_cpu(accelerator):
+        features = torch.cpu.get_capabilities()
+        return "bf16-mixed" if features.get("avx512_bf16") or features.get("amx_bf16") else "32-true"
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def trains_on_cpu(accelerator: str) -> bool:
+    """Return whether `trainer.accelerator` means the CPU on this machine."""
+    return accelerator == "cpu" or (
+        accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
+    )
+
+
+def build_loggers(kind: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
+    """Return the CSV writer, and W&B or TensorBoard beside it.
+
+    Raises:
+        UsageError: the package for the logger is not installed.
+    """
+    loggers: list[Logger] = [MetricsCSV(folder)]
+    if kind == "tensorboard":
+        if importlib.util.find_spec("tensorboard") is None:
+            raise UsageError('logger=tensorboard needs the package tensorboard: pip install -e ".[tensorboard]".')
+        from pytorch_lightning.loggers import TensorBoardLogger
+
+        loggers.append(TensorBoardLogger(save_dir=folder, name="tensorboard", version=""))
+    if kind == "wandb":
+        from pytorch_lightning.loggers import WandbLogger
+
+        loggers.append(
+            WandbLogger(
+                name=folder.name, project="sslvision", save_dir=folder, offline=not wandb_online(), config=config
+            )
+        )
+    return loggers
+
+
+def wandb_online() -> bool:
+    """Return whether Weights & Biases can be reached as somebody: a key is set, and offline was not asked for."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
