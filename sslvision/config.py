@@ -1,0 +1,175 @@
+"""From the command line to checked settings: Hydra composes recipes, overrides and sweeps; schema.py checks the result.
+
+All points of a sweep are checked before the first of them runs. A recipe is found by name, or given by path.
+"""
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sslvision.errors import UsageError
+from sslvision.schema import OPEN_SECTIONS, Pretrain, checked
+
+_SOURCE_TREE = Path(__file__).parents[1] / "recipes"
+RECIPES = _SOURCE_TREE if _SOURCE_TREE.is_dir() else Path(__file__).parent / "recipes"  # a checkout, or a wheel
+
+
+def recipes() -> dict[str, Path]:
+    """Return the recipes that come along, by name."""
+    return {file.stem: file for file in sorted((RECIPES / "pretrain").glob("*.yaml"))}
+
+
+def prepare(arguments: Sequence[str]) -> list[str]:
+    """Register all recipes with Hydra and return the command line in its full form, every sweep point of it checked.
+
+    Args:
+        arguments: the command line after the program's name.
+
+    Raises:
+        UsageError: an unknown or repeated key, an unknown recipe, a value of the wrong type or range.
+    """
+    words = get_args_parser().parse_args(list(arguments)).overrides
+    flags = [argument for argument in arguments if argument not in words]
+    overrides = parse(words)
+    _register()
+    lines = [_full_form(override) for override in overrides]
+    if not any(override.key_or_group == "recipe" for override in overrides):
+        raise UsageError(
+            f"No recipe: say recipe=NAME, one of {', '.join(recipes())}, or the path of your own .yaml file."
+        )
+    for point in _points(overrides, lines):
+        tree(point)
+    return [*flags, *lines]
+
+
+def parse(arguments: Sequence[str]) -> list[Override]:
+    """Parse Hydra overrides; each key may come once."""
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"Cannot read the command line: {first} Settings are written key=value.") from error
+    seen = set()
+    for override in overrides:
+        key = override.key_or_group
+        if key in seen and not key.startswith("hydra"):
+            raise UsageError(f"{key} is given twice; which one is meant? Give it once.")
+        seen.add(key)
+    return overrides
+
+
+def tree(lines: Sequence[str]) -> Pretrain:
+    """Compose and check one run."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            composed = compose("pretrain", overrides=[line for line in lines if not line.startswith("hydra")])
+        return check(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(str(error).strip().splitlines()[0]) from error
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def check(composed: DictConfig) -> Pretrain:
+    """Check a composed tree, key by key and value by value."""
+    try:
+        settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    except OmegaConfBaseException as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+    return checked(settings)
+
+
+def _register() -> None:
+    """Tell Hydra the recipes and data sources that come along."""
+    store = ConfigStore.instance()
+    schema = {f.name: f.default for f in fields(Pretrain) if f.name not in OPEN_SECTIONS}
+    quiet = {"run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}, "output_subdir": None}
+    defaults = [
+        {"recipe": "???"},
+        {"override hydra/job_logging": "disabled"},
+        {"override hydra/hydra_logging": "disabled"},
+    ]
+    # `_self_` first: a recipe's values replace the schema's defaults.
+    node = {"defaults": ["_self_", *defaults], **schema, "trainer": {}, "hydra": quiet}
+    store.store(name="pretrain", node=OmegaConf.create(node))
+    for name, file in recipes().items():
+        store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
+    for file in (RECIPES / "data").glob("*.yaml"):
+        store.store(group="data", name=file.stem, package="data", node=OmegaConf.load(file))
+
+
+def _full_form(override: Override) -> str:
+    """Return the override as Hydra wants it: method settings under method., open sections free to grow."""
+    key, line = override.key_or_group, str(override.input_line)
+    if key.startswith("hydra") or override.type is OverrideType.DEL:
+        return line
+    value = line.split("=", 1)[1] if "=" in line else ""
+    if key == "recipe":
+        return f"recipe={','.join(_recipe(one) for one in _values(override))}"
+    if key == "data":
+        sources = sorted(file.stem for file in (RECIPES / "data").glob("*.yaml"))
+        return f"data={','.join(_choice('data', one, sources) for one in _values(override))}"
+    first = key.split(".", 1)[0]
+    if first in OPEN_SECTIONS:
+        return f"++{key}={value}"
+    return f"{key}={value}" if first in {f.name for f in fields(Pretrain)} else f"++method.{key}={value}"
+
+
+def _recipe(name: str) -> str:
+    """Return a recipe's name, after registering it if it is given by path."""
+    if not name.endswith((".yaml", ".yml")) and "/" not in name:
+        return _choice("recipe", name, list(recipes()))
+    file = Path(name)
+    if not file.is_file():
+        raise UsageError(f"recipe={name}: there is no such file. Recipes that come along: {', '.join(recipes())}.")
+    try:
+        node = OmegaConf.load(file)
+    except Exception as error:
+        raise UsageError(f"recipe={name} is not valid YAML: {str(error).splitlines()[0]}") from error
+    name = re.sub(r"\W", "_", file.stem)
+    name += "_" if name in recipes() else ""  # one's own mae.yaml is not ours
+    ConfigStore.instance().store(group="recipe", name=name, package="_global_", node=node)
+    return name
+
+
+def _choice(group: str, name: str, names: list[str]) -> str:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        raise UsageError(
+            f"{group}={name} is unknown: it is one of {', '.join(names)}"
+            + (", or the path of your own .yaml file." if group == "recipe" else ".")
+            + (f" Did you mean {group}={near[0]}?" if near else "")
+        )
+    return name
+
+
+def _values(override: Override) -> list[str]:
+    """Return what an override sets, one text for each point of a sweep."""
+    if override.is_sweep_override():
+        return [str(value) for value in override.sweep_string_iterator()]
+    return [str(override.get_value_element_as_str()).strip("'\"")]
+
+
+def _points(overrides: Sequence[Override], lines: Sequence[str], at_most: int = 200) -> Iterator[list[str]]:
+    """Yield the overrides of every point of a sweep, `at_most` of them."""
+    choices = [
+        [f"{line.split('=', 1)[0]}={value}" for value in _values(override)] if override.is_sweep_override() else [line]
+        for override, line in zip(overrides, lines, strict=True)
+    ]
+    for point in itertools.islice(itertools.product(*choices), at_most):
+        yield list(point)

@@ -1,0 +1,256 @@
+"""Stage one: a recipe becomes objects, the objects train, and what is left is a backbone, its scores and its pictures."""
+
+import dataclasses
+import logging
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from rich.console import Console
+from timm.layers import set_fused_attn
+
+from sslvision.backbones.build import build_backbone
+from sslvision.data.base import Splits
+from sslvision.data.module import ImageData, pixel_statistics
+from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
+from sslvision.errors import UsageError
+from sslvision.methods.base import Method
+from sslvision.schema import Pretrain, locate
+from sslvision.training import run_folder
+from sslvision.training.callbacks import OnlineKNN, Pictures, UnreadableImages, draw_pictures
+from sslvision.training.checkpoint import export_backbone, load_weights
+from sslvision.training.metrics import MetricsCSV, read_metrics
+from sslvision.training.pictures import learning_curve_figure
+from sslvision.training.progress import Progress
+from sslvision.training.report import print_configuration, print_scores
+from sslvision.training.trainer import build_loggers, build_trainer, trains_on_cpu
+
+
+def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Pretrain a backbone, export it, and say how good it is.
+
+    Args:
+        config: all settings.
+        folder: of the run.
+        words: the command line, for the record.
+
+    Returns:
+        What results.json holds; in all processes but the first, nothing.
+
+    Raises:
+        UsageError, DataError: before the first step, for settings or data that cannot be; DataError also when too many
+            images turn out unreadable, and Diverged when the loss is no longer finite.
+    """
+    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
+    hush_lightning()
+    # On a CPU two batched products beat the fused kernel, which is made for long sequences (in bf16 tenfold).
+    set_fused_attn(not trains_on_cpu(config.trainer.get("accelerator", "auto")))
+    method = build_method(config)
+    weights = load_weights(method, config.init_from) if config.init_from else "random"
+    splits = open_splits(config.data)
+    statistics = pixel_statistics(splits.train, config.data.get("normalize", "computed"), seed=config.seed)
+    method.normalize.set(*statistics)
+    data = ImageData(
+        splits, method.crops, batch_size=config.batch_size, seed=config.seed, workers=config.data.get("workers")
+    )
+    trainer = build_trainer(
+        folder=folder,
+        epochs=config.epochs,
+        dry_run=config.dry_run,
+        loggers=build_loggers(config.logger, folder, dataclasses.asdict(config)),
+        callbacks=watchers(config, folder, data),
+        options=config.trainer,
+    )
+    steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
+    resume_from = checkpoint_to_resume(config, folder)
+    if trainer.is_global_zero:
+        run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resume_from is not None)
+        if resume_from is not None:
+            rewind_metrics(trainer, resume_from)
+        run_folder.describe(folder, dataclasses.asdict(config), words)
+        rows = effective_configuration(config, method, splits, trainer, steps_per_epoch) | {
+            "weights": f"{weights}, then resumed from {resume_from}" if resume_from else weights,
+            "run folder": str(folder),
+        }
+        print_configuration(console, rows, title=config.about or folder.name)
+
+    trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    if not trainer.is_global_zero:
+        return {}
+    seconds = time.perf_counter() - started
+    console.print("\nTraining is done; now the backbone is exported and evaluated.")
+    results = finish(config, folder, data, trainer, console)
+    results |= {"training_seconds": round(seconds, 1), "seconds": round(time.perf_counter() - started, 1)}
+    run_folder.write_json(folder / "results.json", results)
+    console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
+    return results
+
+
+def hush_lightning() -> None:
+    """Silence what Lightning says that a person can do nothing about, or that our own configuration panel says."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
+        ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
+        ".*does not have many workers.*",  # images in memory need none
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def rewind_metrics(trainer: L.Trainer, checkpoint: Path) -> None:
+    """Drop the metrics of updates after the checkpoint, which are about to be made again."""
+    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.rewind(step)
+
+
+def build_method(config: Pretrain) -> Method:
+    """Build the method on its backbone with random weights, which are a function of the seed."""
+    settings = {key: value for key, value in config.method.items() if key != "_target_"}
+    channels = int(config.data.get("channels", 3))
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        backbone = build_backbone(**config.backbone, channels=channels)
+        neutral = [0.5] * channels  # until the data are known
+        target = locate("method", config.method["_target_"])
+        method = target(backbone, lr=config.peak_lr, mean=neutral, std=neutral, seed=config.seed, **settings)
+    assert isinstance(method, Method)
+    return method
+
+
+def open_splits(data: Mapping[str, Any]) -> Splits:
+    """Open the source that the `data` section of a recipe describes.
+
+    Args:
+        data: `_target_` and its keywords, and the keywords of the loader.
+
+    Raises:
+        UsageError, DataError: whatever the source says.
+    """
+    loader = ("workers", "normalize", "max_unreadable")  # the loader's keys, not the source's
+    target = locate("data", data["_target_"])
+    return target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
+
+
+def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
+    """Return what looks on while training goes: progress, checkpoints, unreadable images, k-NN, pictures."""
+    splits, every = data.splits, config.knn_every_epochs
+    found: list[Callback] = [
+        UnreadableImages(splits.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="last",
+            every_n_epochs=config.checkpoint_every_epochs,
+            enable_version_counter=False,
+        ),
+    ]
+    if every and has_labels(splits):
+        found.append(OnlineKNN(splits, every_epochs=every, workers=data.workers))
+    if every and splits.test is not None:
+        found.append(Pictures(splits.test, folder / "figures", every_epochs=every))
+    if config.trainer.get("enable_progress_bar", True):
+        steps_per_epoch = len(splits.train) // config.batch_size
+        steps = 2 if config.dry_run else config.epochs * steps_per_epoch
+        found.append(Progress(images_per_step=config.batch_size, total_steps=steps, steps_per_epoch=steps_per_epoch))
+    return found
+
+
+def checkpoint_to_resume(config: Pretrain, folder: Path) -> Path | None:
+    """Return the checkpoint that `resume` means.
+
+    Raises:
+        UsageError: a path was given and nothing is there.
+    """
+    if config.resume is None:
+        return None
+    if config.resume == "auto":
+        checkpoint = folder / "checkpoints" / "last.ckpt"
+        return checkpoint if checkpoint.is_file() else None
+    for checkpoint in (Path(config.resume), Path(config.resume) / "checkpoints" / "last.ckpt"):
+        if checkpoint.is_file():
+            return checkpoint.absolute()
+    raise UsageError(f"resume={config.resume}: there is no checkpoint. Give a .ckpt file, a run folder, or auto.")
+
+
+def effective_configuration(
+    config: Pretrain, method: Method, splits: Splits, trainer: L.Trainer, steps_per_epoch: int
+) -> dict[str, str]:
+    """Return what will happen, in the terms a person checks before letting it run for days."""
+    steps = steps_per_epoch * config.epochs
+    accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+    per_device = config.batch_size // (accumulate * world)
+    rule = "given as lr" if config.lr is not None else f"{config.base_lr:g} x {config.batch_size} / 256"
+    warmup = float(config.method.get("warmup_epochs", 0))
+    held_out = f", {len(splits.test):,} held out" if splits.test is not None else ", none held out"
+    encoder = sum(parameter.numel() for parameter in method.pretrained().parameters())
+    trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    options = ", ".join(f"{key} {value}" for key, value in config.backbone.items() if key != "name")
+    device = trainer.strategy.root_device
+    gpu = (
+        f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
+    )
+    rows = {
+        "method": f"{type(method).__name__} on {config.backbone['name']}" + (f" with {options}" if options else ""),
+        "parameters": f"{encoder:,} in the backbone, {trained:,} trained",
+        "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}",
+        "global batch": f"{config.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
+        "learning rate": f"{config.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps",
+        "steps": f"{steps:,} = {config.epochs} epochs of {steps_per_epoch:,}"
+        + (" (dry run: 2)" if config.dry_run else ""),
+        **method.describe(),
+        "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
+    }
+    return rows | ({"reference": config.reference} if config.reference else {})
+
+
+def finish(config: Pretrain, folder: Path, data: ImageData, trainer: L.Trainer, console: Console) -> dict[str, Any]:
+    """Export what the last checkpoint holds, then evaluate it beside the same backbone untrained and raw pixels."""
+    splits, device = data.splits, trainer.strategy.root_device
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    method = build_method(config)
+    method.load_state_dict(checkpoint["state_dict"])
+    export_backbone(
+        method.pretrained(),
+        folder / "export",
+        options=config.backbone,
+        mean=method.normalize.mean.tolist(),
+        std=method.normalize.std.tolist(),
+    )
+    method.to(device)
+    if splits.test is not None:
+        draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)
+    metrics = read_metrics(folder / "metrics.csv")
+    results: dict[str, Any] = {
+        "loss": next((loss for loss in reversed(metrics.get("loss", [])) if loss is not None), None)
+    }
+    if has_labels(splits):
+        settings: dict[str, Any] = {
+            "at_most": 256 if config.dry_run else config.evaluate_images,
+            "workers": data.workers,
+        }
+        backbones = {"pretrained": method.pretrained(), "the same, untrained": build_method(config).pretrained()}
+        rows = {
+            name: evaluate_backbone(backbone.to(device), method.normalize, splits, **settings)
+            for name, backbone in backbones.items()
+        }
+        rows["raw pixels"] = evaluate_pixels(splits, **settings)
+        for prefix, scores in zip(("", "untrained_", "pixels_"), rows.values(), strict=True):
+            results |= {f"{prefix}{name}": round(score, 2) for name, score in scores.items()}
+        print_scores(console, rows, title=f"How good are the features, on {splits.train.name}?")
+    else:
+        console.print(
+            f"{splits.train.name} has no labels (class folders), so there is nothing to score the features by."
+        )
+    figure = learning_curve_figure(
+        metrics, title=config.about or folder.name, untrained_knn=results.get("untrained_knn_top1")
+    )
+    figure.savefig(folder / "figures" / "learning_curve.png")
+    return results

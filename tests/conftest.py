@@ -1,0 +1,66 @@
+"""What several tests share: a tiny run, and the command line as a person calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sslvision import config
+
+# A ViT of one block on the embedded images, four updates to an epoch.
+TINY = [
+    "backbone.embed_dim=32",
+    "backbone.depth=1",
+    "backbone.num_heads=2",
+    "backbone.patch_size=8",
+    "decoder_width=16",
+    "decoder_heads=2",
+    "batch_size=2500",
+    "epochs=2",
+    "warmup_epochs=1",
+    "evaluate_images=500",
+    "knn_every_epochs=1",
+    "checkpoint_every_epochs=1",
+    "trainer.log_every_n_steps=1",
+    "trainer.enable_progress_bar=false",
+    "trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(scope="session")
+def tiny_settings():
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def run_tiny():
+    """Run a tiny recipe in this process: run_tiny(folder, "key=value", ...) -> results."""
+
+    def run(folder, *words, recipe="mae"):
+        from sslvision.stage_one import pretrain
+
+        given = {word.split("=")[0] for word in words}
+        kept = [word for word in TINY if word.split("=")[0] not in given]
+        settings = config.tree(config.prepare([f"recipe={recipe}", *kept, *words]))
+        return pretrain(settings, Path(folder), words)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Call the command line in a process of its own: command("recipe=mae", ..., cwd=...) -> CompletedProcess."""
+
+    def call(*words, cwd, timeout=300, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "sslvision.pretrain", *words],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, "COLUMNS": "200", "WANDB_MODE": "offline", **environment},
+        )
+
+    return call

@@ -1,0 +1,113 @@
+"""The command line: what it means, and what it refuses in words before any work."""
+
+import pytest
+
+from sslvision import config
+from sslvision.errors import UsageError
+
+
+def composed(*words):
+    return config.tree(config.prepare(["recipe=mae", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipe=mea"], r"recipe=mea is unknown.*Did you mean recipe=mae\?"),
+        ([], r"No recipe: say recipe=NAME, one of .*mae_vitb16_in1k"),
+        (["recipe=nowhere/own.yaml"], r"nowhere/own.yaml: there is no such file"),
+        (["recipe=mae", "lr=abc"], r"lr=abc is not a number"),
+        (["recipe=mae", "epochs=2.5"], r"epochs=2.5 is not a whole number"),
+        (["recipe=mae", "epochs=0"], r"epochs=0 is too small"),
+        (["recipe=mae", "lr=-1"], r"lr=-1.0 must be a number above 0"),
+        (["recipe=mae", "epohcs=3"], r"no setting epohcs\. Did you mean epochs"),
+        (["recipe=mae", "mask_ration=0.5"], r"no setting mask_ration\. Did you mean method\.mask_ratio"),
+        (["recipe=mae", "+dead=1"], r"no setting dead"),
+        (["recipe=mae", "max_epochs=3"], r"no setting max_epochs; use epochs"),
+        (["recipe=mae", "trainer.max_epochs=3"], r"trainer.max_epochs; use epochs|trainer.max_epochs is set"),
+        (["recipe=mae", "trainer.devicess=2"], r"Did you mean trainer\.devices\?"),
+        (["recipe=mae", "data.rot=x", "data=folder"], r"Did you mean data\.root\?"),
+        (["recipe=mae", "data=foldr"], r"Did you mean data=folder\?"),
+        (["recipe=mae", "epochs=3", "epochs=4"], r"epochs is given twice"),
+        (["recipe=mae", "crop_scale=[0.1]"], r"crop_scale=\[0\.1\] has 1 values; 2 are needed"),
+        (["recipe=mae", "crop_scale=0.1"], r"not a list"),
+        (["recipe=mae", "norm_pix=maybe"], r"norm_pix=maybe is not true or false"),
+        (["recipe=mae", "logger=wandbb"], r"logger=wandbb is unknown.*Did you mean wandb\?"),
+        (["recipe=mae", "name=../../x"], r"not a plain folder name"),
+        (["recipe=mae", "method._target_=sslvision.methods.nope.Nope"], r"cannot be imported"),
+        (["recipe=mae", "epochs"], r"key=value"),
+        (["-m", "recipe=mae", "epochs=3,0"], r"epochs=0 is too small"),
+        (["-m", "recipe=mae,mea"], r"recipe=mea is unknown"),
+    ],
+)
+def test_a_command_line_that_cannot_be_meant_is_refused_with_what_may_be(words, message):
+    with pytest.raises(UsageError, match=message):
+        config.prepare(words)
+
+
+def test_a_methods_settings_may_be_written_short():
+    assert composed("mask_ratio=0.6").method["mask_ratio"] == 0.6
+    assert composed("method.mask_ratio=0.6").method["mask_ratio"] == 0.6
+
+
+def test_settings_the_recipe_does_not_mention_can_be_given():
+    run = composed(
+        "trainer.devices=2", "trainer.strategy=ddp", "min_lr=1e-6", "backbone.reg_tokens=4", "data.workers=0"
+    )
+    assert run.trainer["devices"] == 2
+    assert run.trainer["strategy"] == "ddp"
+    assert run.method["min_lr"] == 1e-6
+    assert run.backbone["reg_tokens"] == 4
+    assert run.data["workers"] == 0
+
+
+def test_the_learning_rate_is_the_base_rate_times_the_batch_over_256_unless_it_is_given():
+    assert composed("base_lr=1e-3", "batch_size=64").peak_lr == pytest.approx(2.5e-4)
+    assert composed("base_lr=1e-3", "batch_size=64", "lr=0.1").peak_lr == 0.1
+
+
+def test_another_data_source_replaces_the_recipes_own():
+    run = composed("data=folder", "data.root=photos")
+    assert run.data["_target_"] == "sslvision.data.folder.open_folder"
+    assert run.data["root"] == "photos"
+    assert run.data["channels"] == 3
+
+
+def test_a_recipe_of_ones_own_is_given_by_its_path(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        (config.RECIPES / "pretrain" / "mae.yaml").read_text().replace("mask_ratio: 0.75", "mask_ratio: 0.8")
+    )
+    run = config.tree(config.prepare([f"recipe={own}", "epochs=7"]))
+    assert run.method["mask_ratio"] == 0.8
+    assert run.epochs == 7
+
+
+def test_an_unknown_key_in_a_recipe_of_ones_own_is_refused(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text((config.RECIPES / "pretrain" / "mae.yaml").read_text() + "batch_sise: 3\n")
+    with pytest.raises(UsageError, match="Did you mean batch_size"):
+        config.prepare([f"recipe={own}"])
+
+
+def test_flags_and_their_values_are_left_to_hydra():
+    assert config.prepare(["recipe=mae", "--cfg", "job"]) == ["--cfg", "job", "recipe=mae"]
+
+
+@pytest.mark.parametrize("name", config.recipes())
+def test_every_recipe_says_what_it_is(name):
+    run = config.tree(config.prepare([f"recipe={name}"]))
+    assert run.about
+    if name.endswith("in1k"):
+        assert "not yet measured here" in run.reference
+        assert run.data["_target_"].endswith("open_folder")
+
+
+def test_the_imagenet_recipes_hold_the_papers_values():
+    for name in ("mae_vitb16_in1k", "mae_vitl16_in1k"):
+        run = config.tree(config.prepare([f"recipe={name}"]))
+        assert (run.epochs, run.batch_size, run.base_lr, run.peak_lr) == (800, 4096, 1.5e-4, 2.4e-3)
+        method = run.method
+        assert (method["mask_ratio"], method["norm_pix"], method["warmup_epochs"]) == (0.75, True, 40)
+        assert (method["decoder_width"], method["decoder_depth"], method["decoder_heads"]) == (512, 8, 16)
+        assert (method["weight_decay"], method["betas"], method["crop_scale"]) == (0.05, (0.9, 0.95), (0.2, 1.0))

@@ -1,0 +1,292 @@
+"""Stage one from end to end: what a run leaves behind, what it refuses, and how it goes on."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from sslvision.config import recipes
+from sslvision.errors import DataError, Diverged, UsageError
+from sslvision.methods.mae import MAE
+
+
+@pytest.fixture(scope="module")
+def finished(run_tiny, tmp_path_factory):
+    """A finished tiny run: its folder and what it returned."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    return folder, run_tiny(folder)
+
+
+def table(file):
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def checkpoint_of(folder):
+    return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def test_the_run_folder_explains_itself(finished):
+    folder, results = finished
+    written = json.loads((folder / "results.json").read_text())
+    assert written == results
+    for name in ("knn_top1", "linear_top1", "untrained_knn_top1", "untrained_linear_top1", "pixels_knn_top1"):
+        assert 0 <= written[name] <= 100
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["batch_size"] == 2500
+    assert settings["method"]["mask_ratio"] == 0.75
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
+    assert environment["cores"] >= 1
+    assert "recipe=mae" in environment["command"] or "sslvision.pretrain" in environment["command"]
+    readme = (folder / "README.md").read_text()
+    for file in ("results.json", "config.yaml", "environment.json", "metrics.csv", "checkpoints/last.ckpt", "export/"):
+        assert file in readme
+        assert (folder / file).exists()
+    for figure in ("reconstructions.png", "learning_curve.png"):
+        with Image.open(folder / "figures" / figure) as image:
+            assert min(image.size) > 300
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_every_update_is_in_the_metrics_with_the_rate_the_schedule_says(finished):
+    folder, _ = finished
+    rows = table(folder / "metrics.csv")
+    rates = {int(row["step"]): float(row["lr"]) for row in rows if row["lr"]}
+    peak = max(rates.values())
+    assert sorted(rates) == list(range(1, 9))
+    assert [rates[step] / peak for step in (1, 2, 3, 4)] == pytest.approx([0.0, 0.25, 0.5, 0.75])
+    assert rates[5] == peak
+    assert rates[8] < 0.2 * peak
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert losses[-1] < losses[0]
+
+
+def test_both_ways_of_timm_load_the_export_and_give_the_features_of_the_trained_backbone(finished):
+    folder, _ = finished
+    state = checkpoint_of(folder)["state_dict"]
+    exported = load_file(folder / "export" / "model.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"backbone.model.{name}"]), name
+    images = torch.randn(3, 1, 32, 32)
+    knowing_nothing = timm.create_model(f"local-dir:{folder / 'export'}", pretrained=True, num_classes=0).eval()
+    written = json.loads((folder / "export" / "config.json").read_text())
+    plain = timm.create_model(
+        written["architecture"],
+        num_classes=0,
+        checkpoint_path=str(folder / "export" / "model.safetensors"),
+        **written["model_args"],
+    ).eval()
+    assert torch.equal(knowing_nothing(images), plain(images))
+    with_head = timm.create_model(f"local-dir:{folder / 'export'}", pretrained=True, num_classes=7)
+    assert with_head(images).shape == (3, 7)
+    assert knowing_nothing.pretrained_cfg["mean"] == pytest.approx(state["normalize.mean"].tolist())
+    assert torch.equal(plain.blocks[0].mlp.fc1.weight, state["backbone.model.blocks.0.mlp.fc1.weight"])
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, run_tiny, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    run_tiny(again)
+    run_tiny(other, "seed=1")
+    first = checkpoint_of(finished[0])["state_dict"]
+    assert all(torch.equal(value, first[name]) for name, value in checkpoint_of(again)["state_dict"].items())
+    name = "backbone.model.blocks.0.mlp.fc1.weight"
+    assert not torch.equal(checkpoint_of(other)["state_dict"][name], first[name])
+
+
+def test_a_run_that_broke_goes_on_as_if_it_had_not(finished, run_tiny, tmp_path, monkeypatch):
+    folder = tmp_path / "broken"
+
+    def break_down(self, clock):
+        if clock.step == 5:  # the second epoch's second update
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MAE, "after_update", break_down)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run_tiny(folder)
+    with pytest.raises(UsageError, match="resume=auto"):
+        run_tiny(folder)
+    run_tiny(folder, "resume=auto")
+    uninterrupted = checkpoint_of(finished[0])["state_dict"]
+    for name, value in checkpoint_of(folder)["state_dict"].items():
+        assert torch.equal(value, uninterrupted[name]), name
+    steps = [row["step"] for row in table(folder / "metrics.csv") if row["loss"]]
+    assert steps == [str(step) for step in range(1, 9)]
+
+
+def test_weights_are_taken_from_another_run_or_an_export_and_refused_where_they_do_not_fit(
+    finished, run_tiny, tmp_path
+):
+    folder, _ = finished
+    trained = checkpoint_of(folder)["state_dict"]
+    results = {}
+    for source in (folder, folder / "export"):
+        target = tmp_path / source.name
+        # With a rate of nearly nothing the weights stay where they began.
+        results[source.name] = run_tiny(target, f"init_from={source}", "lr=1e-12", "epochs=1")
+        state = checkpoint_of(target)["state_dict"]
+        name = "backbone.model.blocks.0.mlp.fc1.weight"
+        assert torch.allclose(state[name], trained[name], atol=1e-8)
+    decoder = "decoder_pred.weight"
+    assert torch.allclose(checkpoint_of(tmp_path / folder.name)["state_dict"][decoder], trained[decoder], atol=1e-8)
+    assert not torch.allclose(checkpoint_of(tmp_path / "export")["state_dict"][decoder], trained[decoder], atol=1e-3)
+    with pytest.raises(UsageError, match=r"do not fit.*there and .* here"):
+        run_tiny(tmp_path / "x", f"init_from={folder}", "backbone.embed_dim=16")
+    with pytest.raises(UsageError, match="holds no weights"):
+        run_tiny(tmp_path / "x", f"init_from={tmp_path}")
+
+
+def test_a_used_folder_is_refused_and_emptied_only_if_it_is_a_runs(finished, run_tiny, tmp_path):
+    used = tmp_path / "used"
+    shutil.copytree(finished[0], used)
+    (used / "old.txt").write_text("of the run before")
+    with pytest.raises(UsageError, match=r"in use.*overwrite=true"):
+        run_tiny(used)
+    run_tiny(used, "overwrite=true", "epochs=1")
+    assert not (used / "old.txt").exists()
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "thesis.txt").write_text("dear")
+    with pytest.raises(UsageError, match="not the folder of a run"):
+        run_tiny(private, "overwrite=true")
+    assert (private / "thesis.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_in_words(run_tiny, tmp_path):
+    with pytest.raises(Diverged, match="Lower the learning rate"):
+        run_tiny(tmp_path / "run", "lr=1e18", "warmup_epochs=0")
+
+
+def test_fewer_images_than_a_batch_are_refused_before_the_folder_is_made(run_tiny, tmp_path):
+    with pytest.raises(DataError, match=r"10000 images.*batch of 20000"):
+        run_tiny(tmp_path / "run", "batch_size=20000")
+    assert not (tmp_path / "run").exists()
+
+
+def photographs(folder, count, broken):
+    """Mixed files in class folders: JPEG and PNG, grey and colour, big and small, some of them damaged."""
+    random = np.random.default_rng(0)
+    for number in range(count):
+        place = folder / ("cats" if number % 2 else "dogs")
+        place.mkdir(parents=True, exist_ok=True)
+        size = tuple(random.integers(20, 90, 2)) + ((3,) if number % 3 else ())
+        image = Image.fromarray(random.integers(0, 256, size, dtype=np.uint8))
+        image.save(place / f"{number}.{'png' if number % 5 == 0 else 'jpg'}")
+        if number < broken:
+            (place / f"broken{number}.jpg").write_bytes(b"" if number % 2 else b"\xff\xd8 not a picture")
+
+
+def test_a_folder_with_broken_images_trains_and_names_them(run_tiny, tmp_path):
+    photographs(tmp_path / "images", count=60, broken=4)
+    results = run_tiny(
+        tmp_path / "run",
+        "data=folder",
+        f"data.root={tmp_path / 'images'}",
+        "data.workers=1",
+        "batch_size=20",
+        "epochs=4",
+    )
+    assert 0 <= results["knn_top1"] <= 100
+    named = {row["image"]: row["reason"] for row in table(tmp_path / "run" / "unreadable.csv")}
+    assert named
+    assert all("broken" in image and reason for image, reason in named.items())
+
+
+def test_too_many_broken_images_end_the_run_with_their_names(run_tiny, tmp_path):
+    photographs(tmp_path / "images", count=40, broken=20)
+    with pytest.raises(DataError, match=r"max_unreadable.*broken"):
+        run_tiny(
+            tmp_path / "run",
+            "data=folder",
+            f"data.root={tmp_path / 'images'}",
+            "data.workers=0",
+            "batch_size=20",
+            "epochs=9",
+        )
+
+
+def test_a_folder_without_labels_trains_without_scores(run_tiny, tmp_path):
+    photographs(tmp_path / "images" / "all", count=40, broken=0)
+    results = run_tiny(
+        tmp_path / "run",
+        "data=folder",
+        f"data.root={tmp_path / 'images'}",
+        "data.workers=0",
+        "batch_size=20",
+        "data.channels=1",
+    )
+    assert "loss" in results
+    assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, tmp_path):
+    photographs(tmp_path / "images" / "train", count=40, broken=0)
+    photographs(tmp_path / "images" / "val", count=12, broken=0)
+    small = ["backbone.depth=1", "backbone.embed_dim=32", "backbone.num_heads=2", "decoder_depth=1", "batch_size=8"]
+    folder = [f"data.root={tmp_path / 'images'}", "data.workers=0"] if recipe.endswith("in1k") else []
+    done = command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "linear probe" in done.stdout
+    results = json.loads((tmp_path / "run-dry-run" / "results.json").read_text())
+    assert results["loss"] > 0
+    assert checkpoint_of(tmp_path / "run-dry-run")["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["recipe=mae", "mask_ratio=1.5"], "mask_ratio=1.5 is out of range"),
+        (["recipe=mea"], "Did you mean recipe=mae?"),
+        (["recipe=mae", "lr=abc"], "lr=abc is not a number"),
+    ],
+)
+def test_a_wrong_word_ends_with_code_2_and_one_message(words, message, command, tmp_path):
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_sweep_runs_every_point_in_a_folder_of_its_own(command, tiny_settings, tmp_path):
+    words = ["-m", "recipe=mae", "mask_ratio=0.5,0.75", "output_dir=sweep", "dry_run=true", *tiny_settings]
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ratios = [
+        yaml.safe_load(file.read_text())["method"]["mask_ratio"] for file in sorted(tmp_path.glob("sweep*/config.yaml"))
+    ]
+    assert ratios == [0.5, 0.75]
+
+
+def test_two_processes_train_one_run(command, tiny_settings, finished, tmp_path):
+    words = ["recipe=mae", "output_dir=run", "trainer.devices=2", "trainer.strategy=ddp", *tiny_settings]
+    done = command(*words, cwd=tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("global batch") == 1
+    assert "1250 x 2 device(s)" in done.stdout
+    one, two = checkpoint_of(finished[0])["state_dict"], checkpoint_of(tmp_path / "run")["state_dict"]
+    for name, value in two.items():
+        # A key's bias has no gradient but rounding, which Adam makes as large as any.
+        differing = value - one[name]
+        if name.endswith("qkv.bias"):
+            queries, _, values = differing.chunk(3)
+            differing = torch.cat([queries, values])
+        assert differing.abs().max() <= 1e-3, name
+
+
+def test_weights_and_biases_without_a_key_stays_offline(run_tiny, tmp_path, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run_tiny(tmp_path / "run", "logger=wandb", "epochs=1")
+    assert list((tmp_path / "run").glob("wandb/offline-run-*"))
