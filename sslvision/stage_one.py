@@ -12,7 +12,7 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
-from timm.layers import set_fused_attn
+from rich.markup import escape
 
 from sslvision.backbones.build import build_backbone
 from sslvision.data.base import Splits
@@ -28,7 +28,7 @@ from sslvision.training.metrics import MetricsCSV, read_metrics
 from sslvision.training.pictures import learning_curve_figure
 from sslvision.training.progress import Progress
 from sslvision.training.report import print_configuration, print_scores
-from sslvision.training.trainer import build_loggers, build_trainer, trains_on_cpu
+from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
 
 
 def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -47,10 +47,8 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
             images turn out unreadable, and Diverged when the loss is no longer finite.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
-    torch.set_float32_matmul_precision("high")  # TF32 where there is such a thing
     hush_lightning()
-    # On a CPU two batched products beat the fused kernel, which is made for long sequences (in bf16 tenfold).
-    set_fused_attn(not trains_on_cpu(config.trainer.get("accelerator", "auto")))
+    choose_kernels(config.trainer.get("accelerator", "auto"))
     method = build_method(config)
     weights = load_weights(method, config.init_from) if config.init_from else "random"
     splits = open_splits(config.data)
@@ -85,10 +83,15 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     if not trainer.is_global_zero:
         return {}
     seconds = time.perf_counter() - started
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, UnreadableImages) and watcher.found:
+            console.print(f"[yellow]{escape(watcher.summary())}[/]")
     console.print("\nTraining is done; now the backbone is exported and evaluated.")
     results = finish(config, folder, data, trainer, console)
     results |= {"training_seconds": round(seconds, 1), "seconds": round(time.perf_counter() - started, 1)}
     run_folder.write_json(folder / "results.json", results)
+    if left := close_loggers(trainer.loggers, folder):
+        console.print(left)
     console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
     return results
 
@@ -100,6 +103,7 @@ def hush_lightning() -> None:
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
         ".*does not have many workers.*",  # images in memory need none
+        ".*smaller than the logging interval.*",  # the last update is always logged
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -212,45 +216,44 @@ def effective_configuration(
 
 
 def finish(config: Pretrain, folder: Path, data: ImageData, trainer: L.Trainer, console: Console) -> dict[str, Any]:
-    """Export what the last checkpoint holds, then evaluate it beside the same backbone untrained and raw pixels."""
+    """Export what the last checkpoint holds, picture it, and say how good it is."""
     splits, device = data.splits, trainer.strategy.root_device
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     method = build_method(config)
     method.load_state_dict(checkpoint["state_dict"])
-    export_backbone(
-        method.pretrained(),
-        folder / "export",
-        options=config.backbone,
-        mean=method.normalize.mean.tolist(),
-        std=method.normalize.std.tolist(),
-    )
+    mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
+    export_backbone(method.pretrained(), folder / "export", options=config.backbone, mean=mean, std=std)
     method.to(device)
     if splits.test is not None:
         draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)
-    metrics = read_metrics(folder / "metrics.csv")
-    results: dict[str, Any] = {
-        "loss": next((loss for loss in reversed(metrics.get("loss", [])) if loss is not None), None)
-    }
+    scores: dict[str, float] = {}
     if has_labels(splits):
-        settings: dict[str, Any] = {
-            "at_most": 256 if config.dry_run else config.evaluate_images,
-            "workers": data.workers,
-        }
-        backbones = {"pretrained": method.pretrained(), "the same, untrained": build_method(config).pretrained()}
-        rows = {
-            name: evaluate_backbone(backbone.to(device), method.normalize, splits, **settings)
-            for name, backbone in backbones.items()
-        }
-        rows["raw pixels"] = evaluate_pixels(splits, **settings)
-        for prefix, scores in zip(("", "untrained_", "pixels_"), rows.values(), strict=True):
-            results |= {f"{prefix}{name}": round(score, 2) for name, score in scores.items()}
+        rows = score(config, method, data, precision=compute_dtype(trainer))
         print_scores(console, rows, title=f"How good are the features, on {splits.train.name}?")
+        for prefix, row in zip(("", "untrained_", "pixels_"), rows.values(), strict=True):
+            scores |= {f"{prefix}{name}": round(value, 2) for name, value in row.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(scores, step=trainer.global_step)
     else:
-        console.print(
-            f"{splits.train.name} has no labels (class folders), so there is nothing to score the features by."
-        )
+        console.print(f"{splits.train.name} has no labels (class folders), so there is nothing to score features by.")
+    metrics = read_metrics(folder / "metrics.csv")
     figure = learning_curve_figure(
-        metrics, title=config.about or folder.name, untrained_knn=results.get("untrained_knn_top1")
+        metrics, title=config.about or folder.name, untrained_knn=scores.get("untrained_knn_top1")
     )
     figure.savefig(folder / "figures" / "learning_curve.png")
-    return results
+    losses = [loss for loss in metrics.get("loss", []) if loss is not None]
+    return {"loss": losses[-1] if losses else None, **scores}
+
+
+def score(config: Pretrain, method: Method, data: ImageData, *, precision: torch.dtype) -> dict[str, dict[str, float]]:
+    """Return the scores of the pretrained backbone, of the same one untrained, and of raw pixels."""
+    settings: dict[str, Any] = {
+        "at_most": 256 if config.dry_run else config.evaluate_images,
+        "workers": data.workers,
+    }
+    untrained = build_method(config).pretrained().to(method.device)
+    rows = {
+        name: evaluate_backbone(backbone, method.normalize, data.splits, precision=precision, **settings)
+        for name, backbone in (("pretrained", method.pretrained()), ("the same, untrained", untrained))
+    }
+    return rows | {"raw pixels": evaluate_pixels(data.splits, **settings)}

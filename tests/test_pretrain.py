@@ -202,7 +202,7 @@ def test_a_folder_with_broken_images_trains_and_names_them(run_tiny, tmp_path):
 
 def test_too_many_broken_images_end_the_run_with_their_names(run_tiny, tmp_path):
     photographs(tmp_path / "images", count=40, broken=20)
-    with pytest.raises(DataError, match=r"max_unreadable.*broken"):
+    with pytest.raises(DataError, match=r"broken.*more than data.max_unreadable=0.1"):
         run_tiny(
             tmp_path / "run",
             "data=folder",
@@ -284,9 +284,10 @@ def test_two_processes_train_one_run(command, tiny_settings, finished, tmp_path)
         assert differing.abs().max() <= 1e-3, name
 
 
-def test_weights_and_biases_without_a_key_stays_offline(run_tiny, tmp_path, monkeypatch):
+def test_weights_and_biases_without_a_key_stays_offline_and_says_how_to_sync(run_tiny, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     run_tiny(tmp_path / "run", "logger=wandb", "epochs=1")
     assert list((tmp_path / "run").glob("wandb/offline-run-*"))
+    assert f"wandb sync {tmp_path}/run/wandb/offline-run-*" in capsys.readouterr().out.replace("\n", "")

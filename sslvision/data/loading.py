@@ -80,7 +80,10 @@ def evaluation_loader(
 ) -> DataLoader[Any]:
     """Return a loader of (places (B,), images (B, C, size, size) uint8); unreadable images are left out."""
     return DataLoader(
-        EvaluationImages(source, size, places), batch_size=batch_size, num_workers=workers, collate_fn=_collate_readable
+        EvaluationImages(source, size, places),
+        batch_size=batch_size,
+        num_workers=0 if source.images is not None else workers,
+        collate_fn=_collate_readable,
     )
 
 
@@ -96,8 +99,6 @@ def training_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=_one_thread,
-        multiprocessing_context="forkserver" if workers > 0 else None,
     )
 
 
@@ -111,7 +112,3 @@ def _collate_readable(items: list[tuple[int, Tensor | None, str]]) -> tuple[Tens
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # workers share the machine: more threads each only get in one another's way

@@ -25,7 +25,14 @@ def has_labels(splits: Splits) -> bool:
 
 
 def evaluate_backbone(
-    backbone: Backbone, normalize: Normalize, splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0
+    backbone: Backbone,
+    normalize: Normalize,
+    splits: Splits,
+    *,
+    at_most: int,
+    seed: int = 0,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
     """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features.
 
@@ -36,9 +43,12 @@ def evaluate_backbone(
         at_most: training images used, drawn if there are more.
         seed: of the draw and of the probe's held-out part.
         workers: loader processes.
+        precision: of the backbone's matrix products.
     """
     return _evaluate(
-        lambda source, places: extract_features(backbone, normalize, source, places, workers=workers),
+        lambda source, places: extract_features(
+            backbone, normalize, source, places, workers=workers, precision=precision
+        ),
         splits,
         at_most=at_most,
         seed=seed,

@@ -22,6 +22,7 @@ def extract_features(
     *,
     batch_size: int = 500,
     workers: int = 0,
+    precision: torch.dtype = torch.float32,
     rank: int = 0,
     world: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -34,6 +35,7 @@ def extract_features(
         places: which of them.
         batch_size: images per forward pass.
         workers: loader processes.
+        precision: of the matrix products; bfloat16 where training has it too.
         rank, world: with several processes each encodes its share, and all get everything.
 
     Returns:
@@ -47,7 +49,7 @@ def extract_features(
     try:
         for where, images in loader:
             if len(where):
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
                     encoded = backbone(normalize(images.to(device, non_blocking=True)))  # (B, D)
                 found.append(where)
                 features.append(encoded.float().cpu())

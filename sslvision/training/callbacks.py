@@ -6,8 +6,8 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
+import torch.distributed
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from sslvision.data.base import Source, Splits
@@ -18,6 +18,7 @@ from sslvision.downstream.knn import knn_top
 from sslvision.errors import DataError
 from sslvision.methods.base import Method
 from sslvision.training.pictures import picture_figure
+from sslvision.training.trainer import compute_dtype
 
 PICTURED = 16  # held-out images in a picture
 
@@ -25,7 +26,7 @@ PICTURED = 16  # held-out images in a picture
 class UnreadableImages(Callback):
     """Count, name and bound the images that cannot be read.
 
-    Each process watches its own share. The names go to unreadable.csv at once, a line each.
+    Each process watches its own share; the first one gathers and writes the names after every epoch, and at the end.
 
     Args:
         source: the training images.
@@ -35,35 +36,46 @@ class UnreadableImages(Callback):
 
     def __init__(self, source: Source, file: Path, max_unreadable: float):
         self.source, self.file, self.max_unreadable = source, file, max_unreadable
-        self.found: dict[int, str] = {}
+        self.found: dict[int, str] = {}  # place: reason
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Take note of what the loader could not read for this batch."""
-        news = {place: reason for place, reason in batch.unreadable if place not in self.found}
-        if not news:
-            return
-        self.found |= news
-        self._write(news)
-        if not batch.crops or len(self.found) > self.max_unreadable * len(self.source):
-            examples = "; ".join(
-                f"{self.source.describe(place)}: {reason}" for place, reason in list(self.found.items())[:3]
-            )
+        """Take note of what the loader could not read for this batch.
+
+        Raises:
+            DataError: too many, or none that could stand in.
+        """
+        self.found.update(batch.unreadable)
+        if batch.unreadable and (not batch.crops or len(self.found) > self.max_unreadable * len(self.source)):
+            self._write()
             raise DataError(
-                f"{len(self.found)} of {len(self.source)} images cannot be read, more than data.max_unreadable="
-                f"{self.max_unreadable:g} allows. For example {examples}. All are named in {self.file}: mend or remove them, "
-                "or raise data.max_unreadable."
+                f"{self.summary()} That is more than data.max_unreadable={self.max_unreadable:g} of them: mend or remove "
+                "them, or raise data.max_unreadable."
             )
 
-    @rank_zero_only
-    def _write(self, news: dict[int, str]) -> None:
-        new_file = not self.file.exists()
-        with open(self.file, "a", newline="") as file:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Gather and write the names."""
+        if trainer.world_size > 1:
+            shares: list[dict[int, str]] = [{}] * trainer.world_size
+            torch.distributed.all_gather_object(shares, self.found)
+            self.found = {place: reason for share in shares for place, reason in share.items()}
+        if self.found and trainer.is_global_zero:
+            self._write()
+
+    def summary(self) -> str:
+        """Return in words how many could not be read, the first of them by name, and where all are named."""
+        examples = [f"{self.source.describe(place)} ({reason})" for place, reason in sorted(self.found.items())[:3]]
+        return (
+            f"{len(self.found)} of {len(self.source)} images cannot be read and others stood in for them: "
+            f"{', '.join(examples)}{', ...' if len(self.found) > 3 else ''}; all are named in {self.file}."
+        )
+
+    def _write(self) -> None:
+        with open(self.file, "w", newline="") as file:
             rows = csv.writer(file)
-            if new_file:
-                rows.writerow(["image", "reason"])
-            rows.writerows([self.source.describe(place), reason] for place, reason in news.items())
+            rows.writerow(["image", "reason"])
+            rows.writerows([self.source.describe(place), reason] for place, reason in sorted(self.found.items()))
 
 
 class OnlineKNN(Callback):
@@ -76,7 +88,7 @@ class OnlineKNN(Callback):
         workers: loader processes.
     """
 
-    def __init__(self, splits: Splits, *, every_epochs: int, at_most: int = 5_000, workers: int = 0):
+    def __init__(self, splits: Splits, *, every_epochs: int, at_most: int = 10_000, workers: int = 0):
         self.splits, self.every_epochs, self.workers = splits, every_epochs, workers
         self.places = [chosen_places(source, at_most, seed=0) for source in splits if source is not None]
 
@@ -97,6 +109,7 @@ class OnlineKNN(Callback):
                 source,
                 places,
                 workers=self.workers,
+                precision=compute_dtype(trainer),
                 rank=trainer.global_rank,
                 world=trainer.world_size,
             )
@@ -140,7 +153,7 @@ def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[An
     for name, columns in pictures.items():
         file = folder / f"{name}.png"
         shown = [(heading, images.cpu()) for heading, images in columns]
-        figure = picture_figure(shown, title=f"{name}, held-out images, step {step:,}")
+        figure = picture_figure(shown, title=f"{name.capitalize()} of held-out images, step {step:,}")
         figure.savefig(file)
         for logger in loggers:
             _log_picture(logger, name, file, step)

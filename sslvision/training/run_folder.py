@@ -31,7 +31,7 @@ Made by `{command}`.
 | metrics.csv | loss, learning rate, k-NN accuracy by step |
 | figures/ | reconstructions of held-out images, learning curve |
 | checkpoints/last.ckpt | all that `resume=auto` needs to go on |
-| export/ | the backbone for use: `timm.create_model("local-dir:{name}/export", pretrained=True, num_classes=0)` |
+| export/ | the backbone for use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
 | unreadable.csv | images that could not be read, if there were any |
 """
 
@@ -64,7 +64,7 @@ def describe(folder: Path, config: dict[str, Any], words: Sequence[str]) -> None
         words: the command line's.
     """
     command = shlex.join(["python", "-m", "sslvision.pretrain", *words])
-    (folder / "README.md").write_text(CONTENTS.format(name=folder.name, command=command))
+    (folder / "README.md").write_text(CONTENTS.format(name=folder.name, folder=folder, command=command))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", environment(command))
 

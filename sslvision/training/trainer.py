@@ -11,6 +11,7 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from timm.layers import set_fused_attn
 
 from sslvision.errors import UsageError
 from sslvision.training.checkpoint import AtomicCheckpoints
@@ -70,11 +71,30 @@ def build_trainer(
 
 
 def _precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bf16 where the hardware has units for it: elsewhere it is no faster, and on a plain CPU a hundred times slower."""
+    """bf16 where the hardware has units for it; on a CPU without them it is a hundred times slower."""
     if trains_on_cpu(accelerator):
-        features = torch.cpu.get_capabilities()
-        return "bf16-mixed" if features.get("avx512_bf16") or features.get("amx_bf16") else "32-true"
+        return "bf16-mixed" if _cpu_has_bf16() else "32-true"
     return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _cpu_has_bf16() -> bool:
+    features = torch.cpu.get_capabilities()
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def choose_kernels(accelerator: str) -> None:
+    """Choose the faster of equivalent kernels, for the whole process."""
+    on_cpu = trains_on_cpu(accelerator)
+    # On a CPU two batched products beat the fused kernel, which is made for long sequences (in bf16 tenfold).
+    set_fused_attn(not on_cpu)
+    # "high" is TF32 on a GPU. On a CPU without bf16 units "medium" changes no digit, but has oneDNN multiply in place of
+    # MKL, which is slow on other makers' chips; with such units training is in bf16 and the rest stays exact.
+    torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if _cpu_has_bf16() else "medium")
+
+
+def compute_dtype(trainer: L.Trainer) -> torch.dtype:
+    """Return the type in which the trainer's precision has matrix products computed."""
+    return torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
 
 
 def trains_on_cpu(accelerator: str) -> bool:
@@ -106,6 +126,21 @@ def build_loggers(kind: str, folder: Path, config: dict[str, Any]) -> list[Logge
             )
         )
     return loggers
+
+
+def close_loggers(loggers: list[Logger], folder: Path) -> str:
+    """End the logging of a run, so that the next one of a sweep begins its own; return what is left for a person to do."""
+    from pytorch_lightning.loggers import WandbLogger
+
+    left = ""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+            if not wandb_online():
+                left = (
+                    f"W&B was offline, as there is no key; this sends the run: wandb sync {folder}/wandb/offline-run-*"
+                )
+    return left
 
 
 def wandb_online() -> bool:

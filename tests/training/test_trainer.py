@@ -1,0 +1,53 @@
+import pytest
+import torch
+
+from sslvision.errors import UsageError
+from sslvision.training.trainer import build_loggers, build_trainer, wandb_online
+
+
+def build(folder, **options):
+    return build_trainer(folder=folder, epochs=3, dry_run=False, loggers=[], callbacks=[], options=options)
+
+
+def test_what_the_person_says_wins_over_the_defaults(tmp_path):
+    trainer = build(tmp_path, accelerator="cpu", precision="64-true", accumulate_grad_batches=4)
+    assert trainer.precision == "64-true"
+    assert trainer.accumulate_grad_batches == 4
+    assert trainer.max_epochs == 3
+
+
+def test_a_cpu_trains_in_bf16_only_if_it_has_units_for_it(tmp_path, monkeypatch):
+    for units, precision in (
+        ({}, "32-true"),
+        ({"avx512_bf16": True}, "bf16-mixed"),
+        ({"amx_bf16": True}, "bf16-mixed"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        assert build(tmp_path, accelerator="cpu").precision == precision
+
+
+def test_what_lightning_refuses_is_a_usage_error(tmp_path):
+    with pytest.raises(UsageError, match="accelerator=abacus"):
+        build(tmp_path, accelerator="abacus")
+
+
+def test_weights_and_biases_goes_online_only_with_a_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert not wandb_online()
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert wandb_online()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    assert not wandb_online()
+    (tmp_path / ".netrc").unlink()
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "x")
+    assert wandb_online()
+
+
+def test_a_logger_whose_package_is_missing_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install"):
+        build_loggers("tensorboard", tmp_path, {})
