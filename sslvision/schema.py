@@ -172,10 +172,12 @@ def locate(section: str, target: Any) -> Callable[..., Any]:
 
 def fit(key: str, value: Any, kind: Any) -> Any:
     """Return `value` as the type `kind`, or say why it is not one. Types beyond plain ones are left to their owner."""
+    if value is None:
+        if kind in (Any, inspect.Parameter.empty) or isinstance(kind, str) or type(None) in typing.get_args(kind):
+            return None
+        raise UsageError(f"{key} is not given, and it is needed: say {key}=...")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
         kinds = [argument for argument in arguments if argument is not type(None)]
         return fit(key, value, kinds[0]) if len(kinds) == 1 else value
     if origin is Literal:

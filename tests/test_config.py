@@ -33,6 +33,8 @@ def composed(*words):
         (["recipe=mae", "crop_scale=0.1"], r"not a list"),
         (["recipe=mae", "norm_pix=maybe"], r"norm_pix=maybe is not true or false"),
         (["recipe=mae", "logger=wandbb"], r"logger=wandbb is unknown.*Did you mean wandb\?"),
+        (["recipe=mae_vitb16_in1k"], r"data\.root is not given"),
+        (["recipe=mae", "epochs=null"], r"epochs is not given"),
         (["recipe=mae", "name=../../x"], r"not a plain folder name"),
         (["recipe=mae", "method._target_=sslvision.methods.nope.Nope"], r"cannot be imported"),
         (["recipe=mae", "epochs"], r"key=value"),
@@ -96,7 +98,9 @@ def test_flags_and_their_values_are_left_to_hydra():
 
 @pytest.mark.parametrize("name", config.recipes())
 def test_every_recipe_says_what_it_is(name):
-    run = config.tree(config.prepare([f"recipe={name}"]))
+    run = config.tree(
+        config.prepare([f"recipe={name}", "data.root=x"] if name.endswith("in1k") else [f"recipe={name}"])
+    )
     assert run.about
     if name.endswith("in1k"):
         assert "not yet measured here" in run.reference
@@ -105,7 +109,7 @@ def test_every_recipe_says_what_it_is(name):
 
 def test_the_imagenet_recipes_hold_the_papers_values():
     for name in ("mae_vitb16_in1k", "mae_vitl16_in1k"):
-        run = config.tree(config.prepare([f"recipe={name}"]))
+        run = config.tree(config.prepare([f"recipe={name}", "data.root=x"]))
         assert (run.epochs, run.batch_size, run.base_lr, run.peak_lr) == (800, 4096, 1.5e-4, 2.4e-3)
         method = run.method
         assert (method["mask_ratio"], method["norm_pix"], method["warmup_epochs"]) == (0.75, True, 40)
