@@ -116,14 +116,16 @@ def checked(settings: dict[str, Any]) -> Pretrain:
         UsageError: an unknown key, with the nearest known ones; a value of the wrong type or range.
     """
     known = _known_keys(settings)
-    for section, keys in known.items():
-        prefix = f"{section}." if section else ""
-        values: dict[str, Any] = settings.get(section) or {} if section else settings
-        for key, value in list(values.items()):
-            if key in keys:
-                values[key] = fit(prefix + key, value, keys[key])
-            elif key != "_target_" and None not in keys:  # None stands for any key
-                raise UsageError(_unknown(prefix + key, known))
+    sections = {section: settings.get(section) or {} if section else settings for section in known}
+    for section, values in sections.items():
+        for key in values:
+            if (
+                key != "_target_" and key not in known[section] and None not in known[section]
+            ):  # None stands for any key
+                raise UsageError(_unknown(f"{section}.{key}" if section else key, known))
+    for section, values in sections.items():
+        for key in [key for key in values if key in known[section]]:
+            values[key] = fit(f"{section}.{key}" if section else key, values[key], known[section][key])
     return Pretrain(**{key: {} if value is None and key in OPEN_SECTIONS else value for key, value in settings.items()})
 
 
