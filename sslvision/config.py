@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from sslvision.errors import UsageError
 from sslvision.schema import OPEN_SECTIONS, Pretrain, checked
 
-_SOURCE_TREE = Path(__file__).parents[1] / "recipes"
-RECIPES = _SOURCE_TREE if _SOURCE_TREE.is_dir() else Path(__file__).parent / "recipes"  # a checkout, or a wheel
+_IN_WHEEL = Path(__file__).parent / "recipes"
+RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "recipes"  # the latter in a checkout
 
 
 def recipes() -> dict[str, Path]:
