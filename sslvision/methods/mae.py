@@ -121,7 +121,8 @@ class MAE(Method):
         keep, hidden = random_keep(noise, self.mask_ratio)  # (B, K), (B, H)
         latent = self.backbone.encode(images, keep)  # (B, P+K, D)
         prediction = self.decode(latent, keep, hidden)  # (B, H, p*p*C)
-        return {"loss": (prediction.float() - self.targets(images, hidden)).square().mean()}
+        targets = self.targets(images, hidden)  # (B, H, p*p*C)
+        return {"loss": (prediction.to(targets.dtype) - targets).square().mean()}
 
     def decode(self, latent: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
         """Predict the pixels of hidden patches (B, H, p*p*C) from the encoding (B, P+K, D) of the visible ones."""

@@ -26,9 +26,9 @@ class Normalize(nn.Module):
         self.std.copy_(torch.tensor(std))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return float32 images."""
-        scale = (255 * self.std)[:, None, None]
-        return images.float().sub_(255 * self.mean[:, None, None]).div_(scale)
+        """Return images in the type of the buffers (float32, unless the whole model was cast)."""
+        mean, std = (255 * values.float()[:, None, None] for values in (self.mean, self.std))
+        return images.float().sub_(mean).div_(std).to(self.mean.dtype)
 
     def undo(self, images: Tensor) -> Tensor:
         """Return normalised images (B, C, H, W) on the scale 0..1, clipped to it."""
