@@ -10,6 +10,7 @@ The decoder works in the order [class | visible | hidden], and its last block co
 numbers as the authors' implementation, without the ones the loss never reads.
 """
 
+import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -207,11 +208,13 @@ class MAE(Method):
         Raises:
             UsageError: the state dict is not an MAE's.
         """
-        state = (
-            torch.load(checkpoint, map_location="cpu", weights_only=True)
-            if isinstance(checkpoint, (str, Path))
-            else checkpoint
-        )
+        if isinstance(checkpoint, (str, Path)):
+            with torch.serialization.safe_globals(
+                [argparse.Namespace]
+            ):  # their command line is stored beside the weights
+                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        else:
+            state = checkpoint
         state = dict(state.get("model", state))
         missing = [
             name for name in ("patch_embed.proj.weight", "decoder_pred.weight", "mask_token") if name not in state

@@ -1,6 +1,7 @@
 """MAE against the authors' numbers, and the properties the paper states."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ def test_a_released_checkpoint_without_decoder_is_refused_with_the_way_to_load_i
 def test_a_released_checkpoint_is_read_from_its_file(golden, tmp_path):
     tensors, _ = golden
     state = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
-    torch.save({"model": state}, tmp_path / "mae.pth")
+    torch.save({"model": state, "args": Namespace(lr=1.5e-4), "epoch": 799}, tmp_path / "mae.pth")
     method = MAE.from_official(tmp_path / "mae.pth", heads=3, decoder_heads=4)
     assert torch.equal(method.backbone.model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
     assert torch.equal(method.decoder_pred.weight, state["decoder_pred.weight"])
