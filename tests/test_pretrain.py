@@ -165,6 +165,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_words(run_tiny, tmp_path):
         run_tiny(tmp_path / "run", "lr=1e18", "warmup_epochs=0")
 
 
+def test_gradients_are_clipped_if_asked_in_any_precision(run_tiny, tmp_path):
+    name = "backbone.model.blocks.0.mlp.fc1.weight"
+    for precision in ("32-true", "bf16-mixed"):
+        weights = []
+        for clip in ("null", "1e-12"):  # so short that Adam's epsilon is larger, and nothing moves
+            folder = tmp_path / f"{precision} {clip}"
+            words = [
+                f"trainer.gradient_clip_val={clip}",
+                f"trainer.precision={precision}",
+                "epochs=1",
+                "weight_decay=0",
+            ]
+            run_tiny(folder, *words, "lr=1e-3")
+            weights.append(checkpoint_of(folder)["state_dict"][name])
+        free, clipped = weights
+        assert (free - clipped).abs().max() > 1e-4
+
+
 def test_fewer_images_than_a_batch_are_refused_before_the_folder_is_made(run_tiny, tmp_path):
     with pytest.raises(DataError, match=r"10000 images.*batch of 20000"):
         run_tiny(tmp_path / "run", "batch_size=20000")

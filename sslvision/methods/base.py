@@ -109,7 +109,10 @@ class Method(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build AdamW; `schedule` sets learning rate and weight decay before every update."""
-        return AdamW(decay_groups(self), lr=0.0, betas=self.betas, fused=True)
+        optimizer = AdamW(decay_groups(self), lr=0.0, betas=self.betas, fused=True)
+        # True says that the optimizer unscales fp16 gradients itself, and Lightning then refuses to clip, in bf16 too.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
     @property
     def clock(self) -> Clock:
