@@ -286,17 +286,19 @@ def test_a_sweep_runs_every_point_in_a_folder_of_its_own(command, tiny_settings,
     assert ratios == [0.5, 0.75]
 
 
-def test_two_processes_train_one_run(command, tiny_settings, run_tiny, tmp_path):
+def test_two_processes_and_two_accumulated_batches_train_as_one(command, tiny_settings, run_tiny, tmp_path):
     run_tiny(tmp_path / "one", "trainer.precision=64-true")
+    run_tiny(tmp_path / "accumulated", "trainer.precision=64-true", "trainer.accumulate_grad_batches=2")
     words = ["recipe=mae", "output_dir=two", "trainer.devices=2", "trainer.strategy=ddp", "trainer.precision=64-true"]
     done = command(*words, *tiny_settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("global batch") == 1
     assert "1250 x 2 device(s)" in done.stdout
-    one, two = (checkpoint_of(tmp_path / name)["state_dict"] for name in ("one", "two"))
-    for name, value in two.items():
+    one, *others = (checkpoint_of(tmp_path / name)["state_dict"] for name in ("one", "two", "accumulated"))
+    for name, value in one.items():
         assert value.dtype == torch.float64
-        assert (value - one[name]).abs().max() <= 1e-9, name
+        for other in others:
+            assert (value - other[name]).abs().max() <= 1e-9, name
 
 
 def test_weights_and_biases_without_a_key_stays_offline_and_says_how_to_sync(run_tiny, tmp_path, monkeypatch, capsys):
