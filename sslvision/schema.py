@@ -118,10 +118,9 @@ def checked(settings: dict[str, Any]) -> Pretrain:
     known = _known_keys(settings)
     sections = {section: settings.get(section) or {} if section else settings for section in known}
     for section, values in sections.items():
+        any_key = None in known[section]
         for key in values:
-            if (
-                key != "_target_" and key not in known[section] and None not in known[section]
-            ):  # None stands for any key
+            if key != "_target_" and key not in known[section] and not any_key:
                 raise UsageError(_unknown(f"{section}.{key}" if section else key, known))
     for section, values in sections.items():
         for key in [key for key in values if key in known[section]]:

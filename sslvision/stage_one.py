@@ -206,7 +206,8 @@ def effective_configuration(
         "parameters": f"{encoder:,} in the backbone, {trained:,} trained",
         "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}",
         "global batch": f"{config.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
-        "learning rate": f"{config.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps",
+        "learning rate": f"{config.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps"
+        + (" (longer than the run, so the peak is never reached)" if warmup > config.epochs else ""),
         "steps": f"{steps:,} = {config.epochs} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if config.dry_run else ""),
         **method.describe(),

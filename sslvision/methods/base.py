@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer
 
 from sslvision.backbones.base import Backbone
 from sslvision.data.batch import Batch
-from sslvision.errors import Diverged
+from sslvision.errors import Diverged, UsageError
 from sslvision.nn.normalize import Normalize
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.groups import decay_groups
@@ -53,6 +53,9 @@ class Method(L.LightningModule):
         mean, std: per channel, on the scale 0..1.
         betas: of AdamW.
         seed: of all randomness of the images.
+
+    Raises:
+        UsageError: betas out of range.
     """
 
     latest: dict[str, Tensor]  # the last step's metrics, on the device
@@ -68,6 +71,8 @@ class Method(L.LightningModule):
         seed: int,
     ):
         super().__init__()
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UsageError(f"betas={list(betas)} must be two numbers from 0 to less than 1.")
         self.crops = tuple(crops)
         self.normalize = Normalize(mean, std)
         self.betas = betas

@@ -86,6 +86,8 @@ class MAE(Method):
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
         assert isinstance(backbone, ViT)  # check_settings
+        if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
+            raise UsageError(f"{min_lr=}, {warmup_epochs=} and {weight_decay=} must each be 0 or more.")
         self.backbone = backbone
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
         self.schedule_lr = partial(warmup_cosine, peak=lr, end=min_lr, warmup_epochs=warmup_epochs)
@@ -209,9 +211,8 @@ class MAE(Method):
             UsageError: the state dict is not an MAE's.
         """
         if isinstance(checkpoint, (str, Path)):
-            with torch.serialization.safe_globals(
-                [argparse.Namespace]
-            ):  # their command line is stored beside the weights
+            # Their command line is stored beside the weights.
+            with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         else:
             state = checkpoint

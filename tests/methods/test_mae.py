@@ -147,6 +147,9 @@ def test_pictures_show_the_visible_patches_as_they_are_and_the_mask_where_it_is(
         ({"decoder_depth": 0}, "decoder_depth=0"),
         ({"decoder_heads": 3}, "decoder_width=16"),
         ({"crop_scale": (0.9, 0.2)}, "crop_scale"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1"),
+        ({"warmup_epochs": -1}, "warmup_epochs=-1"),
+        ({"betas": (0.9, 1.5)}, "betas"),
     ],
 )
 def test_a_setting_that_cannot_be_is_refused_in_words(settings, words):
