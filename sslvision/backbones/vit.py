@@ -1,6 +1,7 @@
 """Vision transformers (Dosovitskiy et al. 2021): any timm `VisionTransformer`, encoding visible patches only if asked."""
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,14 +38,24 @@ class ViT(Backbone):
             )
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encode all patches with stock timm, or the visible ones `keep` (B, K) alone. See Backbone.encode."""
+        """Encode all patches with stock timm, or the visible ones `keep` (B, K) alone. See Backbone.encode.
+
+        Without `keep`, images may be of another size than `image_size`: position embeddings are then resampled.
+        """
         model = self.model
-        if keep is None:
+        if keep is None and tuple(images.shape[2:]) == tuple(self.image_size):
             return model.forward_features(images)  # (B, P+L, D)
-        patches = take_patches(images, keep, self.stride)  # (B, K, C, p, p)
-        projection = model.patch_embed.proj  # a convolution whose windows never overlap is a matrix product
-        tokens = F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)  # (B, K, D)
-        tokens = self._add_prefix(model.patch_embed.norm(tokens), keep)  # (B, P+K, D)
+        projection = model.patch_embed.proj
+        if keep is None:
+            tokens = projection(images)  # (B, D, rows, columns)
+            grid = tokens.shape[2:]
+            tokens = tokens.flatten(2).transpose(1, 2)  # (B, L, D)
+        else:
+            grid = self.grid
+            patches = take_patches(images, keep, self.stride)  # (B, K, C, p, p)
+            # A convolution whose windows never overlap is a matrix product.
+            tokens = F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)  # (B, K, D)
+        tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
         tokens = model.norm_pre(model.pos_drop(tokens))
         if model.grad_checkpointing and self.training:
             tokens = checkpoint_sequential(model.blocks, len(model.blocks), tokens, use_reentrant=False)
@@ -52,17 +63,21 @@ class ViT(Backbone):
             tokens = model.blocks(tokens)
         return model.norm(tokens)
 
-    def _add_prefix(self, tokens: Tensor, keep: Tensor) -> Tensor:
+    def _add_prefix(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Add its position to every token and put class and register tokens in front, in timm's order."""
         model, B = self.model, tokens.shape[0]
         prefix = [token.expand(B, -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
         if model.pos_embed is None:
             return torch.cat([*prefix, tokens], dim=1)
         first = model.pos_embed.shape[1] - self.grid[0] * self.grid[1]  # P, or 0 when prefix tokens have no position
-        tokens = tokens + gather_tokens(model.pos_embed[:, first:], keep)
-        tokens = torch.cat([*prefix, tokens], dim=1)  # (B, P+K, D)
+        position = model.pos_embed
+        if tuple(grid) != tuple(self.grid):
+            position = resample_abs_pos_embed(position, list(grid), list(self.grid), num_prefix_tokens=first)
+        places = position[:, first:]  # (1, rows * columns, D)
+        tokens = tokens + (places if keep is None else gather_tokens(places, keep))
+        tokens = torch.cat([*prefix, tokens], dim=1)
         if first:
-            tokens = torch.cat([tokens[:, :first] + model.pos_embed[:, :first], tokens[:, first:]], dim=1)
+            tokens = torch.cat([tokens[:, :first] + position[:, :first], tokens[:, first:]], dim=1)
         return tokens
 
     def pool(self, tokens: Tensor) -> Tensor:

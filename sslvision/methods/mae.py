@@ -10,7 +10,6 @@ The decoder works in the order [class | visible | hidden], and its last block co
 numbers as the authors' implementation, without the ones the loss never reads.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslvision.backbones.base import Backbone
-from sslvision.backbones.build import build_backbone
+from sslvision.backbones.released import read_released, vit_like
 from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
@@ -210,13 +209,8 @@ class MAE(Method):
         Raises:
             UsageError: the state dict is not an MAE's.
         """
-        if isinstance(checkpoint, (str, Path)):
-            # Their command line is stored beside the weights.
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        else:
-            state = checkpoint
-        state = dict(state.get("model", state))
+        content = read_released(checkpoint)
+        state: dict[str, Tensor] = dict(content.get("model", content))
         missing = [
             name for name in ("patch_embed.proj.weight", "decoder_pred.weight", "mask_token") if name not in state
         ]
@@ -225,18 +219,8 @@ class MAE(Method):
                 f"This is no MAE checkpoint of the released format: it has no {', '.join(missing)}. Checkpoints without a "
                 "decoder (such as mae_pretrain_vit_base.pth) load in timm itself: timm.create_model(..., checkpoint_path=...)."
             )
-        width, channels, patch = state["patch_embed.proj.weight"].shape[:3]
-        depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-        side = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
-        backbone = build_backbone(
-            "vit_base_patch16_224",
-            image_size=side,
-            channels=channels,
-            patch_size=patch,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads or width // (80 if width == 1280 else 64),
-        )
+        backbone = vit_like(state, heads=heads)
+        channels = backbone.channels
         if channels != 3:
             settings = {"mean": (0.5,) * channels, "std": (0.5,) * channels} | settings
         method = cls(

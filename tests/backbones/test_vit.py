@@ -34,6 +34,16 @@ def test_the_wrapper_gives_what_timm_gives(kind, image_size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [(16, 16), (48, 32)])
+def test_images_of_another_size_are_encoded_as_timm_does_with_resampled_positions(kind, size):
+    backbone = build(kind)
+    dynamic = build(kind, dynamic_img_size=True).model
+    dynamic.load_state_dict(backbone.model.state_dict())
+    images = torch.rand(2, 3, *size, dtype=torch.float64)
+    assert torch.allclose(backbone.encode(images), dynamic.forward_features(images), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_with_all_patches_kept_the_visible_only_path_equals_timm_in_any_order(kind):
     backbone = build(kind)
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
