@@ -99,6 +99,9 @@ class Method(L.LightningModule):
     def pretrained(self) -> Backbone:
         """Return the backbone that stage two uses."""
 
+    def before_update(self, clock: Clock) -> None:
+        """Do what is due between the gradients and the update, such as clipping. Called once per update."""
+
     def after_update(self, clock: Clock) -> None:
         """Do what follows an optimizer update, such as moving a teacher. Called once per update."""
 
@@ -159,6 +162,10 @@ class Method(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning's logger connector
         if done % every == 0 or done == clock.steps:
             self._write_log(clock, rates)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Give the method its gradients, summed over micro-batches and averaged over processes."""
+        self.before_update(self.clock)
 
     def _write_log(self, clock: Clock, rates: dict[str, float]) -> None:
         """Write the means since the last time, over all processes: the one place where a step waits for the device."""

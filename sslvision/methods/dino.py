@@ -1,0 +1,296 @@
+"""Emerging properties in self-supervised vision transformers (DINO; Caron et al. 2021, arXiv:2104.14294).
+
+A student sees two global and several local crops of an image, a teacher the global ones. The student learns to tell,
+from each crop, what the teacher says of the other global crop. The teacher is the student's running mean; centring keeps
+it from giving one answer to all, sharpening from giving all answers at once.
+
+    crops -> student -> p_s            loss = mean over t, s != t of H(p_t, p_s)
+    global crops -> teacher -> centre, sharpen -> p_t
+    teacher <- m teacher + (1 - m) student,   centre <- c centre + (1 - c) mean of the teacher's outputs
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sslvision.backbones.base import Backbone
+from sslvision.backbones.released import read_released, vit_like
+from sslvision.data.batch import Batch
+from sslvision.errors import UsageError
+from sslvision.methods.base import Clock, Method
+from sslvision.nn.ema import follow
+from sslvision.nn.head import DINOHead
+from sslvision.nn.randomness import ImageRandom
+from sslvision.optim.schedules import cosine_by_step
+from sslvision.views.geometry import Crop
+from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+GLOBAL_ONE = Photometry(blur_probability=1.0, solarize_probability=0.0)
+GLOBAL_TWO = Photometry(blur_probability=0.1, solarize_probability=0.2)
+LOCAL = Photometry(blur_probability=0.5, solarize_probability=0.0)
+
+
+class DINO(Method):
+    """Self-distillation with no labels.
+
+    Args:
+        backbone: becomes the student; its copy is the teacher.
+        prototypes: K, outputs of the head (65,536).
+        hidden, bottleneck, batch_norm, unit_prototypes: see DINOHead.
+        student_temp: sharpness of the student (0.1).
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: sharpness of the teacher, linear per epoch.
+        centre_momentum: of the centre (0.9).
+        momentum: of the teacher at the start; 1 at the end, by half a cosine.
+        freeze_prototypes_epochs: epochs in which the prototypes stay as they are.
+        clip_gradient: largest norm of each parameter's gradient; 0 for no bound.
+        global_scale, local_scale: share of the image's area of the crops.
+        local_crops, local_size: how many, and their side in pixels.
+        lr, min_lr, warmup_epochs, weight_decay, weight_decay_end, betas: of AdamW, by update.
+        mean, std: of the pixels, per channel, on the scale 0..1.
+        seed: of the views.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    # B images, S crops of each (the first 2 global), D features, K prototypes
+
+    center: Tensor
+    shown = ("loss", "teacher_entropy", "kl")
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        prototypes: int = 65_536,
+        hidden: int = 2048,
+        bottleneck: int = 256,
+        batch_norm: bool = False,
+        unit_prototypes: bool = True,
+        student_temp: float = 0.1,
+        warmup_teacher_temp: float = 0.04,
+        teacher_temp: float = 0.04,
+        warmup_teacher_temp_epochs: int = 0,
+        centre_momentum: float = 0.9,
+        momentum: float = 0.996,
+        freeze_prototypes_epochs: int = 1,
+        clip_gradient: float = 3.0,
+        global_scale: tuple[float, float] = (0.4, 1.0),
+        local_scale: tuple[float, float] = (0.05, 0.4),
+        local_crops: int = 8,
+        local_size: int = 96,
+        lr: float = 5e-4,
+        min_lr: float = 1e-6,
+        warmup_epochs: float = 10.0,
+        weight_decay: float = 0.04,
+        weight_decay_end: float = 0.4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        seed: int = 0,
+    ):
+        check_settings(student_temp, warmup_teacher_temp, teacher_temp, momentum, centre_momentum, local_crops)
+        if local_crops and local_size % backbone.stride:
+            raise UsageError(
+                f"{local_size=} must be a multiple of {backbone.stride}, the side of the backbone's patches."
+            )
+        crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
+        super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
+        self.photometry = [GLOBAL_ONE, GLOBAL_TWO] + [LOCAL] * local_crops
+        self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
+        self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
+        self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
+        self.schedule_lr = partial(cosine_by_step, start=lr, end=min_lr)
+        self.schedule_weight_decay = partial(cosine_by_step, start=weight_decay, end=weight_decay_end)
+        self.schedule_momentum = partial(cosine_by_step, start=momentum, end=1.0)
+
+        head = DINOHead(
+            backbone.width,
+            prototypes,
+            hidden=hidden,
+            bottleneck=bottleneck,
+            batch_norm=batch_norm,
+            unit_prototypes=unit_prototypes,
+        )
+        self.student = nn.ModuleDict({"backbone": backbone, "head": head})
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        self.register_buffer("center", torch.zeros(1, prototypes))
+        self._teacher_means: list[Tensor] = []  # of the micro-batches of the coming update
+
+    def train(self, mode: bool = True) -> "DINO":
+        """Set the student's mode; the teacher stays in eval mode: drop-path must not blur the targets."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
+        """Return S augmented, normalised crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
+        return [
+            self.normalize(apply_photometry(crop, draw_photometry(rng, view, photometry)))
+            for view, (crop, photometry) in enumerate(zip(batch.crops, self.photometry, strict=True))
+        ]
+
+    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+        """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts."""
+        B = len(views[0])
+        with torch.no_grad():
+            target = embed(self.teacher, torch.cat(views[:2])).float()  # (2B, K)
+        logits = embed(self.student, torch.cat(views[:2]))  # (2B, K); each resolution one forward
+        if len(views) > 2:
+            logits = torch.cat([logits, embed(self.student, torch.cat(views[2:]))])  # (SB, K)
+        q = (
+            ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1).view(2, B, -1)
+        )  # with the centre of before
+        z = (logits.float() / self.student_temp).view(len(views), B, -1)  # (S, B, K)
+        loss = cross_entropy_of_pairs(q, z)
+        self._teacher_means.append(target.mean(dim=0, keepdim=True))
+        entropy = torch.special.entr(q).sum(dim=-1).mean()
+        return {
+            "loss": loss,
+            "teacher_entropy": entropy,
+            "kl": loss.detach() - entropy,
+            "center_norm": self.center.norm(),
+        }
+
+    def before_update(self, clock: Clock) -> None:
+        """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
+        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
+        if self.clip_gradient and gradients:
+            norms = torch._foreach_norm(gradients)
+            torch._foreach_mul_(gradients, [(self.clip_gradient / (norm + 1e-6)).clamp(max=1) for norm in norms])
+        if clock.epoch < self.freeze_prototypes_epochs:
+            head = self.student["head"]
+            assert isinstance(head, DINOHead)
+            head.last_layer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def after_update(self, clock: Clock) -> None:
+        """Move the teacher towards the student, and the centre towards the mean of the teacher's outputs (Eq. 4)."""
+        follow(self.teacher, self.student, self.schedule_momentum(clock.step, steps=clock.steps))
+        mean = torch.stack(self._teacher_means).mean(dim=0)  # (1, K)
+        self._teacher_means = []
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        self.center.lerp_(mean, 1 - self.centre_momentum)
+
+    def teacher_temp(self, clock: Clock) -> float:
+        """Return the teacher's temperature: linear over the warm-up epochs, by whole epochs."""
+        start, end, epochs = self.teacher_temps
+        epoch = int(clock.epoch)
+        return start + (end - start) * epoch / max(epochs - 1, 1) if epoch < epochs else end
+
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """Learning rate and weight decay, by update (section 3.2, "Implementation details")."""
+        warmup = round(self.warmup_epochs * clock.steps_per_epoch)
+        return {
+            "lr": self.schedule_lr(clock.step, steps=clock.steps, warmup_steps=warmup),
+            "weight_decay": self.schedule_weight_decay(clock.step, steps=clock.steps),
+        }
+
+    def pretrained(self) -> Backbone:
+        """Return the teacher's backbone, the better of the two (section 5.2)."""
+        backbone = self.teacher["backbone"]
+        assert isinstance(backbone, Backbone)
+        return backbone
+
+    @classmethod
+    def from_official(
+        cls, checkpoint: str | Path | Mapping[str, Any], *, heads: int | None = None, **settings: Any
+    ) -> "DINO":
+        """Read what the authors released: a full checkpoint (student and teacher with heads), or a plain backbone.
+
+        Args:
+            checkpoint: a file (loaded with weights_only=True), or its content.
+            heads: attention heads, which weights do not tell; by default 64 channels each.
+            settings: further arguments of DINO. Those of the head are read off a full checkpoint.
+
+        Raises:
+            UsageError: it is neither.
+        """
+        content = read_released(checkpoint)
+        full = "teacher" in content
+        states = {whose: in_our_names(content[whose] if full else content) for whose in ("student", "teacher")}
+        backbone = {
+            name.removeprefix("backbone.model."): value
+            for name, value in states["teacher"].items()
+            if name.startswith("backbone.model.")
+        }
+        if "patch_embed.proj.weight" not in backbone:
+            raise UsageError("This is no DINO checkpoint on a ViT: it has no patch_embed.proj.weight.")
+        if full:
+            settings = head_settings(states["teacher"]) | settings
+        method = cls(vit_like(backbone, heads=heads), **settings)
+        for whose, network in (("student", method.student), ("teacher", method.teacher)):
+            missing, unexpected = network.load_state_dict(states[whose], strict=False)
+            if unexpected or (full and missing) or any(name.startswith("backbone.") for name in missing):
+                raise UsageError(
+                    f"The {whose}'s weights do not fit: missing {missing[:3]}, not expected {unexpected[:3]}."
+                )
+        if full and "dino_loss" in content:
+            method.center.copy_(content["dino_loss"]["center"])
+        return method
+
+
+def in_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a released state dict under our names: no "module." in front, backbones under "backbone.model."."""
+    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    return {
+        (name if name.startswith("head.") else f"backbone.model.{name.removeprefix('backbone.')}"): value
+        for name, value in plain.items()
+    }
+
+
+def head_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Read the sizes of a head off its weights."""
+    prototypes, bottleneck = state["head.last_layer.weight_v"].shape
+    batch_norm = "head.mlp.1.weight" in state
+    hidden = state["head.mlp.0.weight"].shape[0]
+    return {"prototypes": prototypes, "bottleneck": bottleneck, "batch_norm": batch_norm, "hidden": hidden}
+
+
+def embed(network: nn.ModuleDict, images: Tensor) -> Tensor:
+    """Return logits (N, K) of images (N, C, S, S)."""
+    return network["head"](network["backbone"](images))
+
+
+def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
+    """Mean cross-entropy H(q_t, softmax(z_s)) over t and s != t (Eq. 3), without the log-softmax of every pair.
+
+    As q sums to 1, H(q, softmax(z)) = logsumexp(z) - q.z, which is linear in q: all pairs are the sum of the q's against
+    every z, less the same-view ones.
+
+    Args:
+        q: (2, B, K), the teacher's distributions of the global crops.
+        z: (S, B, K), the student's logits; crops 0 and 1 are the teacher's.
+    """
+    S = len(z)
+    logsumexp = z.logsumexp(dim=-1)  # (S, B)
+    everything = 2 * logsumexp.sum(dim=0) - torch.einsum("bk,sbk->b", q.sum(dim=0), z)  # (B,)
+    same_view = logsumexp[:2].sum(dim=0) - torch.einsum("tbk,tbk->b", q, z[:2])
+    return (everything - same_view).mean() / (2 * S - 2)
+
+
+def check_settings(
+    student_temp: float,
+    warmup_teacher_temp: float,
+    teacher_temp: float,
+    momentum: float,
+    centre_momentum: float,
+    local_crops: int,
+) -> None:
+    """Raise UsageError for settings DINO cannot have."""
+    if min(student_temp, warmup_teacher_temp, teacher_temp) <= 0:
+        raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
+    if not (0 <= momentum <= 1 and 0 <= centre_momentum <= 1):
+        raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
+    if local_crops < 0:
+        raise UsageError(f"{local_crops=} must be 0 or more.")

@@ -1,0 +1,207 @@
+"""DINO's photometric augmentation of a whole batch at once, on the training device.
+
+Colour jitter, greyscale, blur and solarisation as in BYOL (Grill et al. 2020, appendix B), in that order and with the
+settings of DINO (Caron et al. 2021). Each image has parameters of its own, and every operation runs on the whole batch with
+those of the images it is not meant for set to do nothing, so a GPU is never waited for.
+
+Deviation: the authors' code rounds to bytes after every operation, mostly downwards. Nothing is rounded here, and a jittered
+image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sslvision.nn.randomness import ImageRandom
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as in torchvision
+BOXES = 3  # box filters in a row that stand for a Gaussian, as in Pillow
+
+
+@dataclass(frozen=True)
+class Photometry:
+    """Probabilities and ranges of one view's augmentation.
+
+    The defaults are DINO's first global view. Its second has `blur_probability=0.1, solarize_probability=0.2`, its local
+    views have `blur_probability=0.5`.
+
+    Attributes:
+        jitter_probability: of the four changes that follow, all of them or none.
+        brightness, contrast, saturation: factors are drawn from 1 - this to 1 + this, and never below 0.
+        hue: shifts are drawn from -this to this, in turns; at most 0.5.
+        grey_probability: of losing all colour.
+        blur_probability: of a Gaussian blur.
+        blur_sigma: smallest and largest standard deviation of the blur, in pixels.
+        solarize_probability: of inverting the bright pixels.
+        solarize_threshold: the level from which pixels are bright; the default is Pillow's.
+    """
+
+    jitter_probability: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grey_probability: float = 0.2
+    blur_probability: float = 1.0
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: float = 0.0
+    solarize_threshold: float = 128
+
+
+class Drawn(NamedTuple):
+    """What happens to each image of a batch; tensors of shape (B,) but for `order`."""
+
+    jittered: Tensor  # bool
+    brightness: Tensor  # factor, as the next two
+    contrast: Tensor
+    saturation: Tensor
+    hue: Tensor  # shift in turns
+    order: Tensor  # (B, 4) int64: BRIGHTNESS, CONTRAST, SATURATION and HUE, the first to be applied first
+    grey: Tensor  # bool
+    blurred: Tensor  # bool
+    sigma: Tensor  # pixels
+    solarized: Tensor  # bool
+    threshold: Tensor  # grey levels
+
+
+def draw_photometry(rng: ImageRandom, view: int, photometry: Photometry) -> Drawn:
+    """Draw the parameters of a batch for its `view`-th view."""
+    noise = rng.uniform(f"photometry {view}", 13).T  # (13, B)
+
+    def between(low: float, high: float, noise: Tensor) -> Tensor:
+        return low + noise * (high - low)
+
+    def factor(spread: float, noise: Tensor) -> Tensor:
+        return between(max(0.0, 1 - spread), 1 + spread, noise)
+
+    return Drawn(
+        jittered=noise[0] < photometry.jitter_probability,
+        brightness=factor(photometry.brightness, noise[1]),
+        contrast=factor(photometry.contrast, noise[2]),
+        saturation=factor(photometry.saturation, noise[3]),
+        hue=between(-photometry.hue, photometry.hue, noise[4]),
+        order=noise[5:9].T.argsort(dim=1, stable=True),
+        grey=noise[9] < photometry.grey_probability,
+        blurred=noise[10] < photometry.blur_probability,
+        sigma=between(*photometry.blur_sigma, noise[11]),
+        solarized=noise[12] < photometry.solarize_probability,
+        threshold=torch.full_like(noise[0], photometry.solarize_threshold),
+    )
+
+
+def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
+    """Augment images (B, C, H, W) uint8 -> (B, C, H, W) float32 from 0 to 255, not rounded.
+
+    Saturation, hue and greyscale need red, green and blue: images of another number of channels go without them.
+    """
+    result = jitter(images.float(), drawn)
+    if images.shape[1] == 3:
+        result = torch.where(_per_image(drawn.grey), luma(result), result)
+    result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0))
+    return torch.where(_per_image(drawn.solarized), solarize(result, drawn.threshold), result)
+
+
+def jitter(images: Tensor, drawn: Drawn) -> Tensor:
+    """Change brightness, contrast, saturation and hue of the jittered images, in each image's own order.
+
+    Hue is by far the dearest. It is computed once, between what comes before it in an image's order and what comes after.
+    """
+    colour = images.shape[1] == 3
+    one = torch.ones_like(drawn.brightness)  # a factor of 1 changes nothing
+    factors = [drawn.brightness, drawn.contrast, drawn.saturation if colour else one, one]
+    ordered = torch.stack(factors, dim=1).gather(1, drawn.order)  # (B, 4)
+    hue_place = drawn.order.argsort(dim=1)[:, HUE]  # (B,)
+    for place in (0, 1, 2):
+        active = drawn.jittered & (place < hue_place)
+        images = enhance(images, drawn.order[:, place], torch.where(active, ordered[:, place], one))
+    if colour:
+        images = torch.where(_per_image(drawn.jittered), shift_hue(images, drawn.hue), images)
+    for place in (1, 2, 3):
+        active = drawn.jittered & (place > hue_place)
+        images = enhance(images, drawn.order[:, place], torch.where(active, ordered[:, place], one))
+    return images
+
+
+def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
+    """Change the brightness, contrast or saturation of each image.
+
+    All three move pixels towards (factor < 1) or away from (factor > 1) something without what is changed: black, the
+    image's mean grey, or the pixel's own grey. A factor of 1 gives the image back, exactly.
+
+    Args:
+        images: (B, C, H, W) from 0 to 255.
+        operation: (B,) BRIGHTNESS, CONTRAST or SATURATION.
+        factor: (B,).
+    """
+    operation = _per_image(operation)
+    grey = luma(images)  # (B, 1, H, W)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    without = torch.where(operation == SATURATION, grey, mean * (operation == CONTRAST))
+    return torch.lerp(without, images, _per_image(factor)).clamp_(0, 255)
+
+
+def luma(images: Tensor) -> Tensor:
+    """Return the grey images (B, 1, H, W) of (B, C, H, W): the mean over channels unless they are red, green and blue."""
+    if images.shape[1] != 3:
+        return images.mean(dim=1, keepdim=True)
+    red, green, blue = images.split(1, dim=1)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+
+
+def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of images (B, 3, H, W) by `shift` (B,) turns, at the same HSV saturation and value."""
+    red, green, blue = images.split(1, dim=1)  # (B, 1, H, W)
+    value = images.amax(dim=1, keepdim=True)
+    chroma = value - images.amin(dim=1, keepdim=True)
+    # The hue in sixths of a turn, counted from the primary colour that is strongest.
+    from_red, from_green, from_blue = (green - blue), (blue - red) + 2 * chroma, (red - green) + 4 * chroma
+    hue = torch.where(red == value, from_red, torch.where(green == value, from_green, from_blue))
+    hue = hue / chroma.clamp(min=1e-6) + 6 * _per_image(shift)  # grey pixels have no hue: any will do
+    # How far below the value a channel lies, in chromas, is a trapezium of the hue that is 0 around the channel's colour.
+    channel = (5 - 2 * torch.arange(3, device=images.device))[:, None, None]  # (3, 1, 1): 5, 3, 1
+    below = (hue + channel).remainder_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)  # (B, 3, H, W)
+    return torch.addcmul(value, below, chroma, value=-1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur images (B, C, H, W) by `sigma` (B,) pixels, as Pillow's GaussianBlur does; 0 gives the image back, exactly."""
+    height, width = images.shape[2:]
+    with torch.autocast(images.device.type, enabled=False):
+        rows = blur_matrix(sigma, height)[:, None]  # (B, 1, H, H)
+        columns = rows if height == width else blur_matrix(sigma, width)[:, None]  # (B, 1, W, W)
+        return rows @ (images @ columns.transpose(2, 3))
+
+
+def blur_matrix(sigma: Tensor, length: int) -> Tensor:
+    """Weights of a 1-D blur by three box filters in a row, whose variance is that of the Gaussian.
+
+    The boxes end between pixels ("extended box filters", Gwosdek et al. 2011), and the border pixels go on for ever.
+
+    Args:
+        sigma: (B,) standard deviation in pixels.
+        length: of the axis in pixels.
+
+    Returns:
+        (B, length, length); rows sum to 1.
+    """
+    variance = sigma[:, None, None] ** 2 / BOXES  # of one box
+    whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()  # pixels wholly inside on either side
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    reach = whole + part + 0.5  # (B, 1, 1)
+    pixel = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
+    left, right = pixel - 0.5, pixel + 0.5
+    left[0], right[-1] = -torch.inf, torch.inf
+    overlap = torch.minimum(pixel[:, None] + reach, right) - torch.maximum(pixel[:, None] - reach, left)
+    return torch.linalg.matrix_power(overlap.clamp_(min=0) / (2 * reach), BOXES)
+
+
+def solarize(images: Tensor, threshold: Tensor) -> Tensor:
+    """Invert the pixels of images (B, C, H, W) from 0 to 255 that are at or above `threshold` (B,)."""
+    return torch.where(images >= _per_image(threshold), 255 - images, images)
+
+
+def _per_image(parameter: Tensor) -> Tensor:
+    return parameter[:, None, None, None]  # (B, 1, 1, 1)
