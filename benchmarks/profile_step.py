@@ -62,6 +62,7 @@ def main():
         trainer = build_trainer(
             folder=Path(folder),
             epochs=settings.epochs,
+            steps=settings.epochs * (len(splits.train) // settings.batch_size),
             dry_run=False,
             loggers=[],
             callbacks=[times],

@@ -25,8 +25,8 @@ _typed: list[str] = []  # the command line as the person wrote it
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged."""
     _typed[:] = sys.argv[1:]
-    # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; where
-    # other programs want the cores too, that makes a step many times slower. So they spin briefly, and then sleep.
+    # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; beside
+    # a second program that does so, a step takes ten times as long and more. So they spin briefly, and then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if {"--help", "-h"} & set(_typed):
         print_help(Console(highlight=False))

@@ -60,6 +60,7 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     trainer = build_trainer(
         folder=folder,
         epochs=config.epochs,
+        steps=config.epochs * (len(splits.train) // config.batch_size),
         dry_run=config.dry_run,
         loggers=build_loggers(config.logger, folder, dataclasses.asdict(config)),
         callbacks=watchers(config, folder, data),

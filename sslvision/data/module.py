@@ -14,10 +14,9 @@ from sslvision.data.batch import Batch
 from sslvision.data.loading import cut_crops, training_loader
 from sslvision.data.sampler import EpochBatches
 from sslvision.errors import DataError, UsageError
+from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import permutation
 from sslvision.views.geometry import Crop
-
-STATISTICS = {"imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
 
 
 class ImageData(L.LightningDataModule):
@@ -102,11 +101,11 @@ def pixel_statistics(
         std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)  # constant channels must not divide by zero
         return mean.tolist(), std.tolist()
     if isinstance(normalize, str):
-        if normalize not in STATISTICS:
+        if normalize != "imagenet":
             raise UsageError(
                 f"data.normalize={normalize} is unknown: it is computed, imagenet, or two lists [[means], [deviations]]."
             )
-        mean_std: Sequence[Sequence[float]] = STATISTICS[normalize]
+        mean_std: Sequence[Sequence[float]] = (IMAGENET_MEAN, IMAGENET_STD)
         if source.channels == 1:  # grey images: the mean of the three
             mean_std = [[sum(values) / 3] for values in mean_std]
     else:

@@ -26,12 +26,11 @@ from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
 from sslvision.nn.ema import follow
 from sslvision.nn.head import DINOHead
+from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
 from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 GLOBAL_ONE = Photometry(blur_probability=1.0, solarize_probability=0.0)
 GLOBAL_TWO = Photometry(blur_probability=0.1, solarize_probability=0.2)
@@ -139,7 +138,10 @@ class DINO(Method):
         ]
 
     def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
-        """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts."""
+        """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts.
+
+        Keeps the mean of the teacher's outputs, by which `after_update` moves the centre.
+        """
         B = len(views[0])
         with torch.no_grad():
             target = embed(self.teacher, torch.cat(views[:2])).float()  # (2B, K)

@@ -27,13 +27,12 @@ from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
 from sslvision.nn.attention import block_tail
 from sslvision.nn.masking import random_keep, visible_count
+from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.patches import gather_tokens, put_patches, take_patches
 from sslvision.nn.position import sincos_position
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import warmup_cosine
 from sslvision.views.geometry import Crop
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class MAE(Method):

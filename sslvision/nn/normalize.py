@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 class Normalize(nn.Module):
     """(x / 255 - mean) / std per channel, of uint8 images (B, C, H, W); mean and std on the scale 0..1.

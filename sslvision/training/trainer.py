@@ -22,6 +22,7 @@ def build_trainer(
     *,
     folder: Path,
     epochs: int,
+    steps: int,
     dry_run: bool,
     loggers: list[Logger],
     callbacks: list[Callback],
@@ -32,6 +33,7 @@ def build_trainer(
     Args:
         folder: the run's folder.
         epochs: passes over the data.
+        steps: optimizer updates of the whole run.
         dry_run: stop after two updates.
         loggers, callbacks: handed on.
         options: the person's `trainer.*` settings; they win over the defaults below.
@@ -41,6 +43,7 @@ def build_trainer(
     """
     defaults: dict[str, Any] = {
         "precision": _precision(options.get("accelerator", "auto")),
+        "log_every_n_steps": max(1, min(50, steps // 100)),  # a short run has a learning curve too
         "enable_model_summary": False,  # the effective configuration says it better
         "num_sanity_val_steps": 0,
     }

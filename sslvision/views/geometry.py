@@ -82,9 +82,9 @@ def crop_one(image: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
 def crop_batch(images: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
     """Cut every image of a batch (B, C, H, W) uint8 by its own box, in two matrix products -> (B, C, size, size) uint8."""
     height, width = images.shape[2:]
+    if crop.scale[0] == 1 and height == width == crop.size and not crop.flip:
+        return images  # every box is the whole image, and resampling the identity
     boxes, flipped = draw(rng, view, height, width, crop)
-    if crop.scale[0] == 1 and height == width == crop.size:  # every box is the whole image, and resampling the identity
-        return torch.where(flipped[:, None, None, None], images.flip(3), images) if crop.flip else images
     rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, crop.size)  # (B, size, H)
     columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, crop.size)  # (B, size, W)
     columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
