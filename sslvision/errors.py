@@ -23,6 +23,6 @@ class DataError(SSLVisionError):
 
 
 class Diverged(SSLVisionError):
-    """Training that cannot go on: the loss is not finite."""
+    """Training that cannot go on: the loss is not finite, or the method has collapsed and health=stop."""
 
     exit_code = 4

@@ -22,10 +22,11 @@ from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.schema import Pretrain, locate
 from sslvision.training import run_folder
-from sslvision.training.callbacks import OnlineKNN, Pictures, UnreadableImages, draw_pictures
+from sslvision.training.callbacks import OnlineEvaluation, Pictures, UnreadableImages, draw_pictures
 from sslvision.training.checkpoint import export_backbone, load_weights
+from sslvision.training.health import Health
 from sslvision.training.metrics import MetricsCSV, read_metrics
-from sslvision.training.pictures import learning_curve_figure
+from sslvision.training.pictures import health_figure, learning_curve_figure
 from sslvision.training.progress import Progress
 from sslvision.training.report import print_configuration, print_scores
 from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
@@ -84,12 +85,21 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     if not trainer.is_global_zero:
         return {}
     seconds = time.perf_counter() - started
+    findings: list[str] = []  # what a person should know about how training went
     for watcher in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(watcher, UnreadableImages) and watcher.found:
-            console.print(f"[yellow]{escape(watcher.summary())}[/]")
+            findings.append(watcher.summary())
+        elif isinstance(watcher, Health):
+            findings += watcher.found.values()
+    for finding in findings:
+        console.print(f"[yellow]{escape(finding)}[/]")
     console.print("\nTraining is done; now the backbone is exported and evaluated.")
     results = finish(config, folder, data, trainer, console)
-    results |= {"training_seconds": round(seconds, 1), "seconds": round(time.perf_counter() - started, 1)}
+    results |= {
+        "findings": findings,
+        "training_seconds": round(seconds, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
     run_folder.write_json(folder / "results.json", results)
     if left := close_loggers(trainer.loggers, folder):
         console.print(left)
@@ -103,6 +113,7 @@ def hush_lightning() -> None:
     for message in (
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
+        ".*module\\(s\\) in eval mode at the start of training.*",  # a teacher is
         ".*does not have many workers.*",  # images in memory need none
         ".*smaller than the logging interval.*",  # the last update is always logged
     ):
@@ -146,7 +157,7 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
 
 
 def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
-    """Return what looks on while training goes: progress, checkpoints, unreadable images, k-NN, pictures."""
+    """Return what looks on while training goes: progress, checkpoints, unreadable images, health, features, pictures."""
     splits, every = data.splits, config.knn_every_epochs
     found: list[Callback] = [
         UnreadableImages(splits.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
@@ -156,9 +167,11 @@ def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
             every_n_epochs=config.checkpoint_every_epochs,
             enable_version_counter=False,
         ),
+        Health(config.health),
     ]
-    if every and has_labels(splits):
-        found.append(OnlineKNN(splits, every_epochs=every, workers=data.workers))
+    if every:
+        labelled = has_labels(splits)
+        found.append(OnlineEvaluation(splits, labelled=labelled, every_epochs=every, workers=data.workers))
     if every and splits.test is not None:
         found.append(Pictures(splits.test, folder / "figures", every_epochs=every))
     if config.trainer.get("enable_progress_bar", True):
@@ -243,6 +256,8 @@ def finish(config: Pretrain, folder: Path, data: ImageData, trainer: L.Trainer, 
         metrics, title=config.about or folder.name, untrained_knn=scores.get("untrained_knn_top1")
     )
     figure.savefig(folder / "figures" / "learning_curve.png")
+    if (health := health_figure(metrics, title=f"Health: {config.about or folder.name}")) is not None:
+        health.savefig(folder / "figures" / "health.png")
     losses = [loss for loss in metrics.get("loss", []) if loss is not None]
     return {"loss": losses[-1] if losses else None, **scores}
 

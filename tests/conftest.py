@@ -15,8 +15,6 @@ TINY = [
     "backbone.depth=1",
     "backbone.num_heads=2",
     "backbone.patch_size=8",
-    "decoder_width=16",
-    "decoder_heads=2",
     "batch_size=2500",
     "epochs=2",
     "warmup_epochs=1",
@@ -27,11 +25,17 @@ TINY = [
     "trainer.enable_progress_bar=false",
     "trainer.accelerator=cpu",
 ]
+# What makes each method as small.
+SMALL = {
+    "mae": ["decoder_width=16", "decoder_heads=2"],
+    "dino": ["prototypes=64", "hidden=32", "bottleneck=16", "local_crops=2", "local_size=16"],
+}
 
 
 @pytest.fixture(scope="session")
 def tiny_settings():
-    return TINY
+    """Return the overrides that make a recipe of a method tiny: tiny_settings("mae")."""
+    return lambda method: [*TINY, *SMALL[method]]
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +46,7 @@ def run_tiny():
         from sslvision.stage_one import pretrain
 
         given = {word.split("=")[0] for word in words}
-        kept = [word for word in TINY if word.split("=")[0] not in given]
+        kept = [word for word in (*TINY, *SMALL[recipe]) if word.split("=")[0] not in given]
         settings = config.tree(config.prepare([f"recipe={recipe}", *kept, *words]))
         return pretrain(settings, Path(folder), words)
 

@@ -249,7 +249,8 @@ def test_a_folder_without_labels_trains_without_scores(run_tiny, tmp_path):
 def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, tmp_path):
     photographs(tmp_path / "images" / "train", count=40, broken=0)
     photographs(tmp_path / "images" / "val", count=12, broken=0)
-    small = ["backbone.depth=1", "backbone.embed_dim=32", "backbone.num_heads=2", "decoder_depth=1", "batch_size=8"]
+    small = ["backbone.depth=1", "backbone.embed_dim=32", "backbone.num_heads=2", "batch_size=8"]
+    small += {"mae": ["decoder_depth=1"], "dino": ["prototypes=64", "hidden=32"]}[recipe.split("_")[0]]
     folder = [f"data.root={tmp_path / 'images'}", "data.workers=0"] if recipe.endswith("in1k") else []
     done = command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -277,7 +278,7 @@ def test_a_wrong_word_ends_with_code_2_and_one_message(words, message, command, 
 
 
 def test_a_sweep_runs_every_point_in_a_folder_of_its_own(command, tiny_settings, tmp_path):
-    words = ["-m", "recipe=mae", "mask_ratio=0.5,0.75", "output_dir=sweep", "dry_run=true", *tiny_settings]
+    words = ["-m", "recipe=mae", "mask_ratio=0.5,0.75", "output_dir=sweep", "dry_run=true", *tiny_settings("mae")]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     ratios = [
@@ -286,11 +287,13 @@ def test_a_sweep_runs_every_point_in_a_folder_of_its_own(command, tiny_settings,
     assert ratios == [0.5, 0.75]
 
 
-def test_two_processes_and_two_accumulated_batches_train_as_one(command, tiny_settings, run_tiny, tmp_path):
-    run_tiny(tmp_path / "one", "trainer.precision=64-true")
-    run_tiny(tmp_path / "accumulated", "trainer.precision=64-true", "trainer.accumulate_grad_batches=2")
-    words = ["recipe=mae", "output_dir=two", "trainer.devices=2", "trainer.strategy=ddp", "trainer.precision=64-true"]
-    done = command(*words, *tiny_settings, cwd=tmp_path)
+@pytest.mark.parametrize("recipe", ["mae", "dino"])
+def test_two_processes_and_two_accumulated_batches_train_as_one(recipe, command, tiny_settings, run_tiny, tmp_path):
+    exact = "trainer.precision=64-true"
+    run_tiny(tmp_path / "one", exact, recipe=recipe)
+    run_tiny(tmp_path / "accumulated", exact, "trainer.accumulate_grad_batches=2", recipe=recipe)
+    words = [f"recipe={recipe}", "output_dir=two", "trainer.devices=2", "trainer.strategy=ddp", exact]
+    done = command(*words, *tiny_settings(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("global batch") == 1
     assert "1250 x 2 device(s)" in done.stdout
@@ -299,6 +302,12 @@ def test_two_processes_and_two_accumulated_batches_train_as_one(command, tiny_se
         assert value.dtype == torch.float64
         for other in others:
             assert (value - other[name]).abs().max() <= 1e-9, name
+    losses, *others = (
+        [float(row["loss"]) for row in table(tmp_path / name / "metrics.csv") if row["loss"]]
+        for name in ("one", "two", "accumulated")
+    )
+    assert len(losses) == 8
+    assert all(other == pytest.approx(losses, abs=1e-7) for other in others)
 
 
 def test_weights_and_biases_without_a_key_stays_offline_and_says_how_to_sync(run_tiny, tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslvision.backbones.base import Backbone
 from sslvision.backbones.build import build_backbone
+from sslvision.errors import UsageError
 
 
 def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -19,6 +20,32 @@ def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     # Their command line is stored beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+
+
+def released_dino(checkpoint: str | Path | Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
+    """Return the weights of "student" and "teacher", and the centre if there is one, of a DINO checkpoint.
+
+    Names are those of our DINO: "backbone.model..." and "head...". A plain backbone serves as both.
+
+    Raises:
+        UsageError: it is no DINO checkpoint on a ViT.
+    """
+    content = read_released(checkpoint)
+    states = {}
+    for whose in ("student", "teacher"):
+        state = {name.removeprefix("module."): value for name, value in content.get(whose, content).items()}
+        states[whose] = {
+            name if name.startswith("head.") else f"backbone.model.{name.removeprefix('backbone.')}": value
+            for name, value in state.items()
+        }
+    if "backbone.model.patch_embed.proj.weight" not in states["teacher"]:
+        raise UsageError("This is no DINO checkpoint on a ViT: it has no patch_embed.proj.weight.")
+    return states, content["dino_loss"]["center"] if "dino_loss" in content else None
+
+
+def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the entries of a state dict whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def vit_like(state: Mapping[str, Tensor], *, heads: int | None) -> Backbone:

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from sslvision.backbones.base import Backbone
 from sslvision.errors import UsageError
+from sslvision.nn.attention import attention_weights, block_part, divisible
 from sslvision.nn.patches import gather_tokens, take_patches
 from sslvision.nn.position import sincos_position
 
@@ -42,10 +43,19 @@ class ViT(Backbone):
 
         Without `keep`, images may be of another size than `image_size`: position embeddings are then resampled.
         """
-        model = self.model
-        if keep is None and tuple(images.shape[2:]) == tuple(self.image_size):
-            return model.forward_features(images)  # (B, P+L, D)
-        projection = model.patch_embed.proj
+        return self.model.norm(self._attend(self.model.blocks, self._embed(images, keep)))  # (B, P+L or P+K, D)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, D). If they are the class token, the last block computes no other token."""
+        *blocks, last = self.model.blocks
+        if self.model.global_pool != "token" or not divisible(last):
+            return super().forward(images)
+        tokens = self._attend(nn.Sequential(*blocks), self._embed(images))  # (B, P+L, D)
+        return self.pool(self.model.norm(block_part(last, tokens, slice(0, 1))))
+
+    def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return what the first block sees (B, P+L or P+K, D)."""
+        model, projection = self.model, self.model.patch_embed.proj
         if keep is None:
             tokens = projection(images)  # (B, D, rows, columns)
             grid = tokens.shape[2:]
@@ -56,12 +66,13 @@ class ViT(Backbone):
             # A convolution whose windows never overlap is a matrix product.
             tokens = F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)  # (B, K, D)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
-        tokens = model.norm_pre(model.pos_drop(tokens))
-        if model.grad_checkpointing and self.training:
-            tokens = checkpoint_sequential(model.blocks, len(model.blocks), tokens, use_reentrant=False)
-        else:
-            tokens = model.blocks(tokens)
-        return model.norm(tokens)
+        return model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
+
+    def _attend(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+        """Run some blocks (B, N, D) -> (B, N, D), keeping only their inputs for the backward pass if so set."""
+        if self.model.grad_checkpointing and self.training and len(blocks):
+            return checkpoint_sequential(blocks, len(blocks), tokens, use_reentrant=False)
+        return blocks(tokens)
 
     def _add_prefix(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Add its position to every token and put class and register tokens in front, in timm's order."""
@@ -79,6 +90,17 @@ class ViT(Backbone):
         if first:
             tokens = torch.cat([tokens[:, :first] + position[:, :first], tokens[:, first:]], dim=1)
         return tokens
+
+    def attention_maps(self, images: Tensor) -> Tensor | None:
+        """Return where the class token looks in the last block, (B, heads, rows, columns), or None if there is none.
+
+        Shares of its attention: over the patches they sum to 1 but for what goes to class and register tokens.
+        """
+        *blocks, last = self.model.blocks
+        if self.model.cls_token is None or not divisible(last):
+            return None
+        tokens = self._attend(nn.Sequential(*blocks), self._embed(images))
+        return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Pool as the timm model does (`global_pool` "token" or "avg"), so its exports give the same features."""

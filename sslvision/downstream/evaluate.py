@@ -11,6 +11,7 @@ from sslvision.data.loading import evaluation_loader
 from sslvision.downstream.features import chosen_places, extract_features
 from sslvision.downstream.knn import knn_top
 from sslvision.downstream.linear import linear_probe
+from sslvision.downstream.rankme import rankme
 from sslvision.nn.normalize import Normalize
 
 PIXELS = 32  # side to which larger images are shrunk before their pixels are compared
@@ -34,7 +35,7 @@ def evaluate_backbone(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features.
+    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, the dimensions they fill.
 
     Args:
         backbone: in whatever state it is; its features are those of its own pooling.
@@ -75,4 +76,5 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) ->
     test_places, test_features = features(test, chosen_places(test, at_most, seed=seed))
     labelled = (train_features, train.labels[train_places], test_features, test.labels[test_places])
     top1, top5 = knn_top(*labelled)
-    return {"knn_top1": top1, "knn_top5": top5, "linear_top1": linear_probe(*labelled, seed=seed).top1}
+    probe = linear_probe(*labelled, seed=seed)
+    return {"knn_top1": top1, "knn_top5": top5, "linear_top1": probe.top1, "rankme": rankme(train_features)}

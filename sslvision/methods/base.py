@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,8 @@ class Method(L.LightningModule):
     """
 
     latest: dict[str, Tensor]  # the last step's metrics, on the device
-    shown: tuple[str, ...] = ("loss",)  # those the progress bar shows
+    logged: dict[str, float]  # the last written ones: means since the time before, over all processes
+    shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Method(L.LightningModule):
         self.normalize = Normalize(mean, std)
         self.betas = betas
         self.seed = seed
-        self.latest = {}
+        self.latest, self.logged = {}, {}
         self._sums: dict[str, Tensor] = {}
         self._summed = 0
 
@@ -104,6 +105,10 @@ class Method(L.LightningModule):
 
     def after_update(self, clock: Clock) -> None:
         """Do what follows an optimizer update, such as moving a teacher. Called once per update."""
+
+    def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
+        """Return the faults that the logged metrics show, each with what it means, its causes and what to change."""
+        return {}
 
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
         """Return what the method makes of uint8 images (N, C, S, S): by picture, columns of (heading, images in 0..1)."""
@@ -178,5 +183,6 @@ class Method(L.LightningModule):
                 f"The loss is {metrics['loss']} around step {clock.step + 1}: training has diverged. Lower the learning "
                 f"rate (it is {rates['lr']:.3g} now), lengthen the warm-up, or set trainer.gradient_clip_val=1."
             )
+        self.logged = metrics
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": (clock.step + 1) / clock.steps_per_epoch}, step=clock.step + 1)

@@ -10,6 +10,7 @@ it from giving one answer to all, sharpening from giving all answers at once.
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sslvision.backbones.base import Backbone
-from sslvision.backbones.released import read_released, vit_like
+from sslvision.backbones.pictures import look_inside
+from sslvision.backbones.released import part_of, released_dino, vit_like
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
+from sslvision.nn.collapse import name_collapse
 from sslvision.nn.ema import follow
 from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -32,9 +35,8 @@ from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
 from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
 
-GLOBAL_ONE = Photometry(blur_probability=1.0, solarize_probability=0.0)
-GLOBAL_TWO = Photometry(blur_probability=0.1, solarize_probability=0.2)
-LOCAL = Photometry(blur_probability=0.5, solarize_probability=0.0)
+# Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
+SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
 
 
 class DINO(Method):
@@ -52,6 +54,11 @@ class DINO(Method):
         clip_gradient: largest norm of each parameter's gradient; 0 for no bound.
         global_scale, local_scale: share of the image's area of the crops.
         local_crops, local_size: how many, and their side in pixels.
+        jitter, grey: probabilities of colour jitter and of greyscale.
+        jitter_strength: see Photometry.
+        blur: probabilities of a blur of the first global crop, the second, and the local ones.
+        blur_sigma: weakest and strongest blur, in pixels.
+        solarize: probability of solarising the second global crop.
         lr, min_lr, warmup_epochs, weight_decay, weight_decay_end, betas: of AdamW, by update.
         mean, std: of the pixels, per channel, on the scale 0..1.
         seed: of the views.
@@ -63,7 +70,7 @@ class DINO(Method):
     # B images, S crops of each (the first 2 global), D features, K prototypes
 
     center: Tensor
-    shown = ("loss", "teacher_entropy", "kl")
+    shown: Mapping[str, str] = SHOWN
 
     def __init__(
         self,
@@ -86,6 +93,12 @@ class DINO(Method):
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_crops: int = 8,
         local_size: int = 96,
+        jitter: float = 0.8,
+        jitter_strength: float = 1.0,
+        grey: float = 0.2,
+        blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
+        blur_sigma: tuple[float, float] = (0.1, 2.0),
+        solarize: float = 0.2,
         lr: float = 5e-4,
         min_lr: float = 1e-6,
         warmup_epochs: float = 10.0,
@@ -96,14 +109,23 @@ class DINO(Method):
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
-        check_settings(student_temp, warmup_teacher_temp, teacher_temp, momentum, centre_momentum, local_crops)
-        if local_crops and local_size % backbone.stride:
+        if min(student_temp, warmup_teacher_temp, teacher_temp) <= 0:
+            raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
+        if not (0 <= momentum <= 1 and 0 <= centre_momentum <= 1):
+            raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
+        if local_crops < 0 or (local_crops and (local_size <= 0 or local_size % backbone.stride)):
             raise UsageError(
-                f"{local_size=} must be a multiple of {backbone.stride}, the side of the backbone's patches."
+                f"{local_crops=} of {local_size=} pixels cannot be: 0 or more of a multiple of {backbone.stride}, the side "
+                "of the backbone's patches."
             )
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
-        self.photometry = [GLOBAL_ONE, GLOBAL_TWO] + [LOCAL] * local_crops
+        colour = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "grey_probability": grey}
+        view = partial(Photometry, **colour, blur_sigma=blur_sigma)
+        self.photometry = [
+            view(blur_probability=blur[0]),
+            view(blur_probability=blur[1], solarize_probability=solarize),
+        ] + [view(blur_probability=blur[2])] * local_crops
         self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
@@ -144,21 +166,22 @@ class DINO(Method):
         """
         B = len(views[0])
         with torch.no_grad():
-            target = embed(self.teacher, torch.cat(views[:2])).float()  # (2B, K)
-        logits = embed(self.student, torch.cat(views[:2]))  # (2B, K); each resolution one forward
+            target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
+            q = ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1)  # with the centre of before
+        z = embed(self.student, torch.cat(views[:2]))  # (2B, K); each resolution one forward
         if len(views) > 2:
-            logits = torch.cat([logits, embed(self.student, torch.cat(views[2:]))])  # (SB, K)
-        q = (
-            ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1).view(2, B, -1)
-        )  # with the centre of before
-        z = (logits.float() / self.student_temp).view(len(views), B, -1)  # (S, B, K)
-        loss = cross_entropy_of_pairs(q, z)
+            z = torch.cat([z, embed(self.student, torch.cat(views[2:]))])  # (SB, K)
+        z = (z.to(target.dtype) / self.student_temp).unflatten(0, (-1, B))  # (S, B, K)
+        loss = cross_entropy_of_pairs(q.unflatten(0, (2, B)), z)
         self._teacher_means.append(target.mean(dim=0, keepdim=True))
-        entropy = torch.special.entr(q).sum(dim=-1).mean()
+        entropy = entropy_of(q).mean()
         return {
             "loss": loss,
+            "loss_over_ln_k": loss.detach() / math.log(q.shape[1]),
             "teacher_entropy": entropy,
             "kl": loss.detach() - entropy,
+            # How much an answer tells about its image: 0 if all images get the same one.
+            "mutual_information": entropy_of(q.mean(dim=0)) - entropy,
             "center_norm": self.center.norm(),
         }
 
@@ -204,6 +227,20 @@ class DINO(Method):
         assert isinstance(backbone, Backbone)
         return backbone
 
+    def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
+        """Return where the teacher's class token looks, and what its patches hold; see `look_inside`."""
+        seen = self.normalize(images)
+        return look_inside(self.pretrained(), seen, self.normalize.undo(seen))
+
+    def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
+        """Name a collapse in words (section 5.3, figure 7). Near-uniform answers are no alarm before the warm-up's end."""
+        return name_collapse(
+            entropy=means["teacher_entropy"],
+            information=means["mutual_information"],
+            prototypes=self.center.shape[1],
+            settled=clock.epoch >= max(self.warmup_epochs, self.freeze_prototypes_epochs),
+        )
+
     @classmethod
     def from_official(
         cls, checkpoint: str | Path | Mapping[str, Any], *, heads: int | None = None, **settings: Any
@@ -218,50 +255,31 @@ class DINO(Method):
         Raises:
             UsageError: it is neither.
         """
-        content = read_released(checkpoint)
-        full = "teacher" in content
-        states = {whose: in_our_names(content[whose] if full else content) for whose in ("student", "teacher")}
-        backbone = {
-            name.removeprefix("backbone.model."): value
-            for name, value in states["teacher"].items()
-            if name.startswith("backbone.model.")
-        }
-        if "patch_embed.proj.weight" not in backbone:
-            raise UsageError("This is no DINO checkpoint on a ViT: it has no patch_embed.proj.weight.")
+        states, center = released_dino(checkpoint)
+        backbone = vit_like(part_of(states["teacher"], "backbone.model."), heads=heads)
+        full = "head.last_layer.weight_v" in states["teacher"]
         if full:
-            settings = head_settings(states["teacher"]) | settings
-        method = cls(vit_like(backbone, heads=heads), **settings)
+            settings = DINOHead.settings_of(part_of(states["teacher"], "head.")) | settings
+        method = cls(backbone, **settings)
         for whose, network in (("student", method.student), ("teacher", method.teacher)):
             missing, unexpected = network.load_state_dict(states[whose], strict=False)
             if unexpected or (full and missing) or any(name.startswith("backbone.") for name in missing):
                 raise UsageError(
                     f"The {whose}'s weights do not fit: missing {missing[:3]}, not expected {unexpected[:3]}."
                 )
-        if full and "dino_loss" in content:
-            method.center.copy_(content["dino_loss"]["center"])
+        if center is not None:
+            method.center.copy_(center)
         return method
-
-
-def in_our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a released state dict under our names: no "module." in front, backbones under "backbone.model."."""
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
-    return {
-        (name if name.startswith("head.") else f"backbone.model.{name.removeprefix('backbone.')}"): value
-        for name, value in plain.items()
-    }
-
-
-def head_settings(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read the sizes of a head off its weights."""
-    prototypes, bottleneck = state["head.last_layer.weight_v"].shape
-    batch_norm = "head.mlp.1.weight" in state
-    hidden = state["head.mlp.0.weight"].shape[0]
-    return {"prototypes": prototypes, "bottleneck": bottleneck, "batch_norm": batch_norm, "hidden": hidden}
 
 
 def embed(network: nn.ModuleDict, images: Tensor) -> Tensor:
     """Return logits (N, K) of images (N, C, S, S)."""
     return network["head"](network["backbone"](images))
+
+
+def entropy_of(q: Tensor) -> Tensor:
+    """Return the entropy in nats of distributions (..., K)."""
+    return torch.special.entr(q).sum(dim=-1)
 
 
 def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
@@ -279,20 +297,3 @@ def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
     everything = 2 * logsumexp.sum(dim=0) - torch.einsum("bk,sbk->b", q.sum(dim=0), z)  # (B,)
     same_view = logsumexp[:2].sum(dim=0) - torch.einsum("tbk,tbk->b", q, z[:2])
     return (everything - same_view).mean() / (2 * S - 2)
-
-
-def check_settings(
-    student_temp: float,
-    warmup_teacher_temp: float,
-    teacher_temp: float,
-    momentum: float,
-    centre_momentum: float,
-    local_crops: int,
-) -> None:
-    """Raise UsageError for settings DINO cannot have."""
-    if min(student_temp, warmup_teacher_temp, teacher_temp) <= 0:
-        raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
-    if not (0 <= momentum <= 1 and 0 <= centre_momentum <= 1):
-        raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
-    if local_crops < 0:
-        raise UsageError(f"{local_crops=} must be 0 or more.")

@@ -25,7 +25,7 @@ from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.nn.attention import block_tail
+from sslvision.nn.attention import block_part
 from sslvision.nn.masking import random_keep, visible_count
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.patches import gather_tokens, put_patches, take_patches
@@ -80,7 +80,7 @@ class MAE(Method):
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
-        check_settings(backbone, mask_ratio, decoder_width, decoder_depth, decoder_heads, crop_scale)
+        check_settings(backbone, mask_ratio, decoder_width, decoder_depth, decoder_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
         assert isinstance(backbone, ViT)  # check_settings
@@ -134,7 +134,7 @@ class MAE(Method):
         masked = self.mask_token + gather_tokens(position, hidden)  # (B, H, E)
         tokens = torch.cat([tokens[:, :prefix], visible, masked.to(tokens.dtype)], dim=1)  # (B, P+K+H, E)
         tokens = self.decoder_blocks[:-1](tokens)
-        tokens = block_tail(self.decoder_blocks[-1], tokens, first=prefix + keep.shape[1])  # (B, H, E)
+        tokens = block_part(self.decoder_blocks[-1], tokens, slice(prefix + keep.shape[1], None))  # (B, H, E)
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -243,7 +243,6 @@ def check_settings(
     decoder_width: int,
     decoder_depth: int,
     decoder_heads: int,
-    crop_scale: tuple[float, float],
 ) -> None:
     """Raise UsageError for settings MAE cannot have."""
     if not isinstance(backbone, ViT):
@@ -265,7 +264,3 @@ def check_settings(
         raise UsageError(f"decoder_depth={decoder_depth} is too small: the decoder has at least one block.")
     if decoder_heads < 1 or decoder_width % decoder_heads or decoder_width % 4:
         raise UsageError(f"decoder_width={decoder_width} must be a multiple of 4 and of decoder_heads={decoder_heads}.")
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise UsageError(
-            f"crop_scale={list(crop_scale)} must be two shares of the image's area, 0 < smallest <= largest <= 1."
-        )

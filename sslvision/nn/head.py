@@ -1,5 +1,8 @@
 """Projection heads."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,3 +65,14 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of features (B, width)."""
         return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+    @staticmethod
+    def settings_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Read the sizes of a head off its weights."""
+        prototypes, bottleneck = state["last_layer.weight_v"].shape
+        return {
+            "prototypes": prototypes,
+            "bottleneck": bottleneck,
+            "hidden": state["mlp.0.weight"].shape[0],
+            "batch_norm": "mlp.1.weight" in state,
+        }

@@ -1,4 +1,4 @@
-"""What happens beside training: the count of unreadable images, k-NN accuracy on the way, pictures."""
+"""What happens beside training: the count of unreadable images, a look at the features on the way, pictures."""
 
 import csv
 from pathlib import Path
@@ -15,6 +15,7 @@ from sslvision.data.batch import Batch
 from sslvision.data.loading import evaluation_loader
 from sslvision.downstream.features import chosen_places, extract_features
 from sslvision.downstream.knn import knn_top
+from sslvision.downstream.rankme import rankme
 from sslvision.errors import DataError
 from sslvision.methods.base import Method
 from sslvision.training.pictures import picture_figure
@@ -78,31 +79,31 @@ class UnreadableImages(Callback):
             rows.writerows([self.source.describe(place), reason] for place, reason in sorted(self.found.items()))
 
 
-class OnlineKNN(Callback):
-    """k-NN accuracy (k = 20) of the backbone every so many epochs, on all processes together.
+class OnlineEvaluation(Callback):
+    """RankMe and, with labels, k-NN accuracy (k = 20) of frozen features every so many epochs, on all processes together.
 
     Args:
-        splits: labelled.
+        splits: the neighbours, whose features' RankMe it is, and the held-out images.
+        labelled: whether there is k-NN accuracy; the last epoch is then left to the evaluation after training.
         every_epochs: how often.
         at_most: training images used, drawn if there are more; a look on the way need not be exact.
         workers: loader processes.
     """
 
-    def __init__(self, splits: Splits, *, every_epochs: int, at_most: int = 10_000, workers: int = 0):
-        self.splits, self.every_epochs, self.workers = splits, every_epochs, workers
-        self.places = [chosen_places(source, at_most, seed=0) for source in splits if source is not None]
+    def __init__(self, splits: Splits, *, labelled: bool, every_epochs: int, at_most: int = 10_000, workers: int = 0):
+        self.labelled, self.every_epochs, self.workers = labelled, every_epochs, workers
+        sources = [splits.train, splits.test] if labelled else [splits.train]
+        self.looked_at = [(source, chosen_places(source, at_most, seed=0)) for source in sources if source is not None]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate, log, and show it in the progress bar."""
         epoch = trainer.current_epoch + 1
-        last = epoch == trainer.max_epochs  # evaluated in full when training is over
-        if epoch % self.every_epochs or last:
+        last = epoch == trainer.max_epochs
+        if not (last or epoch % self.every_epochs == 0) or (last and self.labelled):
             return
         assert isinstance(pl_module, Method)
-        labelled: list[Tensor] = []
-        for source, places in zip(self.splits, self.places, strict=True):
-            assert source is not None
-            assert source.labels is not None
+        found: list[Tensor] = []
+        for source, places in self.looked_at:
             where, features = extract_features(
                 pl_module.pretrained(),
                 pl_module.normalize,
@@ -113,11 +114,14 @@ class OnlineKNN(Callback):
                 rank=trainer.global_rank,
                 world=trainer.world_size,
             )
-            labelled += [features, source.labels[where]]
-        top1, _ = knn_top(*labelled)
-        trainer.callback_metrics["knn_top1"] = torch.tensor(top1)
+            found += [features] if source.labels is None else [features, source.labels[where]]
+        metrics = {"rankme": rankme(found[0])}
+        if self.labelled:
+            metrics["knn_top1"], _ = knn_top(*found)
+        for name, value in metrics.items():
+            trainer.callback_metrics[name] = torch.tensor(value)
         for logger in trainer.loggers:
-            logger.log_metrics({"knn_top1": top1, "epoch": epoch}, step=trainer.global_step)
+            logger.log_metrics({**metrics, "epoch": epoch}, step=trainer.global_step)
 
 
 class Pictures(Callback):
@@ -153,7 +157,7 @@ def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[An
     for name, columns in pictures.items():
         file = folder / f"{name}.png"
         shown = [(heading, images.cpu()) for heading, images in columns]
-        figure = picture_figure(shown, title=f"{name.capitalize()} of held-out images, step {step:,}")
+        figure = picture_figure(shown, title=f"{name.capitalize().replace('_', ' ')} of held-out images, step {step:,}")
         figure.savefig(file)
         for logger in loggers:
             _log_picture(logger, name, file, step)

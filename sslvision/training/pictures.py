@@ -87,6 +87,33 @@ def learning_curve_figure(
     return figure
 
 
+def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figure | None:
+    """Return whatever else was logged while training (entropies, RankMe, ...) against the epoch, or None if nothing was."""
+    elsewhere = {"step", "epoch", "loss", "lr", "weight_decay"}
+    curves = {
+        name: _curve(metrics, name, None)
+        for name in metrics
+        if name not in elsewhere
+        and not name.endswith(("_top1", "_top5"))
+        and not name.startswith(("untrained", "pixels"))
+    }
+    curves = {name: (x, y) for name, (x, y) in curves.items() if len(x)}
+    if not curves:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.1 * len(curves)), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, (x, y)) in zip(panels, curves.items(), strict=True):
+        _style(axes)
+        axes.plot(x, y, color=BLUE, lw=1.4, marker="o" if len(x) < 20 else None, ms=3.5)
+        axes.set_ylabel(name.replace("_", " ").replace(" ", "\n", 1))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        _annotate_last(axes, y, "{:.3g}", BLUE)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8)
+    panels[-1].set_xlabel("epoch")
+    figure.align_ylabels(panels)
+    return figure
+
+
 def _drawable(images: Tensor) -> np.ndarray:
     """(N, C, H, W) of any number of channels -> (N, H, W, 3) in 0..1."""
     images = images.detach().float().cpu()

@@ -25,10 +25,10 @@ SAMPLE_EVERY_S = 0.25
 class Progress(ProgressBar):
     """Shows epoch, step, images per second, the method's metrics, the online k-NN and the time left.
 
-    The module keeps its last metrics as detached tensors in `pl_module.latest`, of which those named in
-    `pl_module.shown` (default: "loss") are displayed; `knn_top1` is read from the trainer's callback metrics. They are
-    read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator. Without a
-    terminal a line is printed at most every `plain_every_s` seconds, and one at the end.
+    The module keeps its last metrics as detached tensors in `pl_module.latest`, of which those in `pl_module.shown`
+    (default: "loss") are displayed under its labels; `knn_top1` and `rankme` come from the trainer's callback metrics.
+    They are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
+    Without a terminal a line is printed at most every `plain_every_s` seconds, and one at the end.
 
     `total_steps` are the optimizer steps of the whole run, `images_per_step` the images of one, over all processes and
     accumulated batches.
@@ -130,10 +130,13 @@ class Progress(ProgressBar):
             parts.append(f"{rate * self.images_per_step:,.0f} img/s")
         latest = getattr(pl_module, "latest", {})
         parts += [
-            f"{name} {_number(latest[name])}" for name in getattr(pl_module, "shown", ("loss",)) if name in latest
+            f"{label} {_number(latest[name])}"
+            for name, label in getattr(pl_module, "shown", {"loss": "loss"}).items()
+            if name in latest
         ]
-        if (knn := trainer.callback_metrics.get("knn_top1")) is not None:
-            parts.append(f"k-NN {float(knn):.1f}")
+        for name, label in (("knn_top1", "k-NN"), ("rankme", "RankMe")):
+            if (value := trainer.callback_metrics.get(name)) is not None:
+                parts.append(f"{label} {float(value):.1f}")
         text = "  ".join([*parts, time])
         if self._bar is None:
             self.console.print(f"{self._epoch(step)}  {text}", soft_wrap=True, markup=False, highlight=False)

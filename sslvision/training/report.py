@@ -17,12 +17,14 @@ def print_configuration(console: Console, rows: Mapping[str, str], title: str) -
 
 
 def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Print k-NN and linear-probe accuracy, a line for each set of features, the first one set off."""
+    """Print k-NN and linear-probe accuracy and RankMe, a line for each set of features, the first one set off."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("frozen features")
     table.add_column("k-NN top-1 %", justify="right")
     table.add_column("linear probe top-1 %", justify="right")
+    table.add_column("RankMe", justify="right")
     for number, (name, scores) in enumerate(rows.items()):
         style = "bold" if number == 0 else None
-        table.add_row(name, f"{scores['knn_top1']:.1f}", f"{scores['linear_top1']:.1f}", style=style)
+        numbers = (f"{scores[key]:.1f}" for key in ("knn_top1", "linear_top1", "rankme"))
+        table.add_row(name, *numbers, style=style)
     console.print(table)

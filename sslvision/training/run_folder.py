@@ -25,11 +25,11 @@ Made by `{command}`.
 
 | file | what it is |
 | --- | --- |
-| results.json | the scores at the end: k-NN and linear probe, pretrained and untrained |
+| results.json | k-NN, linear probe and RankMe at the end, pretrained and untrained; what went wrong, if anything |
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
-| metrics.csv | loss, learning rate, k-NN accuracy by step |
-| figures/ | reconstructions of held-out images, learning curve |
+| metrics.csv | loss, learning rate, k-NN accuracy, RankMe and what else the method logs, by step |
+| figures/ | what the method makes of held-out images, learning curve, health |
 | checkpoints/last.ckpt | all that `resume=auto` needs to go on |
 | export/ | the backbone for use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
 | unreadable.csv | images that could not be read, if there were any |

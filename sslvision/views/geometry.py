@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslvision.errors import UsageError
 from sslvision.nn.randomness import ImageRandom
 
 ATTEMPTS = 10  # boxes tried before the central one is taken, as in torchvision's RandomResizedCrop
@@ -25,12 +26,22 @@ class Crop:
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width / height.
         flip: mirror half of the crops.
+
+    Raises:
+        UsageError: the scale is out of range.
     """
 
     size: int
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UsageError(
+                f"A crop scale of {list(self.scale)} cannot be: it is two shares of the image's area, "
+                "0 < smallest <= largest <= 1."
+            )
 
 
 def crop_boxes(noise: Tensor, height: int, width: int, crop: Crop) -> Tensor:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sslvision.errors import UsageError
 from sslvision.nn.randomness import ImageRandom
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -32,11 +33,15 @@ class Photometry:
         jitter_probability: of the four changes that follow, all of them or none.
         brightness, contrast, saturation: factors are drawn from 1 - this to 1 + this, and never below 0.
         hue: shifts are drawn from -this to this, in turns; at most 0.5.
+        jitter_strength: multiplies the four.
         grey_probability: of losing all colour.
         blur_probability: of a Gaussian blur.
         blur_sigma: smallest and largest standard deviation of the blur, in pixels.
         solarize_probability: of inverting the bright pixels.
         solarize_threshold: the level from which pixels are bright; the default is Pillow's.
+
+    Raises:
+        UsageError: a value is out of its range.
     """
 
     jitter_probability: float = 0.8
@@ -44,11 +49,21 @@ class Photometry:
     contrast: float = 0.4
     saturation: float = 0.2
     hue: float = 0.1
+    jitter_strength: float = 1.0
     grey_probability: float = 0.2
     blur_probability: float = 1.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
     solarize_threshold: float = 128
+
+    def __post_init__(self) -> None:
+        for name in ("jitter", "grey", "blur", "solarize"):
+            if not 0 <= (probability := getattr(self, f"{name}_probability")) <= 1:
+                raise UsageError(f"A probability of {name} of {probability} cannot be: it is from 0 to 1.")
+        if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise UsageError(
+                f"blur_sigma={list(self.blur_sigma)} must be two numbers of pixels, 0 <= weakest <= strongest."
+            )
 
 
 class Drawn(NamedTuple):
@@ -75,14 +90,17 @@ def draw_photometry(rng: ImageRandom, view: int, photometry: Photometry) -> Draw
         return low + noise * (high - low)
 
     def factor(spread: float, noise: Tensor) -> Tensor:
+        spread *= photometry.jitter_strength
         return between(max(0.0, 1 - spread), 1 + spread, noise)
+
+    hue = min(0.5, photometry.hue * photometry.jitter_strength)
 
     return Drawn(
         jittered=noise[0] < photometry.jitter_probability,
         brightness=factor(photometry.brightness, noise[1]),
         contrast=factor(photometry.contrast, noise[2]),
         saturation=factor(photometry.saturation, noise[3]),
-        hue=between(-photometry.hue, photometry.hue, noise[4]),
+        hue=between(-hue, hue, noise[4]),
         order=noise[5:9].T.argsort(dim=1, stable=True),
         grey=noise[9] < photometry.grey_probability,
         blurred=noise[10] < photometry.blur_probability,

@@ -146,7 +146,7 @@ def test_pictures_show_the_visible_patches_as_they_are_and_the_mask_where_it_is(
         ({"mask_ratio": 0.99}, "leaves 0 of 16 patches visible"),
         ({"decoder_depth": 0}, "decoder_depth=0"),
         ({"decoder_heads": 3}, "decoder_width=16"),
-        ({"crop_scale": (0.9, 0.2)}, "crop_scale"),
+        ({"crop_scale": (0.9, 0.2)}, r"crop scale of \[0.9, 0.2\]"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup_epochs": -1}, "warmup_epochs=-1"),
         ({"betas": (0.9, 1.5)}, "betas"),

@@ -2,16 +2,52 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from sslvision.nn.attention import block_tail
+from sslvision.nn.attention import attention_weights, block_part, divisible
+
+PARTS = [slice(0, None), slice(4, None), slice(10, None), slice(0, 1)]
+
+
+def random_block(**options):
+    torch.manual_seed(0)
+    block = Block(32, 4, **{"qkv_bias": True, **options}).double()
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return block
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_tail_of_a_block_equals_the_tail_of_its_output(fused):
-    torch.manual_seed(0)
-    block = Block(32, 4, qkv_bias=True).double()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qkv_bias": False}, {"init_values": 0.1}, {"qk_norm": True}, {"scale_attn_norm": True}],
+    ids=lambda options: next(iter(options), "plain"),
+)
+def test_a_part_of_a_block_equals_that_part_of_its_output(fused, options):
+    block = random_block(**options)
     block.attn.fused_attn = fused
-    for parameter in block.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
     tokens = torch.randn(3, 11, 32, dtype=torch.float64)
-    for first in (0, 4, 10):
-        assert torch.allclose(block_tail(block, tokens, first), block(tokens)[:, first:], atol=1e-12)
+    assert divisible(block)
+    for some in PARTS:
+        assert torch.allclose(block_part(block, tokens, some), block(tokens)[:, some], atol=1e-12)
+
+
+def test_stochastic_depth_drops_the_same_images_in_a_part():
+    block = random_block(drop_path=0.5).train()
+    tokens = torch.randn(16, 11, 32, dtype=torch.float64)
+    torch.manual_seed(1)
+    whole = block(tokens)[:, :1]
+    torch.manual_seed(1)
+    part = block_part(block, tokens, slice(0, 1))
+    assert torch.allclose(part, whole, atol=1e-12)
+    assert (part == tokens[:, :1]).all(dim=(1, 2)).any()
+
+
+def test_attention_weights_are_those_the_block_attends_with():
+    block = random_block()
+    tokens = torch.randn(2, 11, 32, dtype=torch.float64)
+    weights = attention_weights(block, tokens, slice(0, 1))  # (B, heads, 1, N)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 1, dtype=torch.float64))
+    # Values that name their token show what was attended to.
+    block.attn.proj, block.attn.fused_attn = torch.nn.Identity(), False
+    _, _, value = block.attn.qkv(block.norm1(tokens)).view(2, 11, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    attended = block.attn(block.norm1(tokens))[:, :1].view(2, 1, 4, 8).transpose(1, 2)
+    assert torch.allclose(weights @ value, attended, atol=1e-12)

@@ -165,8 +165,8 @@ def test_the_speed_is_that_of_a_recent_window(clock: Clock, monkeypatch: pytest.
 
 def test_the_method_chooses_what_is_shown(clock: Clock) -> None:
     model = Tiny(clock)
-    model.shown = ("entropy", "loss", "missing")  # type: ignore[assignment]
-    assert "  entropy 7.500  loss 0.8125  ETA" in plain_lines(model)[0]
+    model.shown = {"entropy": "H", "loss": "loss", "missing": "missing"}  # type: ignore[assignment]
+    assert "  H 7.500  loss 0.8125  ETA" in plain_lines(model)[0]
 
 
 def test_a_method_without_metrics_is_shown_without(clock: Clock) -> None:

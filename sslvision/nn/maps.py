@@ -1,0 +1,31 @@
+"""From what tokens hold to what people can look at."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def principal_components(features: Tensor, count: int) -> Tensor:
+    """Return the first `count` principal components of features (n, D), each from 0 to 1 but for its outermost percents.
+
+    A component's sign is arbitrary: here its skew is positive, so that pictures of one run keep their colours.
+
+    Returns:
+        (n, count).
+    """
+    centred = features - features.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending
+    scores = centred @ axes.flip(1)[:, :count]  # (n, count)
+    scores = scores * torch.where(scores.pow(3).sum(dim=0) < 0, -1.0, 1.0)
+    low, high = torch.quantile(scores, torch.tensor([0.02, 0.98], device=scores.device, dtype=scores.dtype), dim=0)
+    return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+
+
+def enlarged(maps: Tensor, images: Tensor) -> Tensor:
+    """Return maps (N, C, rows, columns) at the size of the images, each value a block."""
+    return F.interpolate(maps.float(), size=images.shape[2:], mode="nearest-exact")
+
+
+def heat(shares: Tensor) -> Tensor:
+    """Return shares (N, S, S) from 0 to 1 as colours (N, 3, S, S): black, red, yellow, white."""
+    return (3 * shares[:, None] - torch.arange(3, device=shares.device)[:, None, None]).clamp(0, 1)
