@@ -88,3 +88,32 @@ def test_an_unknown_timm_option_is_refused():
 def test_a_backbone_that_is_no_plain_vit_is_refused(name):
     with pytest.raises(UsageError, match=r"plain vision transformer|plain VisionTransformer"):
         build_backbone(name, image_size=32)
+
+
+def test_attention_maps_show_where_the_class_token_looks():
+    backbone = build("registers")
+    maps = backbone.attention_maps(torch.rand(2, 3, 32, 32, dtype=torch.float64))
+    assert maps.shape == (2, 2, 4, 4)  # images, heads, rows, columns
+    assert (maps >= 0).all()
+    assert (maps.sum(dim=(2, 3)) < 1).all()  # the rest goes to the class token and the registers
+
+
+def test_a_patch_that_stands_out_is_where_the_class_token_looks():
+    backbone = build("plain", num_heads=1)
+    last = backbone.model.blocks[-1]
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    images[:, :, 8:16, 24:32] = 1.0  # row 1, column 3
+    tokens = backbone._attend(backbone.model.blocks[:-1], backbone._embed(images))
+    normed = last.norm1(tokens)[0]
+    with torch.no_grad():  # queries that ask for this patch's key
+        last.attn.qkv.bias[:32] = (
+            20
+            * torch.linalg.pinv((normed @ last.attn.qkv.weight[32:64].T).double())
+            @ torch.nn.functional.one_hot(torch.tensor(1 + 1 * 4 + 3), 17).double()
+        )
+        last.attn.qkv.weight[:32] = 0
+    assert backbone.attention_maps(images)[0, 0].argmax() == 1 * 4 + 3
+
+
+def test_without_a_class_token_there_are_no_attention_maps():
+    assert build("no class token").attention_maps(torch.rand(1, 3, 32, 32, dtype=torch.float64)) is None

@@ -13,7 +13,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock
-from sslvision.methods.dino import DINO, cross_entropy_of_pairs
+from sslvision.methods.dino import DINO, cross_entropy_of_pairs, embed
 from sslvision.nn.randomness import ImageRandom
 
 
@@ -216,3 +216,81 @@ def test_views_differ_and_are_a_function_of_image_and_epoch():
     assert not torch.allclose(first[0], first[1])
     assert all(torch.equal(one, other) for one, other in zip(first, views(epoch), strict=True))
     assert not torch.allclose(first[0], views(epoch + 1)[0])
+
+
+def test_norms_of_prototypes_survive_saving_and_reading_in_the_released_format(tmp_path):
+    method = tiny(unit_prototypes=False)
+    for network in (method.student, method.teacher):
+        network["head"].last_layer.weight_g.data.uniform_(0.5, 2.0)
+    state = {
+        whose: {name.replace("backbone.model.", "backbone."): value for name, value in network.state_dict().items()}
+        for whose, network in (("student", method.student), ("teacher", method.teacher))
+    }
+    torch.save(state, tmp_path / "dino.pth")
+    read = DINO.from_official(tmp_path / "dino.pth", heads=3, unit_prototypes=False, local_size=16).eval()
+    images = torch.randn(2, 3, 32, 32)
+    for whose in ("student", "teacher"):
+        ours, theirs = (embed(getattr(one, whose).eval(), images) for one in (method, read))
+        assert torch.equal(ours, theirs)
+    rows = method.student["head"].last_layer
+    assert torch.allclose((rows.weight_g * F.normalize(rows.weight_v, dim=1)).norm(dim=1), rows.weight_g[:, 0])
+
+
+def test_prototypes_of_unit_norm_stay_so_while_they_train():
+    method = tiny(freeze_prototypes_epochs=0)
+    optimizer = torch.optim.SGD([p for p in method.student.parameters() if p.requires_grad], lr=10.0)
+    before = method.student["head"].last_layer.weight_v.clone()
+    method.losses([torch.randn(2, 3, 32, 32) for _ in range(4)], Clock(0, 8, 2))["loss"].backward()
+    optimizer.step()
+    rows = method.student["head"].last_layer
+    assert not torch.allclose(rows.weight_v, before)
+    assert (rows.weight_g == 1).all()
+    assert torch.allclose(rows(torch.eye(32)).norm(dim=0), torch.ones(96), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("image", "patch", "local"), [(64, 16, 32), (32, 8, 16), (56, 14, 28), (32, 4, 16), (16, 2, 8)]
+)
+def test_crops_of_either_size_train_the_positions_at_any_patch_size(image, patch, local):
+    torch.manual_seed(0)
+    backbone = build_backbone(
+        "vit_tiny_patch16_224", image_size=image, patch_size=patch, embed_dim=24, depth=2, num_heads=2
+    )
+    method = DINO(backbone, prototypes=32, hidden=16, bottleneck=8, local_crops=1, local_size=local)
+    assert [crop.size for crop in method.crops] == [image, image, local]
+    views = [torch.randn(4, 3, crop.size, crop.size) for crop in method.crops]
+    for number in range(3):
+        seen = embed(method.student, views[number])
+        gradient = torch.autograd.grad(seen.square().sum(), method.student["backbone"].model.pos_embed)[0]
+        assert (gradient[0].abs().sum(dim=-1) > 0).all()  # every position, the small crop's by interpolation
+    assert torch.isfinite(method.losses(views, Clock(0, 8, 2))["loss"])
+
+
+def test_mutual_information_is_what_the_answers_tell_about_their_images():
+    method = tiny(student_temp=1.0, teacher_temp=1.0, warmup_teacher_temp=1.0)
+    answers = torch.full((4, 96), -50.0)
+    answers[range(4), range(4)] = 50.0  # four images, each with a prototype of its own
+    method.teacher = FixedAnswers(answers.repeat(2, 1))
+    views = [torch.randn(4, 3, 32, 32) for _ in range(4)]
+    metrics = method.losses(views, Clock(0, 8, 2))
+    assert metrics["mutual_information"] == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-5)
+    assert metrics["teacher_entropy"] == pytest.approx(0, abs=1e-5)
+    method.teacher = FixedAnswers(answers[:1].repeat(8, 1))
+    assert method.losses(views, Clock(0, 8, 2))["mutual_information"] == pytest.approx(0, abs=1e-5)
+
+
+def test_loss_is_entropy_plus_kl_and_is_shown_against_ln_k():
+    metrics = tiny().losses([torch.randn(2, 3, 32, 32) for _ in range(4)], Clock(0, 8, 2))
+    assert metrics["loss"].item() == pytest.approx((metrics["teacher_entropy"] + metrics["kl"]).item(), abs=1e-5)
+    assert metrics["kl"] >= 0
+    assert metrics["loss_over_ln_k"] == pytest.approx(
+        metrics["loss"].item() / torch.tensor(96.0).log().item(), abs=1e-5
+    )
+
+
+class FixedAnswers(torch.nn.ModuleDict):
+    """A teacher that says the same to all images of a batch, whatever they show."""
+
+    def __init__(self, answers):
+        super().__init__({"backbone": torch.nn.Identity(), "head": torch.nn.Identity()})
+        self["head"].forward = lambda _: answers
