@@ -105,15 +105,17 @@ def by_hand(method, data, *, device, dtype):
             batch = cut_crops(batch, method.crops, data.seed)
         at = lap("crops (on the device)", at)
         views = method.views(batch, ImageRandom(method.seed, batch.epoch, batch.places))
-        at = lap("views: normalise, mask noise", at)
+        at = lap("views: augment, normalise, mask noise", at)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = method.losses(views, clock)["loss"]
         at = lap("forward", at)
         loss.backward()
         at = lap("backward", at)
+        method.before_update(clock)
         optimizer.step()
         optimizer.zero_grad()
-        lap("optimizer", at)
+        method.after_update(clock)
+        lap("update: clip, optimizer, teacher", at)
     return {phase: statistics.median(seconds[WARM_UP:]) for phase, seconds in taken.items()}
 
 

@@ -91,14 +91,18 @@ class ViT(Backbone):
             tokens = torch.cat([tokens[:, :first] + position[:, :first], tokens[:, first:]], dim=1)
         return tokens
 
-    def attention_maps(self, images: Tensor) -> Tensor | None:
-        """Return where the class token looks in the last block, (B, heads, rows, columns), or None if there is none.
+    @property
+    def has_attention_maps(self) -> bool:
+        """Return whether a class token stands for the image, and the last block's attention can be computed."""
+        return self.model.global_pool == "token" and divisible(self.model.blocks[-1])
+
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """Return where the class token looks in the last block, (B, heads, rows, columns).
 
         Shares of its attention: over the patches they sum to 1 but for what goes to class and register tokens.
         """
+        assert self.has_attention_maps
         *blocks, last = self.model.blocks
-        if self.model.cls_token is None or not divisible(last):
-            return None
         tokens = self._attend(nn.Sequential(*blocks), self._embed(images))
         return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
 

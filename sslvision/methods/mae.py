@@ -20,6 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from sslvision.backbones.base import Backbone
+from sslvision.backbones.pictures import look_inside
 from sslvision.backbones.released import read_released, vit_like
 from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
@@ -155,7 +156,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return originals, what the encoder saw of them, and reconstructions of uint8 images (N, C, S, S).
+        """Return originals, what the encoder saw of them, and reconstructions of uint8 images (N, C, S, S); and `look_inside`.
 
         Where targets are normalised, a patch's own mean and deviation are given back to its prediction, as in the
         authors' pictures: the reconstruction shows structure, not brightness.
@@ -177,7 +178,8 @@ class MAE(Method):
         masked = put_patches(originals, torch.full_like(pixels, 0.5), hidden)
         rebuilt = self.normalize.undo(put_patches(seen, prediction.to(seen.dtype), hidden))
         seen_as = f"{100 * hidden.shape[1] / noise.shape[1]:.3g} % hidden"
-        return {"reconstructions": [("original", originals), (seen_as, masked), ("reconstructed", rebuilt)]}
+        reconstructions = [("original", originals), (seen_as, masked), ("reconstructed", rebuilt)]
+        return {"reconstructions": reconstructions, **look_inside(self.backbone, seen, originals)}
 
     def describe(self) -> dict[str, str]:
         """Return the exact mask ratio and the number of visible patches."""

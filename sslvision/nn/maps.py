@@ -1,5 +1,7 @@
 """From what tokens hold to what people can look at."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,8 +23,31 @@ def principal_components(features: Tensor, count: int) -> Tensor:
     return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
+def at_offsets(maps_of: Callable[[Tensor], Tensor], images: Tensor, stride: int, *, offsets: int = 4) -> Tensor:
+    """Return maps finer than one value to a patch: those of images moved by parts of a patch, put together.
+
+    Args:
+        maps_of: images (N, C, S, S) -> maps (N, M, rows, columns), a value for each patch.
+        images: (N, C, S, S); their borders go on outside.
+        stride: p, side of a patch in pixels.
+        offsets: k, along each axis; no more than p.
+
+    Returns:
+        (N, M, k * rows, k * columns): a value for each p / k pixels, that of the patch around them.
+    """
+    S, k = images.shape[-1], next(k for k in range(min(offsets, stride), 0, -1) if stride % k == 0)
+    step = stride // k
+    padded = F.pad(images, [stride] * 4, mode="replicate")
+    starts = [stride + offset * step - (stride - step) // 2 for offset in range(k)]
+    rows = [
+        torch.stack([maps_of(padded[:, :, y : y + S, x : x + S]) for x in starts], dim=-1)  # (N, M, rows, columns, k)
+        for y in starts
+    ]
+    return torch.stack(rows, dim=3).flatten(2, 3).flatten(3, 4)
+
+
 def enlarged(maps: Tensor, images: Tensor) -> Tensor:
-    """Return maps (N, C, rows, columns) at the size of the images, each value a block."""
+    """Return maps (N, M, rows, columns) at the size of the images, each value a block."""
     return F.interpolate(maps.float(), size=images.shape[2:], mode="nearest-exact")
 
 

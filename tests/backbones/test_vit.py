@@ -116,4 +116,5 @@ def test_a_patch_that_stands_out_is_where_the_class_token_looks():
 
 
 def test_without_a_class_token_there_are_no_attention_maps():
-    assert build("no class token").attention_maps(torch.rand(1, 3, 32, 32, dtype=torch.float64)) is None
+    assert build("plain").has_attention_maps
+    assert not build("no class token").has_attention_maps

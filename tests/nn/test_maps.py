@@ -1,6 +1,8 @@
+import pytest
 import torch
+from torch.nn import functional as F
 
-from sslvision.nn.maps import enlarged, heat, principal_components
+from sslvision.nn.maps import at_offsets, enlarged, heat, principal_components
 
 
 def test_the_first_component_is_the_direction_of_most_variance():
@@ -29,9 +31,29 @@ def test_components_do_not_depend_on_the_arbitrary_sign_of_the_axes():
     assert torch.allclose(principal_components(features, 3), principal_components(turned, 3), atol=1e-4)
 
 
-def test_a_map_is_enlarged_in_blocks():
-    found = enlarged(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.zeros(1, 3, 4, 4))
-    assert found[0, 0].tolist() == [[1, 1, 2, 2], [1, 1, 2, 2], [3, 3, 4, 4], [3, 3, 4, 4]]
+def brightness(stride):
+    return lambda images: F.avg_pool2d(images, stride)
+
+
+def test_a_map_at_offsets_is_that_of_overlapping_patches():
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, 16, 16)
+    found = at_offsets(brightness(4), images, 4, offsets=2)
+    overlapping = F.avg_pool2d(F.pad(images, [1, 1, 1, 1], mode="replicate"), 4, stride=2)
+    assert torch.allclose(found, overlapping, atol=1e-6)
+
+
+def test_a_bright_spot_stays_where_it_is():
+    images = torch.zeros(1, 1, 32, 32)
+    images[0, 0, 18:22, 6:10] = 1
+    found = enlarged(at_offsets(brightness(8), images, 8), images)[0, 0]
+    assert divmod(int(found.argmax()), 32) == (18, 6)
+
+
+@pytest.mark.parametrize(("stride", "offsets"), [(2, 2), (14, 2), (1, 1), (16, 4), (6, 3)])
+def test_offsets_divide_the_patch(stride, offsets):
+    images = torch.rand(1, 1, 4 * stride, 4 * stride)
+    assert at_offsets(brightness(stride), images, stride).shape == (1, 1, 4 * offsets, 4 * offsets)
 
 
 def test_heat_goes_from_black_over_red_and_yellow_to_white():
