@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from sslvision.config import recipes
 from sslvision.errors import DataError, Diverged, UsageError
+from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 
 
@@ -22,6 +23,13 @@ def finished(run_tiny, tmp_path_factory):
     """A finished tiny run: its folder and what it returned."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     return folder, run_tiny(folder)
+
+
+@pytest.fixture(scope="module")
+def finished_dino(run_tiny, tmp_path_factory):
+    """The same of DINO."""
+    folder = tmp_path_factory.mktemp("runs") / "finished_dino"
+    return folder, run_tiny(folder, recipe="dino")
 
 
 def table(file):
@@ -50,10 +58,32 @@ def test_the_run_folder_explains_itself(finished):
     for file in ("results.json", "config.yaml", "environment.json", "metrics.csv", "checkpoints/last.ckpt", "export/"):
         assert file in readme
         assert (folder / file).exists()
-    for figure in ("reconstructions.png", "learning_curve.png"):
-        with Image.open(folder / "figures" / figure) as image:
-            assert min(image.size) > 300
+    check_figures(folder, "reconstructions", "patch_features", "learning_curve", "health")
+
+
+def check_figures(folder, *names):
+    assert {file.stem for file in (folder / "figures").glob("*.png")} == set(names)
+    for name in names:
+        with Image.open(folder / "figures" / f"{name}.png") as image:
+            assert min(image.size) > 180
             assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_a_dino_run_leaves_the_teacher_and_its_pictures_and_health(finished_dino):
+    folder, results = finished_dino
+    check_figures(folder, "attention", "patch_features", "learning_curve", "health")
+    state = checkpoint_of(folder)["state_dict"]
+    exported = load_file(folder / "export" / "model.safetensors")
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"teacher.backbone.model.{name}"]), name
+    weight = "blocks.0.mlp.fc1.weight"
+    assert not torch.equal(exported[weight], state[f"student.backbone.model.{weight}"])
+    rows = table(folder / "metrics.csv")
+    for name in ("teacher_entropy", "kl", "loss_over_ln_k", "center_norm", "mutual_information"):
+        assert sum(row[name] != "" for row in rows) == 8
+    assert [1 <= float(row["rankme"]) <= 32 for row in rows if row["rankme"]] == [True, True]
+    assert results["rankme"] == float([row["rankme"] for row in rows if row["rankme"]][-1])
+    assert results["findings"] == []
 
 
 def test_every_update_is_in_the_metrics_with_the_rate_the_schedule_says(finished):
@@ -101,21 +131,26 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, 
     assert not torch.equal(checkpoint_of(other)["state_dict"][name], first[name])
 
 
-def test_a_run_that_broke_goes_on_as_if_it_had_not(finished, run_tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("recipe", "method"), [("mae", MAE), ("dino", DINO)])
+def test_a_run_that_broke_goes_on_as_if_it_had_not(
+    recipe, method, finished, finished_dino, run_tiny, tmp_path, monkeypatch
+):
     folder = tmp_path / "broken"
+    uninterrupted = checkpoint_of((finished if recipe == "mae" else finished_dino)[0])["state_dict"]
+    after_update = method.after_update
 
     def break_down(self, clock):
         if clock.step == 5:  # the second epoch's second update
             raise RuntimeError("power cut")
+        after_update(self, clock)
 
     with monkeypatch.context() as patched:
-        patched.setattr(MAE, "after_update", break_down)
+        patched.setattr(method, "after_update", break_down)
         with pytest.raises(RuntimeError, match="power cut"):
-            run_tiny(folder)
+            run_tiny(folder, recipe=recipe)
     with pytest.raises(UsageError, match="resume=auto"):
-        run_tiny(folder)
-    run_tiny(folder, "resume=auto")
-    uninterrupted = checkpoint_of(finished[0])["state_dict"]
+        run_tiny(folder, recipe=recipe)
+    run_tiny(folder, "resume=auto", recipe=recipe)
     for name, value in checkpoint_of(folder)["state_dict"].items():
         assert torch.equal(value, uninterrupted[name]), name
     steps = [row["step"] for row in table(folder / "metrics.csv") if row["loss"]]
