@@ -13,6 +13,7 @@ from sslvision.schema import Pretrain
 
 EXAMPLES = (
     ("recipe=mae", "MAE on the embedded images, to the end, in minutes on a CPU"),
+    ("recipe=dino health=stop", "DINO; end the run if the teacher collapses"),
     (
         "recipe=mae data=folder data.root=photos data.channels=3 backbone.image_size=64",
         "on your own images, any folder",
