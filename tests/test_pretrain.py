@@ -179,6 +179,15 @@ def test_weights_are_taken_from_another_run_or_an_export_and_refused_where_they_
         run_tiny(tmp_path / "x", f"init_from={tmp_path}")
 
 
+def test_a_backbone_to_start_from_is_the_students_and_the_teachers(finished_dino, run_tiny, tmp_path):
+    export = finished_dino[0] / "export"
+    run_tiny(tmp_path / "run", f"init_from={export}", "lr=1e-12", "epochs=1", recipe="dino")
+    state = checkpoint_of(tmp_path / "run")["state_dict"]
+    weight = load_file(export / "model.safetensors")["blocks.0.mlp.fc1.weight"]
+    for whose in ("student", "teacher"):
+        assert torch.allclose(state[f"{whose}.backbone.model.blocks.0.mlp.fc1.weight"], weight, atol=1e-8)
+
+
 def test_a_used_folder_is_refused_and_emptied_only_if_it_is_a_runs(finished, run_tiny, tmp_path):
     used = tmp_path / "used"
     shutil.copytree(finished[0], used)

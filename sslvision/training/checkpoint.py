@@ -111,7 +111,9 @@ def load_weights(method: Method, path: str | Path) -> str:
         return f"all weights of {file}"
     tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
     own = method.pretrained().model.state_dict()
-    _load_fitting(method.pretrained().model, {name: value for name, value in tensors.items() if name in own}, file)
+    for module in method.modules():
+        if isinstance(module, Backbone):  # DINO has two: the student's and the teacher's
+            _load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
     left = len(tensors) - len(own)
     return f"the backbone's weights of {file}" + (f" ({left} other tensors left aside)" if left > 0 else "")
 
