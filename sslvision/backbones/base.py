@@ -1,6 +1,8 @@
 """The contract between a method and a backbone."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ class Backbone(nn.Module, ABC):
         stride: pixels per side of an output token (ViT-B/16: 16).
         grid: rows and columns of output tokens for images of `image_size`.
         num_prefix: class and register tokens, which come first in the output of `encode`.
+        hides: whether `encode` takes `keep`.
+        arguments: with which timm.create_model builds the model.
     """
 
     model: Any  # an nn.Module; timm has no types
@@ -24,6 +28,8 @@ class Backbone(nn.Module, ABC):
     stride: int
     grid: tuple[int, int]
     num_prefix: int
+    hides: bool = False
+    arguments: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -36,6 +42,14 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def pool(self, tokens: Tensor) -> Tensor:
         """Return one feature per image (B, D) from the tokens of `encode`."""
+
+    def init_weights(self) -> None:
+        """Initialise as the MAE paper does (appendix A.1); what `hides` can."""
+        raise NotImplementedError
+
+    def takes(self, size: int) -> bool:
+        """Return whether square images of this side can be encoded, too, such as DINO's local crops."""
+        return size > 0 and size % self.stride == 0
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, D) of images (B, C, H, W), normalised as in pretraining."""

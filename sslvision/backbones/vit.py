@@ -21,6 +21,8 @@ class ViT(Backbone):
         UsageError: the image size is not a multiple of the patch size.
     """
 
+    hides = True
+
     # B images, L patches of an image, K of them visible, P class and register tokens, D width, p patch side
 
     def __init__(self, model: VisionTransformer):

@@ -113,10 +113,10 @@ class DINO(Method):
             raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
         if not (0 <= momentum <= 1 and 0 <= centre_momentum <= 1):
             raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
-        if local_crops < 0 or (local_crops and (local_size <= 0 or local_size % backbone.stride)):
+        if local_crops < 0 or (local_crops and not backbone.takes(local_size)):
             raise UsageError(
-                f"{local_crops=} of {local_size=} pixels cannot be: 0 or more of a multiple of {backbone.stride}, the side "
-                "of the backbone's patches."
+                f"{local_crops=} of {local_size=} pixels cannot be: 0 or more, of a size that the backbone can read, which is "
+                f"a multiple of {backbone.stride}, the side of its patches, or {backbone.image_size[0]}, that of global crops."
             )
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
@@ -285,8 +285,8 @@ def entropy_of(q: Tensor) -> Tensor:
 def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
     """Mean cross-entropy H(q_t, softmax(z_s)) over t and s != t (Eq. 3), without the log-softmax of every pair.
 
-    As q sums to 1, H(q, softmax(z)) = logsumexp(z) - q.z, which is linear in q: all pairs are the sum of the q's against
-    every z, less the same-view ones.
+    As q sums to 1, H(q, softmax(z)) = logsumexp(z) - q.z, which is linear in q and z but for the first term: all pairs are
+    the sum of the q's against the sum of the z's, less the same-view ones. No matrix product, which autocast would round.
 
     Args:
         q: (2, B, K), the teacher's distributions of the global crops.
@@ -294,6 +294,6 @@ def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
     """
     S = len(z)
     logsumexp = z.logsumexp(dim=-1)  # (S, B)
-    everything = 2 * logsumexp.sum(dim=0) - torch.einsum("bk,sbk->b", q.sum(dim=0), z)  # (B,)
-    same_view = logsumexp[:2].sum(dim=0) - torch.einsum("tbk,tbk->b", q, z[:2])
+    everything = 2 * logsumexp.sum(dim=0) - (q.sum(dim=0) * z.sum(dim=0)).sum(dim=-1)  # (B,)
+    same_view = (logsumexp[:2] - (q * z[:2]).sum(dim=-1)).sum(dim=0)
     return (everything - same_view).mean() / (2 * S - 2)

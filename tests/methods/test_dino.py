@@ -106,6 +106,8 @@ def test_the_loss_is_the_mean_over_all_pairs_of_different_crops():
     pairs = [-(q[t] * F.log_softmax(z[s], -1)).sum(-1).mean() for t in range(2) for s in range(4) if s != t]
     assert len(pairs) == 6
     assert torch.allclose(cross_entropy_of_pairs(q, z), torch.stack(pairs).mean(), atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(cross_entropy_of_pairs(q, z), torch.stack(pairs).mean(), atol=1e-6)
 
 
 def test_the_teacher_never_trains_and_is_never_in_train_mode():
