@@ -237,7 +237,7 @@ def finish(config: Pretrain, folder: Path, data: ImageData, trainer: L.Trainer, 
     method = build_method(config)
     method.load_state_dict(checkpoint["state_dict"])
     mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
-    export_backbone(method.pretrained(), folder / "export", options=config.backbone, mean=mean, std=std)
+    export_backbone(method.pretrained(), folder / "export", mean=mean, std=std)
     method.to(device)
     if splits.test is not None:
         draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)

@@ -293,7 +293,11 @@ def test_a_folder_without_labels_trains_without_scores(run_tiny, tmp_path):
 def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, tmp_path):
     photographs(tmp_path / "images" / "train", count=40, broken=0)
     photographs(tmp_path / "images" / "val", count=12, broken=0)
-    small = ["backbone.depth=1", "backbone.embed_dim=32", "backbone.num_heads=2", "batch_size=8"]
+    small = ["backbone.embed_dim=32", "batch_size=8"]
+    swin = "swin" in recipe
+    stages = 4 if recipe.endswith("in1k") else 2
+    small += [f"backbone.depths={[1] * stages}", f"backbone.num_heads={[2] * stages}"] if swin else []
+    small += [] if swin else ["backbone.depth=1", "backbone.num_heads=2"]
     small += {"mae": ["decoder_depth=1"], "dino": ["prototypes=64", "hidden=32"]}[recipe.split("_")[0]]
     folder = [f"data.root={tmp_path / 'images'}", "data.workers=0"] if recipe.endswith("in1k") else []
     done = command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)

@@ -4,13 +4,14 @@ import difflib
 from typing import Any, Literal
 
 import timm
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
 from sslvision.backbones.base import Backbone
+from sslvision.backbones.dense import Dense, options_for
+from sslvision.backbones.swin import Swin
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
-
-VIT_MODULES = ("timm.models.vision_transformer", "timm.models.deit")
 
 
 def build_backbone(
@@ -27,11 +28,12 @@ def build_backbone(
         name: a timm model name, such as "vit_base_patch16_224".
         image_size: side of the square images in pixels.
         channels: image channels.
-        pool: what stands for the image: the class token, or the mean of the patch tokens (both after the final norm).
+        pool: what stands for the image in a plain ViT: the class token, or the mean of the patch tokens (both after the
+            final norm). Other models have a pooling of their own.
         timm_options: any further keyword of the timm model: patch_size, embed_dim, depth, num_heads, drop_path_rate, ...
 
     Raises:
-        UsageError: the name or an option is unknown to timm, or the model cannot skip hidden patches.
+        UsageError: the name or an option is unknown to timm, or the model cannot read images of this size.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -40,16 +42,27 @@ def build_backbone(
         )
     if pool not in ("token", "avg"):
         raise UsageError(f"backbone.pool={pool} is unknown: it is token (class token) or avg (mean of patch tokens).")
-    if timm.model_entrypoint(name).__module__ not in VIT_MODULES:
-        raise UsageError(
-            f"backbone.name={name} is not a plain vision transformer, and backbones so far are: choose a timm ViT such as "
-            "vit_small_patch16_224, vit_base_patch16_224, deit3_small_patch16_224, vit_small_patch14_reg4_dinov2."
-        )
-    options = {"img_size": image_size, "in_chans": channels, "num_classes": 0, "global_pool": pool, "fc_norm": False}
+    module = timm.model_entrypoint(name).__module__.removeprefix("timm.models.")
+    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+    if module in ("vision_transformer", "deit"):
+        options |= {"img_size": image_size, "global_pool": pool, "fc_norm": False}
+    elif module == "swin_transformer":
+        options |= {"img_size": image_size}
+    else:
+        options |= options_for(name, image_size)
     try:
         model = timm.create_model(name, **options, **timm_options)
     except (TypeError, AssertionError) as error:  # what timm says of an unknown keyword or an impossible value
         raise UsageError(f"timm cannot build backbone.name={name} with {timm_options or options}: {error}") from error
-    if type(model) is not VisionTransformer:
-        raise UsageError(f"backbone.name={name} is a {type(model).__name__}; choose a plain VisionTransformer of timm.")
-    return ViT(model)
+    backbone = wrap(model, image_size)
+    backbone.arguments = {key: value for key, value in {**options, **timm_options}.items() if key != "num_classes"}
+    return backbone
+
+
+def wrap(model: Any, image_size: int) -> Backbone:
+    """Return the backbone for a timm model: those of which parts can be hidden have files of their own."""
+    if type(model) is VisionTransformer:
+        return ViT(model)
+    if type(model) is SwinTransformer:
+        return Swin(model)
+    return Dense(model, image_size=image_size)

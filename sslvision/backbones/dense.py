@@ -37,12 +37,12 @@ class Dense(Backbone):
         UsageError: the model cannot read images of this size, or has no head that makes one feature of an image.
     """
 
-    def __init__(self, model: nn.Module, *, image_size: int):
+    def __init__(self, model: Any, *, image_size: int):
         super().__init__()
         self.model = model
         self.image_size, self.channels = (image_size, image_size), model.in_chans
         # LeViT, EfficientFormer and others keep in eval mode what they made of their weights: see _forget.
-        self._keeping = [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
+        self._keeping: list[Any] = [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
         try:
             self._layout, self.num_prefix, self.grid, shape = self._survey(image_size)
         except Exception as error:  # timm refuses sizes by errors of many types
@@ -158,7 +158,7 @@ def options_for(name: str, image_size: int) -> dict[str, Any]:
     """
     with torch.device("meta"):
         kind = type(timm.create_model(name, num_classes=0))
-    known = {option for part in kind.__mro__ for option in inspect.signature(part.__init__).parameters}
+    known = {option for part in kind.__mro__[:-1] for option in inspect.signature(part).parameters}
     options = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
     return {option: value for option, value in options.items() if option in known}
 

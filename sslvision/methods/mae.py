@@ -84,7 +84,6 @@ class MAE(Method):
         check_settings(backbone, mask_ratio, decoder_width, decoder_depth, decoder_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
-        assert isinstance(backbone, ViT)  # check_settings
         if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
             raise UsageError(f"{min_lr=}, {warmup_epochs=} and {weight_decay=} must each be 0 or more.")
         self.backbone = backbone
@@ -107,7 +106,8 @@ class MAE(Method):
     def init_weights(self) -> None:
         """Initialise encoder and decoder as the paper does (appendix A.1)."""
         self.backbone.init_weights()
-        self.backbone.use_sincos_positions()
+        if isinstance(self.backbone, ViT):  # a Swin knows positions by the biases of its windows
+            self.backbone.use_sincos_positions()
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
             init_transformer(module)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -247,9 +247,10 @@ def check_settings(
     decoder_heads: int,
 ) -> None:
     """Raise UsageError for settings MAE cannot have."""
-    if not isinstance(backbone, ViT):
+    if not backbone.hides:
         raise UsageError(
-            f"MAE needs a backbone that encodes visible patches alone; a {type(backbone).__name__} cannot yet."
+            f"MAE needs a backbone that encodes visible patches alone, which a {type(backbone.model).__name__} cannot: choose "
+            "a plain ViT, such as vit_base_patch16_224, or a Swin, such as swin_tiny_patch4_window7_224; or recipe=dino."
         )
     if not 0 < mask_ratio < 1:
         raise UsageError(

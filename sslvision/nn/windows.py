@@ -1,13 +1,14 @@
 """Attention in (shifted) windows among some tokens of a map, or all of them (Swin: Liu et al. 2021, section 3.2).
 
-Swin rolls the map before it cuts it into windows, so that parts from opposite edges share a window, and then masks them
-from one another. That is to say: the map is cut every w tokens, in a shifted block w // 2 tokens later, and two tokens see
-each other if no cut lies between them. Cut like this, a map needs no rolling and no padding, whatever its size, and hidden
-tokens are simply not there: attention among the visible ones equals dense attention with the hidden keys removed.
+Swin rolls the map before it cuts it into windows, so that parts from opposite edges share one, and masks these from one
+another. That is to say: the map is cut every w tokens, in a shifted block w // 2 tokens later, and two tokens see each other
+if no cut lies between them. So cut, a map of any size needs neither rolling nor padding, and hidden tokens are simply not
+there: attention among visible tokens equals the dense model's with the hidden keys removed.
 
-    tokens and their coordinates -> Windows: who meets whom, and the biases' places in Swin's table -> window_attention
+    coordinates of tokens -> Windows: who meets whom, and the pairs' places in Swin's table of biases -> window_attention
 
-Encoding visible tokens alone in hierarchical transformers is known from GreenMIM (Huang et al. 2022, arXiv:2205.13515).
+That Swin can encode visible tokens alone is known from GreenMIM (Huang et al. 2022, arXiv:2205.13515), which packs windows
+into groups of equal size; here a window without tokens is left out.
 """
 
 from dataclasses import dataclass
@@ -17,23 +18,66 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# B images, N tokens of each (K units of n tokens), R windows, S slots of a window, C width, d width of a head
+# B images, N tokens of each, in units of n; attention in R rows of S slots; d width of a head
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a block cuts a map.
+
+    Attributes:
+        size: rows and columns of the map.
+        window: of a window.
+        shift: of the cuts, up and left.
+        table: of the window for which the table of relative-position biases was made, no smaller than `window`.
+    """
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int]
+    table: tuple[int, int]
+
+    @property
+    def start(self) -> tuple[int, int]:
+        """Return the place of the map's first token in its window."""
+        return -self.shift[0] % self.window[0], -self.shift[1] % self.window[1]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Return rows and columns of windows."""
+        rows, columns = (
+            (side - 1 + at) // w + 1 for side, at, w in zip(self.size, self.start, self.window, strict=True)
+        )
+        return rows, columns
+
+    def touched(self, unit: int) -> int:
+        """Return how many windows a square unit of the map touches at most."""
+        rows, columns = (
+            max((at + start + unit - 1) // w - (at + start) // w + 1 for at in range(0, side, unit))
+            for side, start, w in zip(self.size, self.start, self.window, strict=True)
+        )
+        return rows * columns
+
+    def bias_places(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the places (b, N, N) in Swin's table of biases of all pairs of tokens at y, x (b, N) of one window."""
+        down = y[:, :, None] - y[:, None, :] + self.table[0] - 1
+        right = x[:, :, None] - x[:, None, :] + self.table[1] - 1
+        return down * (2 * self.table[1] - 1) + right
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Where tokens meet: R rows of S slots. Index tables are of one image if all images have the same tokens (b = 1), else b = B.
+    """Where tokens meet: R rows of S slots. Tables are those of one image where all have the same tokens (b = 1), else b = B.
 
     Attributes:
-        slots: S.
-        rows: R, of all b images.
-        place: (b * N,) each token's slot among R * S; None where tokens lie in their slots already.
-        bias: (S, S), or (b, S, S) where slots have no fixed coordinates: places in the table of relative-position biases.
-        unseen: 0 or -inf, (R, 1, 1 or S, S): what is added to a key that must not be seen; None where every key is seen.
+        rows, slots: R, of all b images, and S.
+        place: (b * N,) the slot of each token among R * S; None where tokens already lie in their slots.
+        bias: (1, S, S), or (b, S, S) where slots have no fixed coordinates: places in the table of biases.
+        unseen: (R, 1 or S, S), 0 or -inf, which is added to keys that may not be seen; None where all may.
     """
 
-    slots: int
     rows: int
+    slots: int
     place: Tensor | None
     bias: Tensor
     unseen: Tensor | None
@@ -42,74 +86,52 @@ class Windows:
 def nested_order(levels: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Return rows and columns (n,) of the n = 4**levels tokens of a unit, in the order in which patch merging is a reshape.
 
-    At each level the four quarters follow one another down the columns, as timm's PatchMerging concatenates them.
+    At each level the four quarters follow one another as timm's PatchMerging concatenates them: columns, then rows.
     """
     y = x = torch.zeros(1, dtype=torch.long, device=device)
-    down, right = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]], device=device)[:, :, None]
+    quarters = torch.arange(4, device=device)[:, None]
     for level in range(levels):
-        y, x = (y + 2**level * down).flatten(), (x + 2**level * right).flatten()
+        y, x = (y + 2**level * (quarters % 2)).flatten(), (x + 2**level * (quarters // 2)).flatten()
     return y, x
 
 
-def cut_windows(
-    y: Tensor,
-    x: Tensor,
-    *,
-    unit: int,
-    size: tuple[int, int],
-    window: tuple[int, int],
-    shift: tuple[int, int],
-    table: tuple[int, int],
-) -> Windows:
-    """Lay visible tokens out for attention, in the cheapest of three ways; see the module's docstring for who sees whom.
+def cut_windows(y: Tensor, x: Tensor, unit: int, cut: Cut, *, count: bool) -> Windows:
+    """Lay visible tokens out for attention within windows, in the cheapest of three ways.
 
-    Units are windows: they lie as they must. Few tokens: every image attends to all of its tokens, others' windows masked.
-    Else: tokens are put in windows at their true places, and windows without tokens are left out.
+    Where units are windows, tokens stay as they lie. Few tokens: all of an image's make one row, and those of other windows
+    are masked. Else every window is a row, tokens at their places in it, and windows without any are left out.
 
     Args:
-        y, x: (b, N), coordinates on the map, units of unit * unit tokens one after another, each in `nested_order`.
-        unit: side of a unit.
-        size: rows and columns of the map.
-        window, shift: of the block, no larger than the map.
-        table: side lengths of the window for which the table of biases was made, no smaller than `window`.
+        y, x: (b, N), coordinates on the map; tokens of a unit follow one another in `nested_order`.
+        unit: its side.
+        count: count the windows with tokens, for which a GPU has to wait; otherwise there are as many rows as may be needed.
     """
     b, N = y.shape
-    (h, w), (start_y, start_x) = window, [-by % side for by, side in zip(shift, window, strict=True)]
-    columns = (size[1] - 1 + start_x) // w + 1
-    group = (y + start_y) // h * columns + (x + start_x) // w  # (b, N), which window
-    if window == (unit, unit) and shift == (0, 0):
-        inside = bias_places(y[:1, : unit**2], x[:1, : unit**2], table)[0]
-        return Windows(slots=unit**2, rows=b * N // unit**2, place=None, bias=inside, unseen=None)
-    total = ((size[0] - 1 + start_y) // h + 1) * columns
-    rows = min(total, N // unit**2 * touched(size[0], unit, h, start_y) * touched(size[1], unit, w, start_x))
-    if (1 if b == 1 else 2) * N**2 <= rows * (h * w) ** 2:  # biases of each image's own cost about as much as attention
-        same = group[:, :, None] == group[:, None, :]  # (b, N, N)
-        unseen = None if total == 1 else minus_infinity(~same)[:, None]
-        return Windows(slots=N, rows=b, place=None, bias=bias_places(y, x, table) * same, unseen=unseen)
-    present = torch.zeros(b, total, dtype=torch.bool, device=y.device).scatter_(1, group, True)
-    # Counting windows makes a GPU wait: there, as many as there may be are computed.
-    R = int(present.sum()) if y.device.type == "cpu" else b * rows
-    row = (present.flatten().cumsum(0) - 1).view(b, total).gather(1, group)  # (b, N)
-    place = (row * (h * w) + (y + start_y) % h * w + (x + start_x) % w).flatten()
-    filled = torch.zeros(R * h * w, dtype=torch.bool, device=y.device).index_fill_(0, place, True).view(R, h * w)
-    # In rows without any token, all slots see one another, for softmax must not divide by zero.
-    unseen = None if b * N == filled.numel() else minus_infinity(filled.any(1, keepdim=True) & ~filled)[:, None, None]
-    slot = torch.arange(h * w, device=y.device)[None]
-    return Windows(
-        slots=h * w, rows=R, place=place, bias=bias_places(slot // w, slot % w, table)[0], unseen=unseen
-    )
+    n, area, total = unit**2, cut.window[0] * cut.window[1], cut.counts[0] * cut.counts[1]
+    if cut.window == (unit, unit) and cut.shift == (0, 0):
+        return Windows(b * N // n, n, place=None, bias=cut.bias_places(y[:1, :n], x[:1, :n]), unseen=None)
+    down, right = y + cut.start[0], x + cut.start[1]
+    window = down // cut.window[0] * cut.counts[1] + right // cut.window[1]  # (b, N), which one
+    rows = min(total, N // n * cut.touched(unit))
+    # Biases of each image's own, or a mask on every pair, cost about as much as the attention itself.
+    if N**2 * (1 if b == total == 1 else 2) <= rows * area**2:
+        same = window[:, :, None] == window[:, None, :]  # (b, N, N)
+        unseen = None if total == 1 else minus_infinity(~same)
+        return Windows(b, N, place=None, bias=cut.bias_places(y, x) * same, unseen=unseen)
+    present = torch.zeros(b, total, dtype=torch.bool, device=y.device).scatter_(1, window, True)
+    rows = int(present.sum()) if count else b * rows
+    row = (present.flatten().cumsum(0) - 1).view(b, total).gather(1, window)  # (b, N)
+    place = (row * area + down % cut.window[0] * cut.window[1] + right % cut.window[1]).flatten()
+    slot = torch.arange(area, device=y.device)[None]
+    bias = cut.bias_places(slot // cut.window[1], slot % cut.window[1])
+    return Windows(rows, area, place, bias, unseen=None if b * N == rows * area else unfilled(place, rows, area))
 
 
-def touched(side: int, unit: int, window: int, start: int) -> int:
-    """Return how many windows a unit touches at most, along an axis."""
-    return max((at + unit - 1 + start) // window - (at + start) // window + 1 for at in range(0, side, unit))
-
-
-def bias_places(y: Tensor, x: Tensor, table: tuple[int, int]) -> Tensor:
-    """Return the places (b, N, N) in Swin's table of relative-position biases of all pairs of tokens at (b, N)."""
-    down = y[:, :, None] - y[:, None, :] + table[0] - 1
-    right = x[:, :, None] - x[:, None, :] + table[1] - 1
-    return down * (2 * table[1] - 1) + right
+def unfilled(place: Tensor, rows: int, slots: int) -> Tensor:
+    """Return -inf for slots without a token, else 0 (R, 1, S); 0 in rows without any, for softmax needs something to see."""
+    filled = torch.zeros(rows * slots, dtype=torch.bool, device=place.device).index_fill_(0, place, True)
+    filled = filled.view(rows, 1, slots)
+    return minus_infinity(~filled & filled.any(dim=2, keepdim=True))
 
 
 def minus_infinity(where: Tensor) -> Tensor:
@@ -124,54 +146,49 @@ def window_attention(attention: Any, tokens: Tensor, windows: Windows) -> Tensor
         (B, N, C).
     """
     B, N, _ = tokens.shape
-    S, R, heads = windows.slots, windows.rows, attention.num_heads
-    joint = attention.qkv(tokens).flatten(0, 1)  # (B * N, 3 * heads * d)
-    place = windows.place
+    S, heads, place, unseen = windows.slots, attention.num_heads, windows.place, windows.unseen
+    joint = attention.qkv(tokens).view(B * N, 3, heads, -1).permute(1, 2, 0, 3)  # (3, heads, B * N, d)
     if place is not None:
-        repeats = B * N // len(place)
-        if repeats > 1:
-            place = (place + R * S * torch.arange(repeats, device=place.device)[:, None]).flatten()  # (B * N,)
-        joint = joint.new_zeros(repeats * R * S, joint.shape[1]).index_copy_(0, place, joint)
-    query, key, value = joint.view(-1, S, 3, heads, joint.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)
-    bias = attention.relative_position_bias_table.index_select(0, windows.bias.flatten())
-    bias = bias.view(*windows.bias.shape, heads).movedim(-1, -3)  # (heads, S, S) or (b, heads, S, S)
-    attended = attend(attention, query, key, value, bias, windows.unseen)  # (rows, heads, S, d)
-    attended = attended.transpose(1, 2).flatten(0, 1).flatten(1)  # (rows * S, heads * d)
+        alike = B * N // len(place)  # images with the same tokens
+        rows = windows.rows * alike
+        place = (place + windows.rows * S * torch.arange(alike, device=place.device)[:, None]).flatten()  # (B * N,)
+        joint = joint.new_zeros(3, heads, rows * S, joint.shape[3]).index_copy_(2, place, joint)
+        unseen = None if unseen is None else unseen.repeat(alike, 1, 1)
+    query, key, value = joint.unflatten(2, (-1, S))  # (heads, rows, S, d)
+    # An embedding's gradient is added up in a fixed order on a GPU too.
+    bias = F.embedding(windows.bias, attention.relative_position_bias_table).movedim(3, 0)  # (heads, 1 or b, S, S)
+    attended = attend(attention, query, key, value, bias, unseen).flatten(1, 2)  # (heads, rows * S, d)
     if place is not None:
-        attended = TakeRows.apply(attended, place)
-    return attention.proj_drop(attention.proj(attended.view(B, N, -1)))
+        attended = TakeOnce.apply(attended, place)
+    attended = attended.transpose(0, 1).reshape(B, N, -1)  # (B, N, heads * d)
+    return attention.proj_drop(attention.proj(attended))
 
 
-def attend(
-    attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, unseen: Tensor | None
-) -> Tensor:
-    """Attention (rows, heads, S, d) among the S slots of each row, by the fused kernel where timm would use it."""
-    rows, heads, S, _ = query.shape
+def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, unseen: Tensor | None) -> Tensor:
+    """Attention (heads, rows, S, d) of the slots of each row, by the fused kernel where timm would use it."""
     if attention.fused_attn:
         mask = bias if unseen is None else bias + unseen
-        if mask.ndim == 4 and len(mask) < rows:
-            mask = mask.repeat(rows // len(mask), 1, 1, 1)
         dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype), dropout_p=dropped)
-    logits = (query * attention.scale) @ key.transpose(2, 3)  # (rows, heads, S, S)
-    for term in (bias, unseen):
-        if term is not None:
-            logits.view(-1, *((1,) * (4 - term.ndim)), *term.shape[:-3], heads, S, S).add_(term)
+        return F.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped, scale=attention.scale)
+    logits = (query * attention.scale) @ key.transpose(2, 3)  # (heads, rows, S, S)
+    logits = logits.to(bias.dtype).add_(bias)  # in place, unless autocast halved precision: then in full, as timm does
+    if unseen is not None:
+        logits.add_(unseen)
     return attention.attn_drop(attention.softmax(logits)) @ value
 
 
-class TakeRows(torch.autograd.Function):
-    """Rows `index` (m,) of a matrix, each at most once: the gradient is copied back, where index_select would add."""
+class TakeOnce(torch.autograd.Function):
+    """Rows of matrices, each at most once: gradients are copied back, where index_select would add them up."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, index: Tensor) -> Tensor:
-        """Return the rows (m, C) of a matrix (M, C)."""
+    def forward(ctx: Any, matrices: Tensor, index: Tensor) -> Tensor:
+        """Return rows `index` (m,) of matrices (heads, M, d)."""
         ctx.save_for_backward(index)
-        ctx.rows = len(matrix)
-        return matrix.index_select(0, index)
+        ctx.shape = matrices.shape
+        return matrices.index_select(1, index)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Return the gradient (M, C) of the matrix."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Return the gradient of the matrices."""
         (index,) = ctx.saved_tensors
-        return gradient.new_zeros(ctx.rows, gradient.shape[1]).index_copy_(0, index, gradient), None
+        return gradients[0].new_zeros(ctx.shape).index_copy_(1, index, gradients[0]), None

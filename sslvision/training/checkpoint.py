@@ -38,9 +38,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
 
-def export_backbone(
-    backbone: Backbone, folder: Path, *, options: Mapping[str, Any], mean: list[float], std: list[float]
-) -> None:
+def export_backbone(backbone: Backbone, folder: Path, *, mean: list[float], std: list[float]) -> None:
     """Write model.safetensors and config.json, in timm's own format and under timm's parameter names.
 
     Both ways of timm load it, the first without knowing anything of the model:
@@ -51,10 +49,9 @@ def export_backbone(
     Args:
         backbone: the pretrained backbone.
         folder: is made if need be.
-        options: what it was built with: the keywords of build_backbone.
         mean, std: of the pixels in pretraining, per channel; they go into the file, so users need not guess.
     """
-    size = (backbone.channels, *backbone.image_size)
+    size, known = (backbone.channels, *backbone.image_size), backbone.model.pretrained_cfg
     pretrained = {
         "tag": "sslvision",
         "input_size": size,
@@ -62,32 +59,19 @@ def export_backbone(
         "std": std,
         "interpolation": "bicubic",
         "crop_pct": 0.875,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
+        "first_conv": known.get("first_conv"),
+        "classifier": known.get("classifier"),
         "num_classes": 0,
     }
-    model = backbone.model
-    model.pretrained_cfg = {
-        "architecture": options["name"],
+    backbone.model.pretrained_cfg = {
+        "architecture": known["architecture"],
         **pretrained,
-    }  # timm reads the architecture's name from here
-    arguments = timm_arguments(backbone, options)
-    save_for_hf(model, str(folder), model_config=pretrained, model_args=arguments, safe_serialization=True)
+    }  # timm looks for the name here
+    arguments = dict(backbone.arguments)
+    save_for_hf(backbone.model, str(folder), model_config=pretrained, model_args=arguments, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # the reader's to choose
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def timm_arguments(backbone: Backbone, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keywords with which timm.create_model builds this backbone's model."""
-    own = ("name", "image_size", "channels", "pool")
-    return {
-        "img_size": backbone.image_size[0],
-        "in_chans": backbone.channels,
-        "global_pool": backbone.model.global_pool,
-        "fc_norm": False,
-        **{key: value for key, value in options.items() if key not in own},
-    }
 
 
 def load_weights(method: Method, path: str | Path) -> str:

@@ -84,12 +84,6 @@ def test_an_unknown_timm_option_is_refused():
         build_backbone("vit_tiny_patch16_224", image_size=32, embed_dims=3)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_small_patch16_rope_224", "deit_tiny_distilled_patch16_224"])
-def test_a_backbone_that_is_no_plain_vit_is_refused(name):
-    with pytest.raises(UsageError, match=r"plain vision transformer|plain VisionTransformer"):
-        build_backbone(name, image_size=32)
-
-
 def test_attention_maps_show_where_the_class_token_looks():
     backbone = build("registers")
     maps = backbone.attention_maps(torch.rand(2, 3, 32, 32, dtype=torch.float64))

@@ -1,0 +1,132 @@
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import PatchMerging, WindowAttention
+
+from sslvision.nn.windows import Cut, cut_windows, nested_order, window_attention
+
+torch.manual_seed(0)
+CUT = Cut(size=(32, 32), window=(8, 8), shift=(4, 4), table=(8, 8))
+UNSHIFTED = Cut(size=(32, 32), window=(8, 8), shift=(0, 0), table=(8, 8))
+
+
+def visible_tokens(keep, unit, columns):
+    """Coordinates (b, K * unit**2) of the tokens of units `keep` (b, K)."""
+    y, x = nested_order(unit.bit_length() - 1)
+    return (
+        ((keep // columns * unit)[:, :, None] + y).flatten(1),
+        ((keep % columns * unit)[:, :, None] + x).flatten(1),
+    )
+
+
+def attention_like(cut):
+    attention = WindowAttention(16, 2, window_size=cut.table).double()
+    torch.nn.init.normal_(attention.relative_position_bias_table)
+    return attention
+
+
+def by_definition(attention, tokens, y, x, cut):
+    """Every token attends to the tokens that no cut separates it from."""
+    part_y, part_x = (
+        torch.bucketize(at.contiguous(), torch.arange(shift or w, side, w), right=True)
+        for at, side, w, shift in zip((y, x), cut.size, cut.window, cut.shift, strict=True)
+    )
+    together = (part_y[:, :, None] == part_y[:, None]) & (part_x[:, :, None] == part_x[:, None])
+    index = (y[:, :, None] - y[:, None] + cut.table[0] - 1) * (2 * cut.table[1] - 1)
+    index = index + x[:, :, None] - x[:, None] + cut.table[1] - 1
+    bias = attention.relative_position_bias_table[index * together].permute(0, 3, 1, 2)
+    query, key, value = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    logits = query @ key.transpose(2, 3) * attention.scale + bias
+    weights = logits.masked_fill(~together[:, None], -torch.inf).softmax(dim=-1)
+    return attention.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+def test_merging_is_a_reshape_in_nested_order():
+    merging = PatchMerging(dim=3).double()
+    tokens = torch.randn(2, 8, 8, 3, dtype=torch.float64)
+    y, x = nested_order(3)
+    merged = merging.reduction(merging.norm(tokens[:, y, x].unflatten(1, (-1, 4)).flatten(2)))
+    y, x = nested_order(2)
+    assert torch.allclose(merged, merging(tokens)[:, y, x], atol=1e-12)
+
+
+# What each layout is chosen for: rows of one unit, of one image, of one window.
+LAYOUTS = {
+    "units are windows": (UNSHIFTED, 8, 4, "unit"),
+    "few tokens, whole images": (CUT, 2, 24, "image"),
+    "one window": (Cut((8, 8), (8, 8), (0, 0), (8, 8)), 2, 6, "image"),
+    "many tokens in shifted windows": (CUT, 8, 4, "window"),
+    "windows of several units": (UNSHIFTED, 4, 16, "window"),
+    "windows that divide nothing": (Cut((32, 40), (7, 5), (3, 2), (7, 6)), 8, 5, "window"),
+    "shrunk windows": (Cut((16, 8), (7, 8), (3, 0), (7, 9)), 4, 6, "window"),
+    "windows shifted along one axis": (Cut((32, 32), (8, 16), (4, 0), (8, 16)), 8, 7, "window"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("count", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_tokens_attend_to_those_that_no_cut_separates_them_from(layout, count, shared):
+    cut, unit, kept, kind = LAYOUTS[layout]
+    rows, columns = cut.size[0] // unit, cut.size[1] // unit
+    keep = torch.rand(1 if shared else 3, rows * columns).argsort(dim=1)[:, :kept]
+    y, x = visible_tokens(keep, unit, columns)
+    windows = cut_windows(y, x, unit, cut, count=count)
+    expected = {"unit": unit**2, "image": kept * unit**2, "window": cut.window[0] * cut.window[1]}[kind]
+    assert windows.slots == expected
+    assert (windows.place is not None) is (kind == "window")
+
+    attention, tokens = attention_like(cut), torch.randn(3, y.shape[1], 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, y.shape[1], 16, dtype=torch.float64)
+    leaves = [tokens, *attention.parameters()]
+    got = window_attention(attention, tokens, windows)
+    right = by_definition(attention, tokens, y.expand(3, -1), x.expand(3, -1), cut)
+    assert torch.allclose(got, right, rtol=0, atol=1e-12)
+    for one, other in zip(
+        torch.autograd.grad((weight * got).sum(), leaves),
+        torch.autograd.grad((weight * right).sum(), leaves),
+        strict=True,
+    ):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+def test_there_are_no_more_rows_than_windows_with_tokens_if_they_are_counted():
+    keep = torch.tensor([[0, 3, 12, 15], [5, 6, 9, 10]])  # of 4 x 4 units: the corners, the middle
+    y, x = visible_tokens(keep, 8, 4)
+    assert cut_windows(y, x, 8, CUT, count=True).rows == 4 * 4 + 3 * 3
+    assert cut_windows(y, x, 8, CUT, count=False).rows == 2 * 4 * 4  # a unit touches 4 windows
+
+
+def test_rows_that_need_not_be_counted_always_suffice():
+    for cut in (CUT, Cut((32, 32), (7, 7), (3, 3), (7, 7)), Cut((32, 32), (6, 6), (0, 0), (6, 6))):
+        for _ in range(20):
+            y, x = visible_tokens(torch.rand(2, 16).argsort(dim=1)[:, :3], 8, 4)
+            counted, bounded = (cut_windows(y, x, 8, cut, count=count) for count in (True, False))
+            assert counted.place.max() < counted.rows * counted.slots
+            assert counted.rows <= bounded.rows
+            assert torch.equal(counted.place, bounded.place)
+
+
+def test_an_image_whose_tokens_are_not_finite_spoils_no_other():
+    keep = torch.rand(2, 16).argsort(dim=1)[:, :4]
+    windows = cut_windows(*visible_tokens(keep, 8, 4), 8, CUT, count=False)
+    attention, tokens = attention_like(CUT), torch.randn(2, 256, 16, dtype=torch.float64)
+    spoilt = tokens.clone()
+    spoilt[0] = torch.nan
+    assert torch.equal(window_attention(attention, spoilt, windows)[1], window_attention(attention, tokens, windows)[1])
+
+
+def test_dropout_of_attention_is_applied_while_training():
+    block = (
+        timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=8, embed_dim=24, attn_drop_rate=0.5)
+        .layers[0]
+        .blocks[0]
+    )
+    windows = cut_windows(
+        *visible_tokens(torch.tensor([[0, 3]]), 8, 2), 8, Cut((16, 16), (8, 8), (0, 0), (8, 8)), count=True
+    )
+    tokens = torch.randn(1, 128, 24)
+    once, again = (window_attention(block.attn.train(), tokens, windows) for _ in range(2))
+    assert not torch.allclose(once, again)
+    once, again = (window_attention(block.attn.eval(), tokens, windows) for _ in range(2))
+    assert torch.equal(once, again)
