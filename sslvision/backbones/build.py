@@ -4,6 +4,7 @@ import difflib
 from typing import Any, Literal
 
 import timm
+from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
@@ -44,7 +45,7 @@ def build_backbone(
         raise UsageError(f"backbone.pool={pool} is unknown: it is token (class token) or avg (mean of patch tokens).")
     module = timm.model_entrypoint(name).__module__.removeprefix("timm.models.")
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-    if module in ("vision_transformer", "deit"):
+    if module == "vision_transformer" or (module == "deit" and "distilled" not in name):
         options |= {"img_size": image_size, "global_pool": pool, "fc_norm": False}
     elif module == "swin_transformer":
         options |= {"img_size": image_size}
@@ -61,7 +62,7 @@ def build_backbone(
 
 def wrap(model: Any, image_size: int) -> Backbone:
     """Return the backbone for a timm model: those of which parts can be hidden have files of their own."""
-    if type(model) is VisionTransformer:
+    if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
         return ViT(model)
     if type(model) is SwinTransformer:
         return Swin(model)

@@ -27,7 +27,7 @@ from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
 from sslvision.nn.collapse import name_collapse
-from sslvision.nn.ema import follow
+from sslvision.nn.ema import follow, own_statistics
 from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import ImageRandom
@@ -115,8 +115,8 @@ class DINO(Method):
             raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
         if local_crops < 0 or (local_crops and not backbone.takes(local_size)):
             raise UsageError(
-                f"{local_crops=} of {local_size=} pixels cannot be: 0 or more, of a size that the backbone can read, which is "
-                f"a multiple of {backbone.stride}, the side of its patches, or {backbone.image_size[0]}, that of global crops."
+                f"{local_crops=} of {local_size=} pixels cannot be: give 0 or more, of a size that the backbone can read, such "
+                f"as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
             )
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
@@ -165,7 +165,7 @@ class DINO(Method):
         Keeps the mean of the teacher's outputs, by which `after_update` moves the centre.
         """
         B = len(views[0])
-        with torch.no_grad():
+        with torch.no_grad(), own_statistics(self.teacher):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
             q = ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1)  # with the centre of before
         z = embed(self.student, torch.cat(views[:2]))  # (2B, K); each resolution one forward

@@ -1,15 +1,39 @@
 """A teacher that follows its student."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy buffers.
 
+    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`.
     Source: DINO, section 3.1, "Teacher network".
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
-    for own, others in zip(teacher.buffers(), student.buffers(), strict=True):
-        own.copy_(others)
+    for own, others in zip(teacher.modules(), student.modules(), strict=True):
+        if not isinstance(own, _BatchNorm):
+            for buffer, other in zip(own.buffers(recurse=False), others.buffers(recurse=False), strict=True):
+                buffer.copy_(other)
+
+
+@contextmanager
+def own_statistics(teacher: nn.Module) -> Iterator[None]:
+    """Let a network in eval mode normalise by its batch where it has batch norms, and keep running statistics of it.
+
+    The authors' teacher does so, being in train mode. The student's statistics would be those of other weights and, with
+    multi-crop, of other crops.
+    """
+    norms = [module for module in teacher.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.train()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.eval()

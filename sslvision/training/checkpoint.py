@@ -63,15 +63,28 @@ def export_backbone(backbone: Backbone, folder: Path, *, mean: list[float], std:
         "classifier": known.get("classifier"),
         "num_classes": 0,
     }
-    backbone.model.pretrained_cfg = {
-        "architecture": known["architecture"],
-        **pretrained,
-    }  # timm looks for the name here
-    arguments = dict(backbone.arguments)
-    save_for_hf(backbone.model, str(folder), model_config=pretrained, model_args=arguments, safe_serialization=True)
+    model = backbone.model
+    model.pretrained_cfg = {"architecture": known["architecture"], **pretrained}  # timm looks for the name here
+    apart = model.register_state_dict_post_hook(_part_tensors)
+    try:
+        save_for_hf(
+            model,
+            str(folder),
+            model_config=pretrained,
+            model_args=dict(backbone.arguments),
+            safe_serialization=True,
+        )
+    finally:
+        apart.remove()
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # the reader's to choose
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _part_tensors(module: Any, state: dict[str, Tensor], *_: Any) -> None:
+    """Give tensors that share memory, as CoaT's do, each their own: the file format asks for it."""
+    for name, tensor in state.items():
+        state[name] = tensor.detach().clone()
 
 
 def load_weights(method: Method, path: str | Path) -> str:

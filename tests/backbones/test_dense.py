@@ -216,3 +216,22 @@ def test_features_of_tokens_are_refused_where_the_head_reads_more(kind):
     backbone = build(kind)
     with pytest.raises(UsageError, match="take features from images"):
         backbone.pool(backbone.encode(torch.rand(1, 3, SIZE, SIZE)))
+
+
+def test_the_teachers_batch_norms_keep_statistics_of_its_own_activations_and_the_students_stay_out():
+    torch.manual_seed(0)
+    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=32)
+    method = DINO(backbone, prototypes=32, hidden=16, bottleneck=8, local_crops=0, momentum=0.9).train()
+    views, clock = [torch.rand(8, 3, 32, 32) + crop for crop in range(3)], Clock(0, 10, 5)
+    model = method.pretrained().model
+    first = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    before, inputs = first.running_mean.clone(), []
+    first.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    method.losses(views, clock)["loss"].backward()
+    for name, buffer in method.student.named_buffers():
+        if "running" in name:
+            buffer.fill_(7.0)
+    method.after_update(clock)
+    (seen,) = inputs  # of both global crops, and of no local ones
+    assert torch.allclose(first.running_mean, 0.9 * before + 0.1 * seen.mean(dim=(0, 2, 3)), atol=1e-6)
+    assert not any(module.training for module in method.teacher.modules())
