@@ -48,7 +48,7 @@ class Pretrain:
         {}, "the method and its settings; mask_ratio=0.6 is short for method.mask_ratio=0.6"
     )
     backbone: dict[str, Any] = _option(
-        {}, "name (any timm ViT), image_size, pool, and any timm keyword: patch_size, depth, ..."
+        {}, "name (any of timm; MAE: ViT or Swin), image_size, pool, and any timm keyword: patch_size, depth, ..."
     )
     data: dict[str, Any] = _option({}, "embedded | folder | torchvision; data.root, data.channels, data.workers, ...")
     epochs: int = _option(100, "passes over the training images")

@@ -115,3 +115,22 @@ def test_the_imagenet_recipes_hold_the_papers_values():
         assert (method["mask_ratio"], method["norm_pix"], method["warmup_epochs"]) == (0.75, True, 40)
         assert (method["decoder_width"], method["decoder_depth"], method["decoder_heads"]) == (512, 8, 16)
         assert (method["weight_decay"], method["betas"], method["crop_scale"]) == (0.05, (0.9, 0.95), (0.2, 1.0))
+
+
+def test_dinos_imagenet_recipes_hold_the_published_values():
+    published = {  # epochs, batch, base rate, end, teacher temperature, its warm-up, unit prototypes, clip, freeze, local crops
+        "dino_vits16_in1k": (100, 512, 5e-4, 1e-6, 0.04, 0, True, 3.0, 1, 8),
+        "dino_vits16_300ep_in1k": (300, 1024, 5e-4, 1e-6, 0.07, 30, False, 3.0, 1, 8),
+        "dino_vitb16_in1k": (400, 1024, 7.5e-4, 2e-6, 0.07, 50, True, 0.3, 3, 10),
+        "dino_swint_in1k": (300, 512, 5e-4, 1e-6, 0.07, 30, True, 3.0, 1, 8),
+    }
+    keys = ["min_lr", "teacher_temp", "warmup_teacher_temp_epochs", "unit_prototypes", "clip_gradient"]
+    for name, values in published.items():
+        run = config.tree(config.prepare([f"recipe={name}", "data.root=x"]))
+        method = run.method
+        found = [method[key] for key in [*keys, "freeze_prototypes_epochs", "local_crops"]]
+        assert (run.epochs, run.batch_size, run.base_lr, *found) == values
+        common = ["prototypes", "student_temp", "centre_momentum", "momentum", "warmup_epochs", "local_size"]
+        assert [method[key] for key in common] == [65_536, 0.1, 0.9, 0.996, 10, 96]
+        assert (method["weight_decay"], method["weight_decay_end"]) == (0.04, 0.4)
+        assert run.backbone["drop_path_rate"] == 0.1

@@ -175,3 +175,66 @@ def test_a_released_checkpoint_is_read_from_its_file(golden, tmp_path):
     method = MAE.from_official(tmp_path / "mae.pth", heads=3, decoder_heads=4)
     assert torch.equal(method.backbone.model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
     assert torch.equal(method.decoder_pred.weight, state["decoder_pred.weight"])
+
+
+KINDS = {
+    "ViT": ("vit_tiny_patch16_224", {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}),
+    "Swin": (
+        "swin_tiny_patch4_window7_224",
+        {"patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": [2, 2, 2], "num_heads": [1, 2, 4]},
+    ),
+}
+
+
+def on(kind):
+    torch.manual_seed(0)
+    name, options = KINDS[kind]
+    backbone = build_backbone(name, image_size=32, drop_path_rate=0.0, **options)
+    method = MAE(backbone, decoder_width=16, decoder_depth=2, decoder_heads=2, norm_pix=False).double().eval()
+    for parameter in method.parameters():
+        if parameter.dim() > 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return method
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_visible_token_is_decoded_at_its_own_position_whatever_the_order(kind):
+    method = on(kind)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    keep, hidden = random_keep(torch.rand(2, 16), 0.75)
+    order = torch.tensor([2, 0, 3, 1])
+    prediction = method.decode(method.backbone.encode(images, keep), keep, hidden)
+    shuffled = method.decode(method.backbone.encode(images, keep[:, order]), keep[:, order], hidden)
+    assert torch.allclose(prediction, shuffled, atol=1e-10)
+    misplaced = method.decode(method.backbone.encode(images, keep), keep[:, order], hidden)
+    assert not torch.allclose(prediction, misplaced, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_hidden_patch_is_predicted_at_its_own_position_and_compared_with_its_own_pixels(kind):
+    method = on(kind)
+    images = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    keep, hidden = random_keep(torch.rand(1, 16), 0.75)
+    order = torch.randperm(12)
+    latent = method.backbone.encode(images, keep)
+    assert torch.allclose(
+        method.decode(latent, keep, hidden[:, order]), method.decode(latent, keep, hidden)[:, order], atol=1e-10
+    )
+    row, column = divmod(int(hidden[0, 5]), 4)
+    own = images[0, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+    assert torch.equal(method.targets(images, hidden)[0, 5], own.permute(1, 2, 0).flatten())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_reads_hidden_pixels_only_as_targets(kind):
+    method = on(kind)
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    noise = torch.rand(2, 16)
+    keep, hidden = random_keep(noise, 0.75)
+    other = images.clone()
+    for image in range(2):
+        row, column = divmod(int(hidden[image, 0]), 4)
+        other[image, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = 0.5
+    first, second = (method.decode(method.backbone.encode(one, keep), keep, hidden) for one in (images, other))
+    assert torch.equal(first, second)
+    assert method.losses([images, noise], CLOCK)["loss"] != method.losses([other, noise], CLOCK)["loss"]
