@@ -51,9 +51,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
         raise UsageError(
             f"No recipe: say recipe=NAME, one of {', '.join(recipes())}, or the path of your own .yaml file."
         )
+    gone = _of_another_backbone(overrides)
     for point in _points(overrides, lines):
-        tree(point)
-    return [*flags, *lines]
+        tree([*point, *gone])
+    return [*flags, *lines, *gone]
 
 
 def parse(arguments: Sequence[str]) -> list[Override]:
@@ -128,6 +129,20 @@ def _full_form(override: Override) -> str:
     if first in OPEN_SECTIONS:
         return f"++{key}={value}"
     return f"{key}={value}" if first in {f.name for f in fields(Pretrain)} else f"++method.{key}={value}"
+
+
+def _of_another_backbone(overrides: Sequence[Override]) -> list[str]:
+    """Return, if the command line names another backbone, the deletions of what the recipe says of its own one's make.
+
+    The size of the images stays, for it is theirs, and so does what the command line itself says.
+    """
+    given = {override.key_or_group: _values(override) for override in overrides}
+    files = [recipes().get(name, Path(name)) for name in given["recipe"]]
+    own = [OmegaConf.select(OmegaConf.load(file), "backbone", default={}) for file in files]
+    if all(given.get("backbone.name", [backbone.get("name")]) == [backbone.get("name")] for backbone in own):
+        return []
+    make = set.intersection(*(set(backbone) for backbone in own)) - {"name", "image_size", "pool"}
+    return [f"~backbone.{key}" for key in sorted(make) if f"backbone.{key}" not in given]
 
 
 def _recipe(name: str) -> str:

@@ -134,3 +134,22 @@ def test_dinos_imagenet_recipes_hold_the_published_values():
         assert [method[key] for key in common] == [65_536, 0.1, 0.9, 0.996, 10, 96]
         assert (method["weight_decay"], method["weight_decay_end"]) == (0.04, 0.4)
         assert run.backbone["drop_path_rate"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("words", "backbone"),
+    [
+        (["backbone.name=resnet18"], {"name": "resnet18", "image_size": 32, "pool": "token"}),
+        (
+            ["backbone.name=vit_small_patch16_224", "backbone.patch_size=4", "backbone.image_size=64"],
+            {"name": "vit_small_patch16_224", "image_size": 64, "pool": "token", "patch_size": 4},
+        ),
+    ],
+)
+def test_another_backbone_by_name_is_itself_and_not_made_as_the_recipes(words, backbone):
+    assert config.tree(config.prepare(["recipe=dino", *words])).backbone == backbone
+
+
+def test_the_recipes_own_backbone_keeps_its_make():
+    run = config.tree(config.prepare(["recipe=dino", "backbone.name=vit_tiny_patch16_224", "backbone.depth=2"]))
+    assert (run.backbone["patch_size"], run.backbone["embed_dim"], run.backbone["depth"]) == (8, 128, 2)

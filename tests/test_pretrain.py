@@ -308,9 +308,22 @@ def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, comm
     assert checkpoint_of(tmp_path / "run-dry-run")["global_step"] == 2
 
 
+def test_any_other_backbone_is_trained_and_exported_by_its_name_alone(command, tmp_path):
+    words = ["recipe=dino", "backbone.name=test_resnet", "dry_run=true", "output_dir=run", "evaluate_images=300"]
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run-dry-run"
+    state = checkpoint_of(run)["state_dict"]
+    exported = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, num_classes=0).state_dict()
+    assert all(torch.equal(value, state[f"teacher.backbone.model.{name}"]) for name, value in exported.items())
+    check_figures(run, "patch_features", "learning_curve", "health")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["recipe=mae", "backbone.name=resnet18"], "choose a plain ViT"),
+        (["recipe=dino", "backbone.name=beit_base_patch16_224"], "local_size=32"),
         (["recipe=mae", "mask_ratio=1.5"], "mask_ratio=1.5 is out of range"),
         (["recipe=mea"], "Did you mean recipe=mae?"),
         (["recipe=mae", "lr=abc"], "lr=abc is not a number"),

@@ -9,6 +9,7 @@ numbers alone.
 import copy
 import inspect
 import math
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import timm
@@ -64,7 +65,8 @@ class Dense(Backbone):
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, F): what timm's head makes of timm's features before it would classify them."""
         self._forget()
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        with in_full_on_a_cpu(images):
+            return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return timm's features before its head as tokens (B, P+L, D), the map row by row.
@@ -81,9 +83,10 @@ class Dense(Backbone):
                 "transformer such as vit_base_patch16_224, or a Swin such as swin_tiny_patch4_window7_224."
             )
         self._forget()
-        if self._layout == "apart":
-            return _last_map(self.model, images).flatten(2).transpose(1, 2)  # (B, L, D)
-        features = self.model.forward_features(images)
+        with in_full_on_a_cpu(images):
+            if self._layout == "apart":
+                return _last_map(self.model, images).flatten(2).transpose(1, 2)  # (B, L, D)
+            features = self.model.forward_features(images)
         if self._layout == "NLC":
             return features  # (B, P+L, D)
         if self._layout == "NHWC":
@@ -148,6 +151,15 @@ class Dense(Backbone):
             f"backbone.name={self.name} cannot read images of {size}x{size} pixels ({said}): {advice} choose another "
             "backbone.name."
         )
+
+
+def in_full_on_a_cpu(images: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without autocast for images on a CPU.
+
+    Its bf16 convolutions (oneDNN, torch 2.15) leave parts of a weight's gradient as they were in memory where the kernel is
+    larger than the map: in the last stages of most networks at small images.
+    """
+    return torch.autocast("cpu", enabled=False) if images.device.type == "cpu" else nullcontext()
 
 
 def options_for(name: str, image_size: int) -> dict[str, Any]:

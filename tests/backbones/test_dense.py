@@ -235,3 +235,15 @@ def test_the_teachers_batch_norms_keep_statistics_of_its_own_activations_and_the
     (seen,) = inputs  # of both global crops, and of no local ones
     assert torch.allclose(first.running_mean, 0.9 * before + 0.1 * seen.mean(dim=(0, 2, 3)), atol=1e-6)
     assert not any(module.training for module in method.teacher.modules())
+
+
+def test_gradients_on_a_cpu_are_in_full_precision_under_autocast():
+    torch.manual_seed(0)
+    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=32)
+    images, gradients = torch.rand(8, 3, 16, 16), []  # maps of 1 x 1 under kernels of 3 x 3 at the end
+    for enabled in (False, True):
+        backbone.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            backbone(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in backbone.parameters()])
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*gradients, strict=True))
