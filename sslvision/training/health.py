@@ -27,7 +27,7 @@ class Health(Callback):
     def __init__(self, action: Literal["warn", "stop"], console: Console | None = None):
         self.action, self.console = action, console or Console(stderr=True, soft_wrap=True, highlight=False)
         self.found: dict[str, str] = {}  # fault: in words
-        self._seen_at: dict[str, list[int]] = {}  # fault: steps at which it was seen, without a break
+        self._since: dict[str, tuple[int, int]] = {}  # fault: since which step it shows without a break, how many times
         self._seen: dict[str, float] = {}
 
     def on_train_batch_end(
@@ -44,11 +44,12 @@ class Health(Callback):
         self._seen = pl_module.logged
         faults = pl_module.diagnose(self._seen, pl_module.clock)
         step = trainer.global_step
-        self._seen_at = {fault: [*self._seen_at.get(fault, []), step] for fault in faults}
+        before, self._since = self._since, {}
         for fault, words in faults.items():
-            steps = self._seen_at[fault]
-            if fault not in self.found and len(steps) >= PATIENCE and step - steps[0] >= PATIENCE_STEPS:
-                self.found[fault] = f"{fault}, from step {steps[0]:,} to {step:,}: {words}"
+            first, times = before.get(fault, (step, 0))
+            self._since[fault] = (first, times + 1)
+            if fault not in self.found and times + 1 >= PATIENCE and step - first >= PATIENCE_STEPS:
+                self.found[fault] = f"{fault}, from step {first:,} to {step:,}: {words}"
                 if self.action == "stop":
                     raise Diverged(f"{self.found[fault]} (health=stop ended the run; with health=warn it goes on.)")
                 if trainer.is_global_zero:
