@@ -70,9 +70,7 @@ class Pretrain:
     knn_every_epochs: int = _option(
         10, "k-NN accuracy, RankMe and pictures while training, every so many epochs (0: never)"
     )
-    health: Literal["warn", "stop"] = _option(
-        "warn", "what to do when the method has collapsed: say so, or stop the run"
-    )
+    health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when the method has collapsed")
     checkpoint_every_epochs: int = _option(10, "write checkpoints/last.ckpt every so many epochs")
     evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
     trainer: dict[str, Any] = _option(
