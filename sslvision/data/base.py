@@ -1,4 +1,4 @@
-"""What the rest of the package knows of data: a source of images in a fixed order, and its two splits."""
+"""What the rest of the package knows of data: a source of images in a fixed order, and its splits."""
 
 from typing import NamedTuple, Protocol
 
@@ -34,7 +34,8 @@ class Source(Protocol):
 
 
 class Splits(NamedTuple):
-    """The images to pretrain on, and those held out for figures and evaluation (None when there are none)."""
+    """The images to train on, those that scores are measured on, and those that choices are made by (None: there are none)."""
 
     train: Source
     test: Source | None
+    validation: Source | None = None

@@ -1,8 +1,9 @@
 """Any folder of images as a data set: flat or nested, with or without classes, with or without train/ and val/.
 
-- Split: train/ beside val/ (or valid/, validation/, test/) is a split; of several, the first of these is the test
-  split. Without one, a fraction of the files is held out, chosen by a hash of their relative paths: the same files on
-  every machine, and nearly the same ones when files are added.
+- Split: train/ beside test/ (or testing/) or val/ (or valid/, validation/) is a split: scores are measured on the one
+  that is there. With both, val/ is for the choices that training makes, and test/ for scores. Without either, a
+  fraction of the files is held out, chosen by a hash of their relative paths: the same files on every machine, and
+  nearly the same ones when files are added.
 - Classes: where all images lie in two or more sub-folders, those of the first level are the classes. Otherwise the
   images have no labels.
 - Order: sorted by relative path, whatever the operating system lists first.
@@ -24,7 +25,8 @@ from sslvision.data.scan import Found, scan
 from sslvision.errors import DataError, UsageError
 
 TRAIN = ("train", "training")
-HELD_OUT = ("val", "valid", "validation", "test", "testing")
+VALIDATION = ("val", "valid", "validation")
+TEST = ("test", "testing")
 MOST_HELD_OUT = 5000
 
 log = logging.getLogger(__name__)
@@ -80,35 +82,35 @@ def open_folder(
     `holdout`: fraction of the images to hold out where there is no split: at least one, at most 5,000; 0 holds out
     none (test is None). `at_least` and `max_pixels` go to `read_image`.
 
-    Raises UsageError for settings out of range, DataError where there are no images, or where val/ has other classes
-    than train/.
+    Raises UsageError for settings out of range, DataError where there are no images, or where val/ or test/ has other
+    classes than train/.
     """
     check_holdout(holdout)
     if channels < 1:
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
-    train_folder, test_folder = _split_folders(root, found)
-    train, train_names = _images_and_classes(found, train_folder)
-    if test_folder is not None:
-        test, test_names = _images_and_classes(found, test_folder, at_least_classes=1)
-        _check_classes(root, (train_folder, train_names), (test_folder, test_names))
-        test_names = test_names and train_names
-    else:
+    train_folder, held_folders = _split_folders(root, found)
+    train, classes = _images_and_classes(found, train_folder)
+    splits = [(train_folder, train, classes)]  # folder, images, classes: train, then validation and test
+    for folder in held_folders:
+        held, names = _images_and_classes(found, folder, at_least_classes=1)
+        _check_classes(root, (train_folder, classes), (folder, names))
+        splits.append((folder, held, names and classes))
+    if not held_folders:
         held_out = hold_out(train, holdout)
-        test, test_names = [path for path, held in zip(train, held_out, strict=True) if held], train_names
-        train = [path for path, held in zip(train, held_out, strict=True) if not held]
-        test_folder = train_folder
-
-    counts = f"{len(train):,} + {len(test):,}" if test else f"{len(train):,}"
-    name = f"{os.path.basename(root) or root} ({counts})"
+        sides = ([path for path, held in zip(train, held_out, strict=True) if held == side] for side in (False, True))
+        splits = [(train_folder, images, classes) for images in sides if images]
+    name = f"{os.path.basename(root) or root} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
 
     def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
         labels = _labels(images, classes) if classes else None
         where = os.path.join(root, folder) if folder else root
         return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
 
-    return Splits(source(train_folder, train, train_names), source(test_folder, test, test_names) if test else None)
+    first, *held_sources = [source(*split) for split in splits]
+    test, validation = (*reversed(held_sources), None, None)[:2]  # a lone one is the test split
+    return Splits(first, test, validation)
 
 
 def check_holdout(holdout: float) -> None:
@@ -129,24 +131,29 @@ def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     return held_out
 
 
-def _split_folders(root: str, found: Found) -> tuple[str, str | None]:
-    """Return the folders of the training and test images relative to the root; "" is the root itself, None no split."""
+def _split_folders(root: str, found: Found) -> tuple[str, list[str]]:
+    """Return the folder of the training images, and those of the validation and the test images as far as there are any.
+
+    They are relative to the root; "" is the root itself.
+    """
     tops = {path.partition("/")[0] for path in found.images if "/" in path}
     flat = sum("/" not in path for path in found.images)
     train = _first_named(TRAIN, tops)
-    test = _first_named(HELD_OUT, tops)
+    held = [folder for names in (VALIDATION, TEST) if (folder := _first_named(names, tops))]
     empty = _first_named(TRAIN, found.folders - tops)
-    if test and empty and not train:
+    if held and empty and not train:
         raise DataError(
-            f"{os.path.join(root, empty)} holds no images, and {test}/ beside it does. Put the training images there, "
-            f"or give {os.path.join(root, test)} as data.root to train on those."
+            f"{os.path.join(root, empty)} holds no images, and {held[0]}/ beside it does. Put the training images there, "
+            f"or give {os.path.join(root, held[0])} as data.root to train on those."
         )
-    if train and (test or (tops == {train} and not flat)):
-        used = tuple(f"{folder}/" for folder in (train, test) if folder)
+    if train and (held or (tops == {train} and not flat)):
+        used = tuple(f"{folder}/" for folder in (train, *held))
         if unused := sum(not path.startswith(used) for path in found.images):
-            log.warning("%s: %s images outside %s are not used.", root, f"{unused:,}", " and ".join(used))
-        return train, test
-    return "", None
+            *others, last = used
+            within = f"{', '.join(others)} and {last}" if others else last
+            log.warning("%s: %s images outside %s are not used.", root, f"{unused:,}", within)
+        return train, held
+    return "", []
 
 
 def _first_named(names: Sequence[str], folders: set[str]) -> str | None:
@@ -160,7 +167,11 @@ def _images_and_classes(
     prefix = f"{folder}/" if folder else ""
     images = sorted(path.removeprefix(prefix) for path in found.images if path.startswith(prefix))
     classes = {path.partition("/")[0] for path in images}
-    split_words = {name.lower() for name in classes} <= {*TRAIN, *HELD_OUT}  # val/ and test/ alone are no classes
+    split_words = {name.lower() for name in classes} <= {
+        *TRAIN,
+        *VALIDATION,
+        *TEST,
+    }  # val/ and test/ alone are no classes
     if any("/" not in path for path in images) or len(classes) < at_least_classes or split_words:
         return images, None
     folders = {path.removeprefix(prefix) for path in found.folders if path.startswith(prefix)}

@@ -1,9 +1,11 @@
 """Data sets that a DataLoader reads: random crops for training, whole views for evaluation.
 
 Sources whose images lie in memory at one size are indexed a whole batch at a time, and their crops are cut on the
-training device. All others are decoded and cropped one by one in the loader's workers; only bytes travel.
+training device. All others are decoded and cropped one by one in the loader's workers; only bytes travel. Where crops
+are augmented one by one as well, the workers do all of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,37 +20,60 @@ from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_one
 
 STAND_INS = 100  # images tried in place of an unreadable one
 
+# Changes one uint8 crop (C, S, S) into another of that shape; all it draws is a function of the image's randomness (B = 1).
+Augment = Callable[[Tensor, ImageRandom], Tensor]
+
 
 class TrainingImages(Dataset[Batch]):
-    """Batches of crops, or, for sources in memory, of whole images that `cut_crops` crops on the device."""
+    """Batches of crops, or, for sources in memory, of whole images that `cut_crops` crops on the device.
 
-    def __init__(self, source: Source, crops: tuple[Crop, ...], seed: int):
-        self.source, self.crops, self.seed = source, crops, seed
+    With `augment` all batches are of crops, each changed by it; all crops of an image share their randomness.
+    """
+
+    def __init__(self, source: Source, crops: tuple[Crop, ...], seed: int, augment: Augment | None = None):
+        self.source, self.crops, self.seed, self.augment = source, crops, seed, augment
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """Return the batch of `keys`; an unreadable image is replaced by the next readable one of the source."""
         epoch, index = torch.tensor(keys).T.contiguous()  # (B,), (B,)
         if self.source.images is not None:
-            return Batch([self.source.images[index]], index, epoch, [])
+            whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
+            return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
         unreadable: list[tuple[int, str]] = []
+        shown = index.clone()
         cut: list[list[Tensor]] = []
         for position, (_, number) in enumerate(keys):
-            image = self._read(number, unreadable)
-            if image is None:  # nothing readable far and wide: the training process stops with what is in `unreadable`
-                return Batch([], index, epoch, unreadable)
+            found = self._read(number, unreadable)
+            if found is None:  # nothing readable far and wide: the training process stops with what is in `unreadable`
+                return Batch([], index, epoch, unreadable, shown)
+            image, shown[position] = found
             one = slice(position, position + 1)
             rng = ImageRandom(self.seed, epoch[one], index[one])
             cut.append([crop_one(image, rng, view, crop) for view, crop in enumerate(self.crops)])
-        return Batch([torch.stack(view) for view in zip(*cut, strict=True)], index, epoch, unreadable)
+        crops = [torch.stack(view) for view in zip(*cut, strict=True)]
+        return self._augmented(Batch(crops, index, epoch, unreadable, shown))
 
-    def _read(self, number: int, unreadable: list[tuple[int, str]]) -> Tensor | None:
+    def _read(self, number: int, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
+        """Return the image and its place, both of the next readable one."""
         for offset in range(STAND_INS):
             place = (number + offset) % len(self.source)
             try:
-                return self.source.read(place)
+                return self.source.read(place), place
             except UnreadableImage as error:
                 unreadable.append((place, str(error)))
         return None
+
+    def _augmented(self, batch: Batch) -> Batch:
+        if self.augment is None:
+            return batch
+        images = zip(batch.epoch.split(1), batch.places.split(1), strict=True)
+        rngs = [ImageRandom(self.seed, epoch, place) for epoch, place in images]
+        return batch._replace(
+            crops=[
+                torch.stack([self.augment(crop, rng) for crop, rng in zip(view, rngs, strict=True)])
+                for view in batch.crops
+            ]
+        )
 
 
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
@@ -88,12 +113,18 @@ def evaluation_loader(
 
 
 def training_loader(
-    source: Source, crops: tuple[Crop, ...], batches: EpochBatches, *, workers: int, pin_memory: bool
+    source: Source,
+    crops: tuple[Crop, ...],
+    batches: EpochBatches,
+    *,
+    workers: int,
+    pin_memory: bool,
+    augment: Augment | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader of Batch; sources in memory need no workers."""
-    workers = 0 if source.images is not None else workers
+    """Return a loader of Batch; sources in memory need no workers, unless their crops are augmented there."""
+    workers = 0 if source.images is not None and augment is None else workers
     return DataLoader(
-        TrainingImages(source, crops, batches.seed),
+        TrainingImages(source, crops, batches.seed, augment),
         batch_sampler=batches,
         collate_fn=_as_is,
         num_workers=workers,

@@ -1,6 +1,7 @@
 """The data module: a pair of sources, the loader's settings, and the statistics of the pixels."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from sslvision.data.base import Source, Splits, UnreadableImage
 from sslvision.data.batch import Batch
-from sslvision.data.loading import cut_crops, training_loader
+from sslvision.data.loading import Augment, cut_crops, evaluation_loader, training_loader
 from sslvision.data.sampler import EpochBatches
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -23,19 +24,36 @@ class ImageData(L.LightningDataModule):
     """Images for a method.
 
     Args:
-        splits: what to train on and what is held out.
+        splits: what to train on, and what validation is made on.
         crops: what the method wants cut from each image.
         batch_size: images per optimizer update, over all devices and accumulated batches.
         seed: of order and crops.
         workers: loader processes per device; None takes the cores this process may use, up to 8 per device.
+        augment: what the workers make of each crop.
+        evaluate_batch: images per validation batch and device.
     """
 
     def __init__(
-        self, splits: Splits, crops: tuple[Crop, ...], *, batch_size: int, seed: int = 0, workers: int | None = None
+        self,
+        splits: Splits,
+        crops: tuple[Crop, ...],
+        *,
+        batch_size: int,
+        seed: int = 0,
+        workers: int | None = None,
+        augment: Augment | None = None,
+        evaluate_batch: int = 256,
     ):
         super().__init__()
         self.splits, self.crops, self.batch_size, self.seed = splits, crops, batch_size, seed
         self.workers = available_workers() if workers is None else workers
+        self.augment, self.evaluate_batch = augment, evaluate_batch
+        # Lightning takes offence at methods that do not validate, and at data without validation images.
+        for message in (
+            "You passed in a `val_dataloader` but have no `validation_step`",
+            "Total length of `list` across ranks is zero",
+        ):
+            warnings.filterwarnings("ignore", message=message)
 
     def batches(self, rank: int, world: int, accumulate: int) -> EpochBatches:
         """Return the sampler of one process."""
@@ -63,13 +81,27 @@ class ImageData(L.LightningDataModule):
             self.batches_of(trainer),
             workers=self.workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
+            augment=self.augment,
         )
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return this process's share of the validation images, (places (B,), images (B, C, S, S) uint8); [] without any.
+
+        S is the size of the method's first crop. Unreadable images are left out, so a batch may be empty.
+        """
+        trainer, source = self.trainer, self.splits.validation
+        if source is None:
+            return []
+        assert trainer is not None
+        places = list(range(trainer.global_rank, len(source), trainer.world_size))
+        return evaluation_loader(
+            source, self.crops[0].size, places, batch_size=self.evaluate_batch, workers=self.workers
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Cut the crops of images that came whole."""
-        if self.splits.train.images is None:
-            return batch
-        return cut_crops(batch, self.crops, self.seed)
+        came_whole = isinstance(batch, Batch) and self.splits.train.images is not None and self.augment is None
+        return cut_crops(batch, self.crops, self.seed) if came_whole else batch
 
 
 def available_workers() -> int:

@@ -21,7 +21,7 @@ Features = Callable[[Source, list[int]], tuple[Tensor, Tensor]]
 
 def has_labels(splits: Splits) -> bool:
     """Return whether there is anything to evaluate with: labels on both sides, and more than one class."""
-    train, test = splits
+    train, test = splits.train, splits.test
     return train.labels is not None and test is not None and test.labels is not None and int(train.labels.max()) > 0
 
 
@@ -68,7 +68,7 @@ def evaluate_pixels(splits: Splits, *, at_most: int, seed: int = 0, workers: int
 
 
 def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) -> dict[str, float]:
-    train, test = splits
+    train, test = splits.train, splits.test
     assert test is not None
     assert train.labels is not None
     assert test.labels is not None

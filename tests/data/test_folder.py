@@ -188,7 +188,7 @@ def test_empty_class_folders_of_a_split_are_ignored_and_logged(plant, caplog):
 
 def test_train_and_val_are_the_two_splits(plant):
     root = plant("train/cat/1.jpg", "train/dog/2.jpg", "train/dog/3.jpg", "val/dog/4.jpg")
-    train, test = open_folder(root)
+    train, test, _ = open_folder(root)
     assert names(train, root) == ["train/cat/1.jpg", "train/dog/2.jpg", "train/dog/3.jpg"]
     assert names(test, root) == ["val/dog/4.jpg"]
     assert train.classes == test.classes == ("cat", "dog")
@@ -199,21 +199,44 @@ def test_train_and_val_are_the_two_splits(plant):
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Test"])
 def test_a_held_out_split_may_have_any_of_its_usual_names(plant, name):
     root = plant("Train/1.jpg", f"{name}/2.jpg")
-    train, test = open_folder(root)
+    train, test, _ = open_folder(root)
     assert names(train, root) == ["Train/1.jpg"]
     assert names(test, root) == [f"{name}/2.jpg"]
     assert test.labels is None
 
 
-def test_val_comes_before_test_and_what_is_unused_is_logged(plant, caplog):
-    root = plant("train/1.jpg", "test/2.jpg", "test/3.jpg", "val/4.jpg")
-    assert names(open_folder(root).test, root) == ["val/4.jpg"]
-    assert "2 images outside train/ and val/ are not used" in caplog.text
+@pytest.mark.parametrize(("val", "test"), [("val", "test"), ("Valid", "testing"), ("validation", "TEST")])
+def test_with_both_val_and_test_choices_are_made_on_the_one_and_scores_on_the_other(plant, caplog, val, test):
+    root = plant("train/cat/1.jpg", "train/dog/2.jpg", "train/dog/3.jpg", f"{val}/dog/4.jpg", f"{test}/cat/5.jpg")
+    splits = open_folder(root)
+    assert names(splits.train, root) == ["train/cat/1.jpg", "train/dog/2.jpg", "train/dog/3.jpg"]
+    assert names(splits.validation, root) == [f"{val}/dog/4.jpg"]
+    assert names(splits.test, root) == [f"{test}/cat/5.jpg"]
+    assert splits.validation.labels.tolist() == [1]
+    assert splits.test.labels.tolist() == [0]
+    assert {source.name for source in splits} == {"photos (3 + 1 + 1)"}
+    assert {source.classes for source in splits} == {("cat", "dog")}
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_one_held_out_folder_is_for_scores_and_none_is_for_choices(plant, name):
+    splits = open_folder(plant("train/1.jpg", f"{name}/2.jpg"))
+    assert len(splits.test) == 1
+    assert splits.validation is None
+
+
+def test_images_outside_the_splits_are_counted_in_the_log(plant, caplog):
+    root = plant("train/1.jpg", "test/2.jpg", "test/3.jpg", "val/4.jpg", "valid/5.jpg", "6.jpg")
+    splits = open_folder(root)
+    assert names(splits.validation, root) == ["val/4.jpg"]
+    assert names(splits.test, root) == ["test/2.jpg", "test/3.jpg"]
+    assert "2 images outside train/, val/ and test/ are not used" in caplog.text
 
 
 def test_train_alone_is_held_out_from(plant):
     root = plant(*(f"train/{n}.jpg" for n in range(40)))
-    train, test = open_folder(root)
+    train, test, _ = open_folder(root)
     assert (len(train), len(test)) == (38, 2)
     assert set(names(train, root)) | set(names(test, root)) == {f"train/{n}.jpg" for n in range(40)}
 
@@ -234,8 +257,18 @@ def test_a_class_in_val_that_train_has_not_is_a_data_error_that_names_it(plant):
         open_folder(root)
 
 
+def test_the_classes_of_val_and_test_are_both_checked(plant):
+    root = plant("train/cat/1.jpg", "train/dog/2.jpg", "val/cat/3.jpg", "test/cow/4.jpg")
+    with pytest.raises(DataError, match=r"test has classes that train/ has not: cow \(train/ has cat, dog\)"):
+        open_folder(root)
+    (root / "val" / "cat").rename(root / "val" / "eel")
+    (root / "test" / "cow").rename(root / "test" / "cat")
+    with pytest.raises(DataError, match=r"val has classes that train/ has not: eel"):
+        open_folder(root)
+
+
 def test_a_val_without_class_folders_has_no_labels(plant, caplog):
-    train, test = open_folder(plant("train/cat/1.jpg", "train/dog/2.jpg", "val/3.jpg"))
+    train, test, _ = open_folder(plant("train/cat/1.jpg", "train/dog/2.jpg", "val/3.jpg"))
     assert train.labels.tolist() == [0, 1]
     assert test.labels is None
     assert test.classes is None
@@ -243,7 +276,7 @@ def test_a_val_without_class_folders_has_no_labels(plant, caplog):
 
 
 def test_labels_of_val_alone_are_no_labels(plant):
-    train, test = open_folder(plant("train/1.jpg", "val/cat/2.jpg", "val/dog/3.jpg"))
+    train, test, _ = open_folder(plant("train/1.jpg", "val/cat/2.jpg", "val/dog/3.jpg"))
     assert train.labels is None
     assert test.labels is None
 
@@ -265,7 +298,7 @@ def test_the_same_images_are_held_out_on_every_machine(plant):
 
 def test_held_out_images_keep_their_labels(plant):
     root = plant(*(f"{'cat' if n % 2 else 'dog'}/{n}.jpg" for n in range(20)))
-    train, test = open_folder(root, holdout=0.3)
+    train, test, _ = open_folder(root, holdout=0.3)
     for source in (train, test):
         assert source.classes == ("cat", "dog")
         expected = [("cat", "dog").index(name.split("/")[0]) for name in names(source, root)]
@@ -289,7 +322,7 @@ def test_few_images_change_sides_when_some_are_added():
 
 
 def test_nothing_is_held_out_when_asked_so(plant):
-    train, test = open_folder(plant("1.jpg", "2.jpg"), holdout=0)
+    train, test, _ = open_folder(plant("1.jpg", "2.jpg"), holdout=0)
     assert test is None
     assert len(train) == 2
     assert train.name == "photos (2)"

@@ -211,7 +211,7 @@ def test_views_differ_and_are_a_function_of_image_and_epoch():
     crops[1] = crops[0].clone()
 
     def views(epoch):
-        return method.views(Batch(crops, places, epoch, []), ImageRandom(0, epoch, places))
+        return method.views(Batch(crops, places, epoch, [], places), ImageRandom(0, epoch, places))
 
     first = views(epoch)
     assert [tuple(view.shape) for view in first] == [(2, 3, 32, 32)] * 2 + [(2, 3, 16, 16)] * 2

@@ -103,7 +103,7 @@ def test_views_are_normalised_bytes_and_masks_of_each_image_and_epoch():
 
     def views(epoch):
         epochs = torch.full_like(index, epoch)
-        return method.views(Batch([crops], index, epochs, []), ImageRandom(0, epochs, index))
+        return method.views(Batch([crops], index, epochs, [], index), ImageRandom(0, epochs, index))
 
     images, noise = views(0)
     assert torch.allclose(images, torch.full_like(images, 1.5))
