@@ -6,9 +6,10 @@ arXiv:2103.00020, appendix A.3) with features standardised as MAE's probe does w
 
     minimise over W (C, D), b (C,):   mean cross-entropy(x W^T + b, y)  +  l2 / 2 * |W|^2
 
-The L2 strength is chosen by the cross-entropy of a held-out, class-stratified tenth of the training set; then
-everything is fitted again. Cross-entropy rather than accuracy, because it has one valley and little noise: on a
-thousand images accuracy changes its mind with the seed.
+The L2 strength is chosen by the cross-entropy of a held-out, class-stratified tenth of the training set, after which
+everything is fitted again, or by that of other images, if there are some. Cross-entropy rather than accuracy, because it
+has one valley and little noise: on a thousand images accuracy changes its mind with the seed. With one image per class
+and no other there is nothing to choose by, and the middle of the grid is taken.
 """
 
 import math
@@ -20,17 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslvision.downstream.knn import check_features
+from sslvision.downstream.scores import ranking_of
 from sslvision.errors import DataError, UsageError
 
 L2_GRID = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-
-
-class LinearProbe(NamedTuple):
-    """Test accuracy in percent, the L2 strength chosen, and the accuracy on the held-out images, in percent."""
-
-    top1: float
-    l2: float
-    holdout_top1: float
 
 
 class Solution(NamedTuple):
@@ -40,34 +34,113 @@ class Solution(NamedTuple):
     bias: Tensor
 
 
-@torch.inference_mode(False)  # so that it can be called from a validation hook, and still differentiate
+class LinearProbe(NamedTuple):
+    """What a probe found, accuracies in percent.
+
+    Attributes:
+        top1: of the test images.
+        l2: the strength chosen.
+        holdout_top1: of the images it was chosen by; NaN where there were none.
+        ranking: (M, min(5, C)) int64, the best classes of each test image, best first.
+        weight, bias: (C, D) and (C,), for features as they are, not standardised: the head that fine-tuning starts from.
+    """
+
+    top1: float
+    l2: float
+    holdout_top1: float
+    ranking: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Standard(NamedTuple):
+    """How features are standardised: (x - mean - residual) * scale, each (D,)."""
+
+    mean: Tensor
+    residual: Tensor  # what rounding left of the mean
+    scale: Tensor
+
+
+class Fitted(NamedTuple):
+    """A regression on standardised features; the other fields are those of LinearProbe."""
+
+    solution: Solution
+    standard: Standard
+    l2: float
+    holdout_top1: float
+
+
 def linear_probe(
     train_features: Tensor,
     train_labels: Tensor,
     test_features: Tensor,
     test_labels: Tensor,
     *,
+    num_classes: int | None = None,
     l2_grid: Sequence[float] = L2_GRID,
     holdout: float = 0.1,
+    validation: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> LinearProbe:
     """Fit on (N, D) training features and (N,) int64 labels, and measure on the (M, D) test features.
 
-    Runs on the device of `train_features`. The grid is walked from the strongest L2 to the weakest, each fit starting
-    from the last, until the held-out cross-entropy rises. `seed` decides which images are held out. Raises UsageError
-    for an empty grid, an L2 that is not positive or a `holdout` outside (0, 1), DataError for features that are not
-    finite, labels that do not fit, or no class with two training images.
+    The other arguments and errors are those of `fit_probe`. `num_classes` None means those that have a label.
+    """
+    C = check_features(train_features, train_labels, test_features, test_labels, num_classes=num_classes)
+    if num_classes is None and validation is not None and len(validation[1]):
+        C = max(C, int(validation[1].max()) + 1)
+    fitted = fit_probe(
+        train_features,
+        train_labels,
+        num_classes=C,
+        l2_grid=l2_grid,
+        holdout=holdout,
+        validation=validation,
+        seed=seed,
+    )
+    ranking = ranking_of(standard_logits(fitted, test_features))  # (M, min(5, C))
+    top1 = 100 * int((ranking[:, 0] == test_labels.to(ranking.device)).sum()) / len(test_labels)
+    return LinearProbe(top1, fitted.l2, fitted.holdout_top1, ranking, *folded(fitted.solution, fitted.standard))
+
+
+@torch.inference_mode(False)  # so that it can be called from a validation hook, and still differentiate
+def fit_probe(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    l2_grid: Sequence[float] = L2_GRID,
+    holdout: float = 0.1,
+    validation: tuple[Tensor, Tensor] | None = None,
+    seed: int = 0,
+) -> Fitted:
+    """Fit features (N, D) and int64 labels (N,) on their device.
+
+    The grid is walked from the strongest L2 to the weakest, each fit starting from the last, until the cross-entropy of
+    the images to choose by rises. Those are a part of the training images, or `validation`, features and labels of
+    others; all training images are then fitted throughout. `seed` decides which training images are held out.
+
+    Raises UsageError for an empty grid, an L2 that is not positive or a `holdout` outside (0, 1), DataError for features
+    that are not finite or labels that do not fit.
     """
     if not l2_grid or min(l2_grid) <= 0 or not 0 < holdout < 1:
         raise UsageError(f"The linear probe needs L2 strengths above 0 and 0 < holdout < 1: {l2_grid=}, {holdout=}.")
-    C = check_features(train_features, train_labels, test_features, test_labels)
-    device = train_features.device
-    train_labels, test_labels = train_labels.to(device, copy=True), test_labels.to(device)
-    x, x_test = standardise(train_features, test_features.to(device))
-    held = stratified_holdout(train_labels, fraction=holdout, seed=seed)  # (N,) bool
-    with torch.autocast(device.type, enabled=False):
-        x_fit, y_fit, x_held, y_held = x[~held], train_labels[~held], x[held], train_labels[held]
-        solution = best = Solution(x.new_zeros(C, x.shape[1]), x.new_zeros(C))
+    check_features(features, labels, *(validation or (features[:1], labels[:1])), num_classes=num_classes)
+    labels = labels.to(features.device, copy=True)
+    standard = standard_of(features)
+    x = standardised(features, standard)  # (N, D)
+    zeros = Solution(x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes))
+    with torch.autocast(x.device.type, enabled=False):
+        if validation is None and int(labels.bincount().max()) < 2:
+            l2 = sorted(l2_grid)[len(l2_grid) // 2]
+            return Fitted(fit(x, labels, l2=l2, start=zeros), standard, l2, math.nan)
+        if validation is None:
+            held = stratified_holdout(labels, fraction=holdout, seed=seed)  # (N,) bool
+            x_fit, y_fit, x_held, y_held = x[~held], labels[~held], x[held], labels[held]
+        else:
+            held_features, held_labels = (part.to(x.device, copy=True) for part in validation)
+            x_fit, y_fit, x_held, y_held = x, labels, standardised(held_features, standard), held_labels
+        solution = best = zeros
         best_l2, best_loss = max(l2_grid), math.inf
         for l2 in sorted(l2_grid, reverse=True):
             solution = fit(x_fit, y_fit, l2=l2, start=solution, tolerance=1e-4, max_iterations=100)  # enough to rank
@@ -75,8 +148,23 @@ def linear_probe(
             if loss > best_loss:
                 break
             best, best_l2, best_loss = solution, l2, loss
-        final = fit(x, train_labels, l2=best_l2, start=best)
-    return LinearProbe(accuracy(final, x_test, test_labels), best_l2, accuracy(best, x_held, y_held))
+        final = fit(x, labels, l2=best_l2, start=best)
+    return Fitted(final, standard, best_l2, accuracy(best, x_held, y_held))
+
+
+def standard_logits(fitted: Fitted, features: Tensor) -> Tensor:
+    """Return the logits (M, C) of features (M, D) as they are, on the device of the fit."""
+    x = standardised(features.to(fitted.standard.mean.device), fitted.standard)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.linear(x, *fitted.solution)
+
+
+def folded(solution: Solution, standard: Standard) -> Solution:
+    """Return the regression for features as they are: F.linear(x, *folded) are the logits of standardised x."""
+    mean, residual, scale = (part.double() for part in standard)  # far from zero means and biases nearly cancel
+    weight = solution.weight.double() * scale  # (C, D)
+    bias = solution.bias.double() - weight @ (mean + residual)  # (C,)
+    return Solution(weight.to(solution.weight.dtype), bias.to(solution.bias.dtype))
 
 
 def fit(
@@ -115,15 +203,24 @@ def accuracy(solution: Solution, x: Tensor, y: Tensor) -> float:
 
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Bring every feature to mean 0 and variance 1 with the training set's statistics; constant ones become 0."""
-    train, test = train.detach().float(), test.detach().float()
-    mean = train.mean(0)
-    centred = train - mean
-    residual = centred.mean(0)  # what rounding left of the mean: all there is of a constant feature
-    centred -= residual
-    deviation = centred.std(0, correction=0)
+    standard = standard_of(train)
+    return standardised(train, standard), standardised(test, standard)
+
+
+def standard_of(features: Tensor) -> Standard:
+    """Return the statistics of features (N, D); the scale of constant ones is 0."""
+    features = features.detach().float()
+    mean = features.mean(0)
+    centred = features - mean
+    residual = centred.mean(0)  # all there is of a constant feature
+    deviation = centred.sub_(residual).std(0, correction=0)
     constant = deviation <= 1e-6 * mean.abs()  # below what fp32 tells apart
-    scale = torch.where(constant, 0.0, 1 / deviation)
-    return centred * scale, (test - mean - residual) * scale
+    return Standard(mean, residual, torch.where(constant, 0.0, 1 / deviation))
+
+
+def standardised(features: Tensor, standard: Standard) -> Tensor:
+    """Return features (N, D) in fp32 and standardised."""
+    return (features.detach().float() - standard.mean).sub_(standard.residual).mul_(standard.scale)
 
 
 def stratified_holdout(labels: Tensor, *, fraction: float, seed: int) -> Tensor:

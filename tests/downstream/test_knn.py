@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sslvision.downstream import knn
-from sslvision.downstream.knn import knn_top
+from sslvision.downstream.knn import knn_rankings, knn_top
 from sslvision.errors import DataError, UsageError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "knn.safetensors"
@@ -27,6 +27,55 @@ def split(golden: dict[str, Tensor]) -> Split:
 @pytest.mark.parametrize("k", [10, 20])
 def test_the_vote_matches_the_authors_numbers_exactly(golden: dict[str, Tensor], split: Split, k: int) -> None:
     assert knn_top(*split, k=k) == tuple(golden[f"expected.k{k}"].tolist())
+
+
+@pytest.mark.parametrize("k", [10, 20])
+def test_rankings_for_several_k_hold_the_authors_numbers_for_each(
+    golden: dict[str, Tensor], split: Split, k: int
+) -> None:
+    *features, labels = split
+    ranking = knn_rankings(*features, ks=(20, 1, 10), num_classes=7)[k]
+    hits = ranking == labels[:, None]
+    assert [100 * int(hits[:, 0].sum()) / 200, 100 * int(hits.sum()) / 200] == golden[f"expected.k{k}"].tolist()
+
+
+def test_rankings_for_several_k_are_those_of_separate_runs(split: Split) -> None:
+    *features, _ = split
+    together = knn_rankings(*features, ks=(10, 1, 200, 600), num_classes=7)
+    assert list(together) == [10, 1, 200, 600]
+    for k, ranking in together.items():
+        assert ranking.equal(knn_rankings(*features, ks=[k], num_classes=7)[k])
+    assert not together[1].equal(together[200])
+
+
+def test_similarities_are_computed_once_for_several_k(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    *features, _ = split
+    asked, topk = [], Tensor.topk
+
+    def watched_topk(similarity: Tensor, k: int, dim: int) -> tuple[Tensor, Tensor]:
+        asked.append(k)
+        return topk(similarity, k, dim)
+
+    monkeypatch.setattr(Tensor, "topk", watched_topk)
+    knn_rankings(*features, ks=(10, 20, 5), num_classes=7, chunk=100)
+    assert asked == [20, 20]
+
+
+def test_a_ranking_holds_no_class_twice_and_lists_classes_without_votes_by_index(split: Split) -> None:
+    *features, _ = split
+    rankings = knn_rankings(*features, ks=(1, 20), num_classes=9)
+    for ranking in rankings.values():
+        assert ranking.shape == (200, 5)
+        assert all(len(set(row)) == 5 for row in ranking.tolist())
+    for first, *rest in rankings[1].tolist():
+        assert rest == [c for c in range(6) if c != first][:4]
+
+
+def test_three_classes_are_ranked_as_three(split: Split) -> None:
+    features, labels, test_features, _ = split
+    few = labels < 3
+    ranking = knn_rankings(features[few], labels[few], test_features, ks=[5], num_classes=3)[5]
+    assert ranking.sort(dim=1).values.equal(torch.arange(3).expand(200, 3))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 199, 200, 1000])
@@ -137,3 +186,18 @@ def test_labels_and_features_that_do_not_fit_are_refused(split: Split) -> None:
         knn_top(features, labels - 1, test_features, test_labels)
     with pytest.raises(DataError, match=r"0\.\.4"):
         knn_top(features, labels, test_features, test_labels, num_classes=5)
+
+
+@pytest.mark.parametrize("ks", [[], [10, 0]])
+def test_rankings_need_a_k_and_every_k_above_0(split: Split, ks: list[int]) -> None:
+    *features, _ = split
+    with pytest.raises(UsageError, match="above 0"):
+        knn_rankings(*features, ks=ks, num_classes=7)
+
+
+def test_rankings_refuse_what_does_not_fit_without_test_labels(split: Split) -> None:
+    features, labels, test_features, _ = split
+    with pytest.raises(DataError, match="test features contain NaN"):
+        knn_rankings(features, labels, test_features / 0, ks=[5], num_classes=7)
+    with pytest.raises(DataError, match=r"0\.\.2"):
+        knn_rankings(features, labels, test_features, ks=[5], num_classes=3)

@@ -5,7 +5,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sslvision.downstream.linear import L2_GRID, Solution, fit, linear_probe, standardise, stratified_holdout
+from sslvision.downstream.linear import (
+    L2_GRID,
+    LinearProbe,
+    Solution,
+    fit,
+    fit_probe,
+    folded,
+    linear_probe,
+    standard_logits,
+    standardise,
+    stratified_holdout,
+)
 from sslvision.errors import DataError, UsageError
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -22,6 +33,10 @@ def blobs(spread: float, *, train: int = 400, test: int = 200, width: int = 12) 
 
 def zeros(classes: int, width: int, dtype: torch.dtype = torch.float32) -> Solution:
     return Solution(torch.zeros(classes, width, dtype=dtype), torch.zeros(classes, dtype=dtype))
+
+
+def same(first: LinearProbe, second: LinearProbe) -> bool:
+    return first[:3] == second[:3] and torch.equal(first.ranking, second.ranking)
 
 
 def gradient(solution: Solution, x: Tensor, y: Tensor, l2: float) -> Tensor:
@@ -104,9 +119,8 @@ def test_a_constant_feature_becomes_zero_and_changes_nothing() -> None:
     x, x_test = standardise(wide, wide_test)
     assert (x[:, -1] == 0).all()
     assert (x_test[:, -1] == 0).all()
-    assert linear_probe(wide, labels, wide_test, test_labels) == linear_probe(
-        features, labels, test_features, test_labels
-    )
+    plain = linear_probe(features, labels, test_features, test_labels)
+    assert same(linear_probe(wide, labels, wide_test, test_labels), plain)
 
 
 def test_standardised_features_have_mean_0_and_variance_1_even_far_from_zero() -> None:
@@ -134,7 +148,7 @@ def test_the_holdout_is_a_function_of_the_seed() -> None:
 
 
 def test_the_order_of_the_grid_does_not_matter() -> None:
-    assert linear_probe(*blobs(1.0), l2_grid=L2_GRID[::-1]) == linear_probe(*blobs(1.0))
+    assert same(linear_probe(*blobs(1.0), l2_grid=L2_GRID[::-1]), linear_probe(*blobs(1.0)))
 
 
 def test_the_final_fit_uses_the_held_out_images_too() -> None:
@@ -147,7 +161,7 @@ def test_the_final_fit_uses_the_held_out_images_too() -> None:
 def test_it_works_inside_inference_mode_and_autocast() -> None:
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         inside = linear_probe(*blobs(1.0))
-    assert inside == linear_probe(*blobs(1.0))
+    assert same(inside, linear_probe(*blobs(1.0)))
 
 
 @pytest.mark.parametrize("setting", [{"l2_grid": ()}, {"l2_grid": (0.0, 1.0)}, {"holdout": 0.0}, {"holdout": 1.0}])
@@ -161,4 +175,108 @@ def test_data_that_cannot_be_probed_are_refused() -> None:
     with pytest.raises(DataError, match="infinity"):
         linear_probe(features * math.inf, labels, *test)
     with pytest.raises(DataError, match="two images"):
-        linear_probe(features[:4], labels[:4], *test)
+        stratified_holdout(labels[:4], fraction=0.1, seed=0)
+    with pytest.raises(DataError, match=r"Labels must lie in 0..2"):
+        linear_probe(features, labels, *test, num_classes=3)
+    with pytest.raises(DataError, match=r"\(200, 12\) and \(199,\)"):
+        linear_probe(features, labels, *test, validation=(test[0], test[1][:-1]))
+
+
+def test_one_image_per_class_takes_the_middle_of_the_grid() -> None:
+    features, labels, *test = blobs(0.1)
+    probe = linear_probe(features[:4], labels[:4], *test)
+    assert probe.top1 == 100
+    assert probe.l2 == 3e-3  # of 1, 0.3, ... 1e-5
+    assert math.isnan(probe.holdout_top1)
+    assert linear_probe(features[:4], labels[:4], *test, l2_grid=(1e-2, 1.0, 1e-1)).l2 == 1e-1
+
+
+def test_validation_images_choose_the_strength_and_all_training_images_are_fitted() -> None:
+    features, labels, test_features, test_labels = blobs(2.0, train=800, width=40)
+    few, right, wrong = (
+        (features[:80], labels[:80]),
+        (features[80:], labels[80:]),
+        (features[80:], (labels[80:] + 1) % 4),
+    )
+    chosen = linear_probe(*few, test_features, test_labels, validation=right)
+    misled = linear_probe(*few, test_features, test_labels, validation=wrong)
+    assert chosen.l2 < misled.l2 == 1.0  # where all is wrong, the least said is best
+    x, x_right = standardise(few[0], right[0])
+    losses = {
+        l2: float(F.cross_entropy(F.linear(x_right, *fit(x, few[1], l2=l2, start=zeros(4, 40))), right[1]))
+        for l2 in L2_GRID
+    }
+    assert chosen.l2 == min(losses, key=lambda l2: losses[l2])
+    expected = fit(x, few[1], l2=chosen.l2, start=zeros(4, 40))
+    logits = F.linear(few[0], chosen.weight, chosen.bias)
+    torch.testing.assert_close(logits, F.linear(x, *expected), atol=1e-2, rtol=0)
+
+
+def test_one_image_per_class_works_with_validation() -> None:
+    features, labels, *test = blobs(0.5)
+    probe = linear_probe(features[:4], labels[:4], *test, validation=(features[4:44], labels[4:44]))
+    assert probe.l2 in L2_GRID
+    assert probe.holdout_top1 > 90
+
+
+def test_the_seed_has_no_say_where_validation_images_choose() -> None:
+    features, labels, *test = blobs(2.0)
+    first, second = (
+        linear_probe(features[:200], labels[:200], *test, validation=(features[200:], labels[200:]), seed=seed)
+        for seed in (0, 1)
+    )
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_the_head_gives_the_probes_logits_on_features_as_they_are(shift: float) -> None:
+    features, labels, test_features, test_labels = blobs(1.0)
+    scale = 10 ** torch.linspace(-2, 2, 12)
+    features, test_features = (features + shift) * scale, (test_features + shift) * scale
+    fitted = fit_probe(features, labels, num_classes=4)
+    head = folded(fitted.solution, fitted.standard)
+    raw = F.linear(test_features.double(), head.weight.double(), head.bias.double())
+    torch.testing.assert_close(raw.float(), standard_logits(fitted, test_features), atol=1e-4 * (1 + shift), rtol=0)
+    probe = linear_probe(features, labels, test_features, test_labels)
+    assert torch.equal(probe.weight, head.weight)
+    assert (F.linear(test_features, probe.weight, probe.bias).argmax(1) == probe.ranking[:, 0]).float().mean() > 0.99
+
+
+def test_the_head_is_blind_to_a_constant_feature() -> None:
+    features, labels, test_features, test_labels = blobs(1.0)
+    wide, wide_test = (F.pad(part, (0, 1), value=0.1) for part in (features, test_features))
+    probe = linear_probe(wide, labels, wide_test, test_labels)
+    assert (probe.weight[:, -1] == 0).all()
+    wide_test[:, -1] = 1e6
+    assert (F.linear(wide_test, probe.weight, probe.bias).argmax(1) == probe.ranking[:, 0]).all()
+
+
+def test_the_ranking_holds_the_best_five_classes_and_top_1_is_of_its_first() -> None:
+    features, labels, test_features, test_labels = blobs(2.0)
+    probe = linear_probe(features, labels, test_features, test_labels)
+    assert probe.ranking.shape == (200, 4)
+    assert (probe.ranking.sort(1).values == torch.arange(4)).all()
+    assert probe.top1 == pytest.approx(100 * float((probe.ranking[:, 0] == test_labels).float().mean()))
+    six = linear_probe(features, labels, test_features, test_labels, num_classes=6)
+    assert six.ranking.shape == (200, 5)
+    assert six.weight.shape == (6, 12)  # the last two have no training image
+    assert (six.ranking[:, 0] < 4).all()
+    assert six.top1 == pytest.approx(probe.top1, abs=1)
+
+
+def test_classes_that_only_the_test_or_validation_images_have_count() -> None:
+    features, labels, test_features, test_labels = blobs(0.1)
+    probe = linear_probe(features[labels < 3], labels[labels < 3], test_features, test_labels)
+    assert probe.top1 == 75
+    assert len(probe.bias) == 4
+    seen = test_labels < 3
+    rare = linear_probe(features[labels < 3], labels[labels < 3], test_features[seen], test_labels[seen])
+    assert len(rare.bias) == 3
+    chosen = linear_probe(
+        features[labels < 3],
+        labels[labels < 3],
+        test_features[seen],
+        test_labels[seen],
+        validation=(features, labels),
+    )
+    assert len(chosen.bias) == 4
