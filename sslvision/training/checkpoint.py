@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from sslvision.backbones.base import Backbone
+from sslvision.backbones.load import load_fitting
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 
@@ -38,19 +39,25 @@ class AtomicCheckpoints(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
 
-def export_backbone(backbone: Backbone, folder: Path, *, mean: list[float], std: list[float]) -> None:
+def export_backbone(
+    backbone: Backbone, folder: Path, *, mean: list[float], std: list[float], classes: Sequence[str] | None = None
+) -> None:
     """Write model.safetensors and config.json, in timm's own format and under timm's parameter names.
 
     Both ways of timm load it, the first without knowing anything of the model:
         timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
         timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
-    where name and model_args stand in config.json.
+    where name and model_args stand in config.json. A classifier has its head in the file, and the first way loads it whole
+    where num_classes is left out.
 
     Args:
-        backbone: the pretrained backbone.
+        backbone: the pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
         folder: is made if need be.
         mean, std: of the pixels in pretraining, per channel; they go into the file, so users need not guess.
+        classes: what the outputs of a classifier stand for, as many as it has.
     """
+    names = list(classes or ())
+    assert backbone.model.num_classes == len(names), "a classifier is exported with the names of its classes"
     size, known = (backbone.channels, *backbone.image_size), backbone.model.pretrained_cfg
     pretrained = {
         "tag": "sslvision",
@@ -61,7 +68,7 @@ def export_backbone(backbone: Backbone, folder: Path, *, mean: list[float], std:
         "crop_pct": 0.875,
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier"),
-        "num_classes": 0,
+        "num_classes": len(names),
     }
     model = backbone.model
     model.pretrained_cfg = {"architecture": known["architecture"], **pretrained}  # timm looks for the name here
@@ -70,7 +77,7 @@ def export_backbone(backbone: Backbone, folder: Path, *, mean: list[float], std:
         save_for_hf(
             model,
             str(folder),
-            model_config=pretrained,
+            model_config=pretrained | ({"label_names": names} if names else {}),
             model_args=dict(backbone.arguments),
             safe_serialization=True,
         )
@@ -104,13 +111,13 @@ def load_weights(method: Method, path: str | Path) -> str:
     file = find_weights(Path(path))
     state = _read(file)
     if "state_dict" in state:
-        _load_fitting(method, state["state_dict"], file)
+        load_fitting(method, state["state_dict"], file)
         return f"all weights of {file}"
     tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
     own = method.pretrained().model.state_dict()
     for module in method.modules():
         if isinstance(module, Backbone):  # DINO has two: the student's and the teacher's
-            _load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
+            load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
     left = len(tensors) - len(own)
     return f"the backbone's weights of {file}" + (f" ({left} other tensors left aside)" if left > 0 else "")
 
@@ -132,18 +139,3 @@ def find_weights(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise UsageError(f"{path} holds no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
-
-
-def _load_fitting(module: torch.nn.Module, state: Mapping[str, Tensor], file: Path) -> None:
-    own = module.state_dict()
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-    wrong += [f"{name} is not in this model" for name in state.keys() - own.keys()]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(value.shape)} here"
-        for name, value in own.items()
-        if name in state and state[name].shape != value.shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"The weights of {file} do not fit this model: {'; '.join(sorted(wrong)[:5])}{more}.")
-    module.load_state_dict(state)
