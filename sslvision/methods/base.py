@@ -158,7 +158,7 @@ class Method(L.LightningModule):
         clock = self.clock
         rates = self.schedule(clock)
         for group in optimizer.param_groups:
-            group["lr"] = rates["lr"]
+            group["lr"] = rates["lr"] * group.get("lr_scale", 1.0)
             if group["decayed"]:
                 group["weight_decay"] = rates["weight_decay"]
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

@@ -1,10 +1,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import timm
+import torch
 from timm.optim import param_groups_layer_decay
 
-from sslvision.optim.groups import decay_groups
+from sslvision.backbones.build import build_backbone
+from sslvision.errors import UsageError
+from sslvision.optim.groups import decay_groups, layer_groups
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 
@@ -22,16 +26,104 @@ def test_matrices_decay_and_vectors_and_frozen_parameters_do_not():
     assert len(decayed["params"]) + len(plain["params"]) == len(names) - 1
 
 
-def test_timms_layer_wise_decay_equals_the_authors_for_vit_base():
-    model = timm.create_model("vit_base_patch16_224", global_pool="avg", device="meta")
-    groups = param_groups_layer_decay(
-        model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75
-    )
+def classifier(name, **options):
+    """A classifier of ImageNet's classes that has shapes and no numbers."""
+    with torch.device("meta"):
+        model = build_backbone(name, image_size=224, **options).model
+        model.reset_classifier(1000)
+    return model
+
+
+def by_name(model, **settings):
+    """Return {parameter: (lr_scale, weight_decay, decayed)}, and check that none is in two groups."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    ours = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
-    for group in GOLDEN["mae_layer_decay_vit_base_0.75"]:
+    groups = layer_groups(model, **settings)
+    found = {names[id(p)]: (g["lr_scale"], g["weight_decay"], g["decayed"]) for g in groups for p in g["params"]}
+    assert len(found) == sum(len(group["params"]) for group in groups)
+    return found
+
+
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_layer_wise_decay_equals_the_authors_for_vit_base(pool):
+    model = classifier("vit_base_patch16_224", pool=pool)
+    ours = by_name(model, weight_decay=0.05, layer_decay=0.75)
+    golden = GOLDEN["mae_layer_decay_vit_base_0.75"]
+    assert sorted(ours) == sorted(name for group in golden for name in group["params"])
+    for group in golden:
         for name in group["params"]:
-            # With mean pooling the final norm follows the pooling; timm calls it fc_norm.
-            scale, decay = ours[name.replace("norm", "fc_norm") if name.startswith("norm") else name]
-            assert abs(scale - group["lr_scale"]) <= 1e-9
-            assert decay == group["weight_decay"]
+            scale, decay, decayed = ours[name]
+            assert abs(scale - group["lr_scale"]) <= 1e-9, name
+            assert decay == group["weight_decay"], name
+            assert decayed == (decay > 0)
+
+
+# Where each part of Swin-T is, counted from the input by hand: stem 0, then twelve blocks, the head 13.
+SWIN_TINY = {
+    "patch_embed.proj.weight": 0,
+    "patch_embed.norm.weight": 0,
+    "layers.0.blocks.0.attn.qkv.weight": 1,
+    "layers.0.blocks.1.mlp.fc2.bias": 2,
+    "layers.1.downsample.norm.weight": 3,
+    "layers.1.downsample.reduction.weight": 3,
+    "layers.1.blocks.0.attn.relative_position_bias_table": 3,
+    "layers.1.blocks.1.norm1.bias": 4,
+    "layers.2.downsample.reduction.weight": 5,
+    "layers.2.blocks.0.attn.proj.weight": 5,
+    "layers.2.blocks.1.attn.proj.weight": 6,
+    "layers.2.blocks.2.attn.proj.weight": 7,
+    "layers.2.blocks.3.attn.proj.weight": 8,
+    "layers.2.blocks.4.attn.proj.weight": 9,
+    "layers.2.blocks.5.attn.proj.weight": 10,
+    "layers.3.downsample.reduction.weight": 11,
+    "layers.3.blocks.0.mlp.fc1.weight": 11,
+    "layers.3.blocks.1.mlp.fc1.weight": 12,
+    "norm.weight": 13,
+    "norm.bias": 13,
+    "head.fc.weight": 13,
+    "head.fc.bias": 13,
+}
+
+
+def test_layer_wise_decay_of_swin_tiny_follows_its_blocks():
+    ours = by_name(classifier("swin_tiny_patch4_window7_224"), weight_decay=0.05, layer_decay=0.8)
+    for name, layer in SWIN_TINY.items():
+        scale, decay, decayed = ours[name]
+        assert scale == pytest.approx(0.8 ** (13 - layer), abs=1e-9), name
+        vector = name.endswith(("bias", "norm.weight", "bias_table"))
+        assert (decay, decayed) == ((0.0, False) if vector else (0.05, True)), name
+
+
+def test_without_layer_decay_there_is_one_rate_even_where_timm_knows_no_layers():
+    with torch.device("meta"):
+        model = timm.create_model("pit_ti_224", num_classes=5)
+    assert {scale for scale, _, _ in by_name(model, weight_decay=0.1, layer_decay=1.0).values()} == {1.0}
+    with pytest.raises(UsageError, match="set freeze=0, freeze_stages=0 and layer_decay=1"):
+        layer_groups(model, weight_decay=0.1, layer_decay=0.9)
+
+
+def test_frozen_layers_are_left_out_and_the_others_keep_their_rates():
+    model = timm.create_model("test_vit", num_classes=5)
+    everything = by_name(model, weight_decay=0.05, layer_decay=0.5)
+    model.blocks[:2].requires_grad_(False)
+    rest = by_name(model, weight_decay=0.05, layer_decay=0.5)
+    assert rest == {name: value for name, value in everything.items() if not name.startswith(("blocks.0", "blocks.1"))}
+
+
+@pytest.mark.parametrize("layer_decay", [0.0, -1.0, 1.1])
+def test_a_layer_decay_that_cannot_be_is_refused(layer_decay):
+    with pytest.raises(UsageError, match="layer_decay="):
+        layer_groups(timm.create_model("test_vit", num_classes=5), weight_decay=0.05, layer_decay=layer_decay)
+
+
+def test_timms_own_layer_wise_decay_differs_in_the_final_norm_alone():
+    model = classifier("vit_base_patch16_224", pool="token")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    theirs = {
+        names[id(p)]: group["lr_scale"]
+        for group in param_groups_layer_decay(
+            model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.75
+        )
+        for p in group["params"]
+    }
+    ours = by_name(model, weight_decay=0.05, layer_decay=0.75)
+    assert {name for name in ours if abs(ours[name][0] - theirs[name]) > 1e-9} == {"norm.weight", "norm.bias"}

@@ -1,0 +1,298 @@
+"""Fine-tuning: a pretrained backbone learns to tell classes apart, in whole or in part.
+
+    crop -> erase -> mix with the next image -> backbone -> features -> linear head -> cross-entropy
+
+The recipe is MAE's (He et al. 2021, arXiv:2111.06377, appendix A.1, table 9), after BEiT's and DeiT's: layer-wise
+learning rates, Mixup, CutMix, random erasing, label smoothing. Every one of them can be left out, and the lowest layers
+can be left as they are. Where the head was fitted before (`start_head`) it is LP-FT (Kumar et al. 2022, arXiv:2202.10054):
+a head that fits already has no large first gradients, which would distort good features.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from sslvision.backbones.base import Backbone
+from sslvision.backbones.head import classify, put_head
+from sslvision.data.batch import Batch
+from sslvision.errors import UsageError
+from sslvision.methods.base import Clock, Method
+from sslvision.nn.freezing import freeze_lowest, hold_still, layers
+from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
+from sslvision.nn.randomness import ImageRandom
+from sslvision.optim.build import build_optimizer
+from sslvision.optim.groups import layer_groups
+from sslvision.optim.schedules import warmup_cosine
+from sslvision.views.geometry import Crop
+from sslvision.views.mixing import check_share, erase, mix_images
+
+
+class Supervised(Method):
+    """A classifier: a backbone and, as the head of its timm model, a linear layer.
+
+    Args:
+        backbone: gets a new head, and trains in whole but for `freeze` or `freeze_stages`.
+        classes: their names.
+        labels: (N,) int64, of the training source, from 0.
+        validation_labels: the same of the validation source, if there is one.
+        lr: peak learning rate of the head and of the whole batch; lower layers' are less with `layer_decay`.
+        crop_scale: share of the image's area a random resized crop covers; [1, 1] for the whole image.
+        flip: mirror half of the images.
+        freeze: how many of the lowest blocks, or below 1 which share of them, stay as they are; and the stem with them.
+        freeze_stages: how many of the lowest stages, instead.
+        optimizer: any of timm.optim.list_optimizers() that needs gradients only.
+        optimizer_options: its own arguments, such as momentum or betas.
+        weight_decay, layer_decay: see layer_groups.
+        warmup_epochs: epochs of linear warm-up, fractions allowed.
+        min_lr: learning rate at the end.
+        mixup, cutmix: see mix_images.
+        erase: probability of an image to have a box erased.
+        label_smoothing: share of each target that is spread over all classes.
+        class_weights: "none"; "balanced", by inverse frequency, so that the mean over the training images is 1; or K numbers.
+        ema: decay of a running mean of the weights, which is then what is evaluated and kept; 0 for none. The first
+            updates count for more (timm's warm-up), so that the mean of a short run leaves the start behind.
+        mean, std: of the pixels, per channel, on the scale 0..1.
+        seed: of crops, mixing and erasing.
+
+    Raises:
+        UsageError: a value is out of its range, or the backbone cannot have a linear head.
+    """
+
+    labels: Tensor
+    validation_labels: Tensor | None
+    class_weights: Tensor | None
+    shown: Mapping[str, str] = {"loss": "loss", "train_top1": "top-1"}
+
+    # B images, D channels of a feature, K classes
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        classes: Sequence[str],
+        labels: Tensor,
+        validation_labels: Tensor | None = None,
+        lr: float = 1e-3,
+        crop_scale: tuple[float, float] = (0.35, 1.0),
+        flip: bool = True,
+        freeze: float = 0,
+        freeze_stages: int = 0,
+        optimizer: str = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
+        weight_decay: float = 0.05,
+        layer_decay: float = 1.0,
+        warmup_epochs: float = 0.0,
+        min_lr: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        erase: float = 0.0,
+        label_smoothing: float = 0.0,
+        class_weights: str | Sequence[float] = "none",
+        ema: float = 0.0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        seed: int = 0,
+    ):
+        check_settings(lr, min_lr, warmup_epochs, weight_decay, label_smoothing, ema)
+        for name, share in (("mixup", mixup), ("cutmix", cutmix), ("erase", erase)):
+            check_share(name, share)
+        crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
+        # The betas are of an optimizer that configure_optimizers replaces.
+        super().__init__(crops=[crop], mean=mean, std=std, betas=(0.9, 0.999), seed=seed)
+        self.classes, K = tuple(classes), len(classes)
+        self.backbone = backbone.requires_grad_(True)
+        put_head(backbone, K)
+        self.frozen = freeze_lowest(backbone.model, blocks=freeze, stages=freeze_stages)
+        self.frozen_unit = "stages" if freeze_stages else "blocks"
+        self.mixup, self.cutmix, self.erasing, self.label_smoothing = mixup, cutmix, erase, label_smoothing
+        self.schedule_lr = partial(warmup_cosine, peak=lr, end=min_lr, warmup_epochs=warmup_epochs)
+        self.lr, self.weight_decay, self.layer_decay = lr, weight_decay, layer_decay
+        self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
+        self.register_buffer("labels", checked_labels(labels, K), persistent=False)
+        self.register_buffer("validation_labels", checked_labels(validation_labels, K), persistent=False)
+        self.register_buffer("class_weights", weights_of_classes(class_weights, labels, K), persistent=False)
+        self.ema = ModelEmaV3(backbone, decay=ema, use_warmup=True).requires_grad_(False) if ema else None
+        self._measured: list[Tensor] = []  # per batch of validation images: how many are right, sum of losses, how many
+        self.configure_optimizers()  # refuses what cannot be, while it costs nothing
+        self.train()
+
+    @property
+    def evaluated(self) -> Backbone:
+        """Return the classifier that validation measures: the running mean if there is one, else what trains."""
+        backbone = self.backbone if self.ema is None else self.ema.module
+        assert isinstance(backbone, Backbone)
+        return backbone
+
+    def pretrained(self) -> Backbone:
+        """Return `evaluated`."""
+        return self.evaluated
+
+    def train(self, mode: bool = True) -> "Supervised":
+        """Set the mode of what trains; frozen layers (statistics, drop-path) and the running mean stand still."""
+        super().train(mode)
+        hold_still(self.backbone.model)
+        if self.ema is not None:
+            self.ema.eval()
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Set the modes again: whoever evaluated the backbone between two epochs put all of it into train mode."""
+        self.train()
+
+    @torch.no_grad()
+    def start_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Start from a head (K, D), (K,) that was fitted on the backbone's features (LP-FT)."""
+        for backbone in (self.backbone, self.evaluated):
+            head = backbone.model.get_classifier()
+            assert (weight.shape, bias.shape) == (head.weight.shape, head.bias.shape)
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+
+    # A step.
+
+    def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
+        """Return normalised images (B, C, S, S), erased and mixed, and their targets (B, K), shares of the classes."""
+        labels = self.labels[batch.shown][:, None]  # (B, 1)
+        targets = torch.zeros(len(labels), len(self.classes), device=labels.device).scatter_(1, labels, 1.0)
+        images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
+        return list(mix_images(images, targets, rng, mixup=self.mixup, cutmix=self.cutmix))
+
+    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+        """Return the cross-entropy with the targets, and how often the likeliest class is that of the larger share, in percent.
+
+        With class weights every image's loss is a sum over classes of weight x share x -log p, and the loss is the mean over
+        images: not divided by the weights of a batch, whose composition would then change what an image counts.
+        """
+        images, targets = views
+        logits = classify(self.backbone, images)  # (B, K)
+        loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.label_smoothing)
+        return {"loss": loss, "train_top1": 100 * (logits.argmax(1) == targets.argmax(1)).float().mean()}
+
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """Learning rate of the head: linear warm-up, then half a cosine, per update."""
+        return {"lr": self.schedule_lr(clock.epoch, epochs=clock.epochs), "weight_decay": self.weight_decay}
+
+    def after_update(self, clock: Clock) -> None:
+        """Move the running mean, of buffers too."""
+        if self.ema is not None:
+            self.ema.update(self.backbone, step=clock.step + 1)
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer by its name; `schedule` and the groups' `lr_scale` set the learning rates before every update."""
+        optimizer = build_optimizer(self.optimizer, self.groups(), lr=self.lr, options=self.optimizer_options)
+        if hasattr(optimizer, "_step_supports_amp_scaling"):  # see Method.configure_optimizers
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameters that train, by layer."""
+        return layer_groups(self.backbone.model, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
+
+    # Validation.
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Return the logits (B, K) that `evaluated`, in eval mode, gives uint8 images (B, C, S, S)."""
+        was_training = self.training
+        self.eval()
+        logits = classify(self.evaluated, self.normalize(images))
+        self.train(was_training)
+        return logits
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Take note of how well (places (B,), uint8 images (B, C, S, S)) of the validation source are classified."""
+        places, images = batch
+        if not len(places):  # none of this batch could be read
+            return
+        assert self.validation_labels is not None
+        labels = self.validation_labels[places]
+        logits = classify(self.evaluated, self.normalize(images))
+        right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
+        self._measured.append(torch.stack([right, loss, torch.full_like(loss, len(labels))]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Leave `val_top1` in percent and `val_loss`, over all processes, to callbacks, and write them to the loggers."""
+        measured = torch.stack([*self._measured, torch.zeros(3, device=self.device)]).sum(dim=0)
+        self._measured = []
+        right, loss, count = self.trainer.strategy.reduce(measured, reduce_op="sum").tolist()
+        if self.trainer.sanity_checking or not count:
+            return
+        metrics = {"val_top1": 100 * right / count, "val_loss": loss / count}
+        for name, value in metrics.items():
+            self.trainer.callback_metrics[name] = torch.tensor(value)
+        for logger in self.loggers:
+            logger.log_metrics({**metrics, "epoch": self.clock.epoch}, step=self.trainer.global_step)
+
+    def describe(self) -> dict[str, str]:
+        """Return what trains, at which rates, and what keeps it from learning the images by heart."""
+        parameters = list(self.backbone.parameters())
+        trained, everything = (sum(p.numel() for p in parameters if p.requires_grad or each) for each in (False, True))
+        rows = {
+            "classes": str(len(self.classes)),
+            "trained": f"{trained / 1e6:.3g} of {everything / 1e6:.3g} M parameters",
+        }
+        if self.frozen:
+            *body, _ = layers(self.backbone.model, stages=self.frozen_unit == "stages")
+            held = sum(name in set(self.frozen) for name, *_ in body) - 1  # less the stem
+            rows["trained"] += f"; stem and lowest {held} of {len(body) - 1} {self.frozen_unit} frozen"
+        rows["optimizer"] = ", ".join(
+            [self.optimizer, *(f"{key} {value}" for key, value in self.optimizer_options.items())]
+        )
+        if self.layer_decay < 1:
+            lowest = min(group["lr_scale"] for group in self.groups())
+            rows["layer-wise rates"] = (
+                f"{self.lr * lowest:.2g} (lowest) to {self.lr:.2g} (head), x {self.layer_decay:g} a layer"
+            )
+        settings = {
+            "Mixup": self.mixup,
+            "CutMix": self.cutmix,
+            "erase": self.erasing,
+            "label smoothing": self.label_smoothing,
+        }
+        settings |= {"weight decay": self.weight_decay, "mean of weights": self.ema.decay if self.ema else 0}
+        rows["regularisation"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
+        return rows
+
+
+def check_settings(
+    lr: float, min_lr: float, warmup_epochs: float, weight_decay: float, label_smoothing: float, ema: float
+) -> None:
+    """Raise UsageError for settings that cannot be."""
+    if not (lr > 0 and min(min_lr, warmup_epochs, weight_decay) >= 0):
+        raise UsageError(f"{lr=} must be above 0; {min_lr=}, {warmup_epochs=} and {weight_decay=} 0 or more.")
+    for name, value in {"label_smoothing": label_smoothing, "ema": ema}.items():
+        if not 0 <= value < 1:
+            raise UsageError(f"{name}={value:g} must be from 0 (none) to less than 1.")
+
+
+def checked_labels(labels: Tensor | None, classes: int) -> Tensor | None:
+    """Return labels that number classes, or raise UsageError."""
+    if labels is not None and len(labels) and not (labels.min() >= 0 and labels.max() < classes):
+        raise UsageError(
+            f"Labels from {labels.min()} to {labels.max()} do not number {classes} classes, from 0 to {classes - 1}: were "
+            "all images labelled, and training and validation images alike?"
+        )
+    return labels
+
+
+def weights_of_classes(weights: str | Sequence[float], labels: Tensor, classes: int) -> Tensor | None:
+    """Return what an image of each class counts (K,), or None if all count the same. Raises UsageError."""
+    if isinstance(weights, str):
+        if weights not in ("none", "balanced"):
+            raise UsageError(
+                f"class_weights={weights} is unknown: it is none, balanced, or a list of {classes} numbers."
+            )
+        if weights == "none":
+            return None
+        counts = labels.bincount(minlength=classes).float()
+        return torch.where(counts > 0, len(labels) / (counts.clamp(min=1) * (counts > 0).sum()), 0.0)
+    given = torch.tensor([float(weight) for weight in weights])
+    if len(given) != classes or not (given >= 0).all() or not 0 < given.sum() < float("inf"):
+        raise UsageError(f"class_weights={list(weights)} must be {classes} numbers of 0 or more, one for each class.")
+    return given

@@ -1,0 +1,44 @@
+"""From a name of timm's optimizers to an optimizer."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from torch.optim import Optimizer
+
+from sslvision.errors import UsageError
+
+SET_ELSEWHERE = {"params", "lr", "weight_decay"}
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]], *, lr: float, options: Mapping[str, Any]) -> Optimizer:
+    """Build one of timm's optimizers.
+
+    Args:
+        name: one of timm.optim.list_optimizers().
+        groups: of parameters, each with its `weight_decay`; what else they say is kept.
+        lr: learning rate.
+        options: the optimizer's own arguments, such as momentum or betas.
+
+    Raises:
+        UsageError: no such optimizer or option, an impossible value, or a library it needs is not there.
+    """
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.5)
+        raise UsageError(f"optimizer={name} is not one of timm's. Near it: {', '.join(near) or 'adamw, sgd, lamb'}.")
+    if get_optimizer_info(name).second_order:
+        raise UsageError(f"optimizer={name} needs second derivatives, which training here does not take: try adamw.")
+    try:
+        known = set(inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters) - SET_ELSEWHERE
+        if unknown := sorted(options.keys() - known):
+            raise UsageError(
+                f"optimizer_options: {name} has no option {', '.join(unknown)}. It has {', '.join(sorted(known))}."
+            )
+        fused = {"fused": True} if name in ("adam", "adamw") else {}  # one kernel for a group
+        return create_optimizer_v2(groups, opt=name, lr=lr, weight_decay=0.0, **{**fused, **options})
+    except UsageError:
+        raise
+    except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
+        raise UsageError(f"optimizer={name} with optimizer_options={dict(options)} cannot be: {error}") from error

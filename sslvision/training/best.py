@@ -1,0 +1,54 @@
+"""The best weights of a run by its validation images, given back at the end."""
+
+from typing import Any
+
+import pytorch_lightning as L
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from sslvision.methods.supervised import Supervised
+
+
+class KeepBest(Callback):
+    """Keep the weights that classify most validation images rightly, and end the run with them.
+
+    Of equally many the smaller `val_loss` wins, of that the earlier weights. Works with and without Lightning's
+    EarlyStopping, and a run without validation ends as it is. What is kept is the method's `evaluated`, in main memory; a
+    checkpoint has it too, so a resumed run goes on with it.
+
+    Attributes:
+        best: val_top1, val_loss and step of the kept weights; empty before the first validation.
+    """
+
+    def __init__(self) -> None:
+        self.best: dict[str, float] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Copy the weights if they are better than those kept."""
+        metrics = trainer.callback_metrics
+        if trainer.sanity_checking or "val_top1" not in metrics:
+            return
+        top1, loss = (float(metrics[name]) for name in ("val_top1", "val_loss"))
+        if not self.best or (top1, -loss) > (self.best["val_top1"], -self.best["val_loss"]):
+            self.best = {"val_top1": top1, "val_loss": loss, "step": trainer.global_step}
+            weights = _evaluated(pl_module).state_dict()
+            self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Load the kept weights: after the last checkpoint, which goes on from where training ended."""
+        if self._weights:
+            _evaluated(pl_module).load_state_dict(self._weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"best": self.best, "weights": self._weights}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.best, self._weights = state_dict["best"], state_dict["weights"]
+
+
+def _evaluated(method: L.LightningModule) -> Any:
+    assert isinstance(method, Supervised)
+    return method.evaluated
