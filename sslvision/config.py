@@ -7,9 +7,9 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 from hydra import compose, initialize
 from hydra._internal.utils import get_args_parser
@@ -22,22 +22,45 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sslvision.errors import UsageError
-from sslvision.schema import OPEN_SECTIONS, Pretrain, checked
+from sslvision.schema import Settings, checked
+from sslvision.settings import Finetune, Predict, Pretrain, Probe
 
 _IN_WHEEL = Path(__file__).parent / "recipes"
 RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "recipes"  # the latter in a checkout
 
 
-def recipes() -> dict[str, Path]:
-    """Return the recipes that come along, by name."""
-    return {file.stem: file for file in sorted((RECIPES / "pretrain").glob("*.yaml"))}
+@dataclass(frozen=True)
+class Command(Generic[Settings]):
+    """A command: `python -m sslvision.<name>`.
+
+    Attributes:
+        name: also of its folder of recipes.
+        kind: the class of its settings.
+        recipe: the one it takes unless told; None if the command line must name one.
+    """
+
+    name: str
+    kind: type[Settings]
+    recipe: str | None = None
+
+    @property
+    def recipes(self) -> dict[str, Path]:
+        """Return the recipes that come along, by name; none if the command has no use for any."""
+        return {file.stem: file for file in sorted((RECIPES / self.name).glob("*.yaml"))}
 
 
-def prepare(arguments: Sequence[str]) -> list[str]:
+PRETRAIN = Command("pretrain", Pretrain)
+PROBE = Command("probe", Probe)
+FINETUNE = Command("finetune", Finetune, recipe="default")
+PREDICT = Command("predict", Predict)
+
+
+def prepare(arguments: Sequence[str], command: Command[Any] = PRETRAIN) -> list[str]:
     """Register all recipes with Hydra and return the command line in its full form, every sweep point of it checked.
 
     Args:
         arguments: the command line after the program's name.
+        command: whose.
 
     Raises:
         UsageError: an unknown or repeated key, an unknown recipe, a value of the wrong type or range.
@@ -45,15 +68,15 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     words = get_args_parser().parse_args(list(arguments)).overrides
     flags = [argument for argument in arguments if argument not in words]
     overrides = parse(words)
-    _register()
-    lines = [_full_form(override) for override in overrides]
-    if not any(override.key_or_group == "recipe" for override in overrides):
+    _register(command)
+    lines = [_full_form(override, command) for override in overrides]
+    if command is PRETRAIN and not any(override.key_or_group == "recipe" for override in overrides):
         raise UsageError(
-            f"No recipe: say recipe=NAME, one of {', '.join(recipes())}, or the path of your own .yaml file."
+            f"No recipe: say recipe=NAME, one of {', '.join(command.recipes)}, or the path of your own .yaml file."
         )
-    gone = _of_another_backbone(overrides)
+    gone = _of_another_backbone(overrides) if command is PRETRAIN else []
     for point in _points(overrides, lines):
-        tree([*point, *gone])
+        tree([*point, *gone], command)
     return [*flags, *lines, *gone]
 
 
@@ -73,62 +96,80 @@ def parse(arguments: Sequence[str]) -> list[Override]:
     return overrides
 
 
-def tree(lines: Sequence[str]) -> Pretrain:
+def tree(lines: Sequence[str], command: Command[Settings] = PRETRAIN) -> Settings:  # type: ignore[assignment]
     """Compose and check one run."""
     GlobalHydra.instance().clear()
     try:
         with initialize(version_base="1.3", config_path=None):
-            composed = compose("pretrain", overrides=[line for line in lines if not line.startswith("hydra")])
-        return check(composed)
+            composed = compose(command.name, overrides=[line for line in lines if not line.startswith("hydra")])
+        return check(composed, command)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(str(error).strip().splitlines()[0]) from error
     finally:
         GlobalHydra.instance().clear()
 
 
-def check(composed: DictConfig) -> Pretrain:
-    """Check a composed tree, key by key and value by value."""
+def check(composed: DictConfig, command: Command[Settings]) -> Settings:
+    """Check a composed tree, key by key and value by value. Where it has a run and no data, the data are the run's."""
     try:
         settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     except OmegaConfBaseException as error:
         raise UsageError(str(error).splitlines()[0]) from error
-    return checked(settings)
+    given = settings.get("data") or {}
+    if "run" in settings and "data" in command.kind.sections and "_target_" not in given:
+        settings["data"] = data_of(settings["run"]) | given
+    return checked(settings, command.kind)
 
 
-def _register() -> None:
+def data_of(run: Any) -> dict[str, Any]:
+    """Return the data section of a run by its folder; empty if it is none."""
+    for folder in (Path(str(run)), Path(str(run)).parent):  # a run's folder, or its export/
+        if (folder / "config.yaml").is_file():
+            section = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "data", default={})
+            return cast(dict[str, Any], OmegaConf.to_container(section))
+    return {}
+
+
+def _register(command: Command[Any]) -> None:
     """Tell Hydra the recipes and data sources that come along."""
     store = ConfigStore.instance()
-    schema = {f.name: f.default for f in fields(Pretrain) if f.name not in OPEN_SECTIONS}
+    schema = {
+        f.name: f.default if f.default is not MISSING else cast(Any, f.default_factory)()
+        for f in fields(command.kind)
+        if f.name not in command.kind.sections
+    }
     quiet = {"run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}, "output_subdir": None}
-    defaults = [
-        {"recipe": "???"},
-        {"override hydra/job_logging": "disabled"},
-        {"override hydra/hydra_logging": "disabled"},
-    ]
+    defaults: list[Any] = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
+    if command.recipes:
+        defaults.insert(0, {"recipe": command.recipe or "???"})
+    if command is not PRETRAIN and "data" in command.kind.sections:  # pretraining's recipes choose theirs
+        defaults.insert(0, {"data": None})
+    sections: dict[str, Any] = {section: {} for section in command.kind.sections if section != "data"}
     # `_self_` first: a recipe's values replace the schema's defaults.
-    node = {"defaults": ["_self_", *defaults], **schema, "trainer": {}, "hydra": quiet}
-    store.store(name="pretrain", node=OmegaConf.create(node))
-    for name, file in recipes().items():
+    node = {"defaults": ["_self_", *defaults], **schema, **sections, "hydra": quiet}
+    store.store(name=command.name, node=OmegaConf.create(node))
+    for name, file in command.recipes.items():
         store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
     for file in (RECIPES / "data").glob("*.yaml"):
         store.store(group="data", name=file.stem, package="data", node=OmegaConf.load(file))
 
 
-def _full_form(override: Override) -> str:
+def _full_form(override: Override, command: Command[Any]) -> str:
     """Return the override as Hydra wants it: method settings under method., open sections free to grow."""
-    key, line = override.key_or_group, str(override.input_line)
+    key, line, sections = override.key_or_group, str(override.input_line), command.kind.sections
     if key.startswith("hydra") or override.type is OverrideType.DEL:
         return line
     value = line.split("=", 1)[1] if "=" in line else ""
-    if key == "recipe":
-        return f"recipe={','.join(_recipe(one) for one in _values(override))}"
-    if key == "data":
+    if key == "recipe" and command.recipes:
+        return f"recipe={','.join(_recipe(one, command) for one in _values(override))}"
+    if key == "data" and "data" in sections:
         sources = sorted(file.stem for file in (RECIPES / "data").glob("*.yaml"))
         return f"data={','.join(_choice('data', one, sources) for one in _values(override))}"
-    first = key.split(".", 1)[0]
-    if first in OPEN_SECTIONS:
+    if key.split(".", 1)[0] in sections:
         return f"++{key}={value}"
-    return f"{key}={value}" if first in {f.name for f in fields(Pretrain)} else f"++method.{key}={value}"
+    if key in {f.name for f in fields(command.kind)}:
+        return f"{key}={value}"
+    return f"++method.{key}={value}" if "method" in sections else f"++{key}={value}"
 
 
 def _of_another_backbone(overrides: Sequence[Override]) -> list[str]:
@@ -137,7 +178,7 @@ def _of_another_backbone(overrides: Sequence[Override]) -> list[str]:
     The size of the images stays, for it is theirs, and so does what the command line itself says.
     """
     given = {override.key_or_group: _values(override) for override in overrides}
-    files = [recipes().get(name, Path(name)) for name in given["recipe"]]
+    files = [PRETRAIN.recipes.get(name, Path(name)) for name in given["recipe"]]
     own = [OmegaConf.select(OmegaConf.load(file), "backbone", default={}) for file in files]
     if all(given.get("backbone.name", [backbone.get("name")]) == [backbone.get("name")] for backbone in own):
         return []
@@ -145,19 +186,20 @@ def _of_another_backbone(overrides: Sequence[Override]) -> list[str]:
     return [f"~backbone.{key}" for key in sorted(make) if f"backbone.{key}" not in given]
 
 
-def _recipe(name: str) -> str:
+def _recipe(name: str, command: Command[Any]) -> str:
     """Return a recipe's name, after registering it if it is given by path."""
+    recipes = command.recipes
     if not name.endswith((".yaml", ".yml")) and "/" not in name:
-        return _choice("recipe", name, list(recipes()))
+        return _choice("recipe", name, list(recipes))
     file = Path(name)
     if not file.is_file():
-        raise UsageError(f"recipe={name}: there is no such file. Recipes that come along: {', '.join(recipes())}.")
+        raise UsageError(f"recipe={name}: there is no such file. Recipes that come along: {', '.join(recipes)}.")
     try:
         node = OmegaConf.load(file)
     except Exception as error:
         raise UsageError(f"recipe={name} is not valid YAML: {str(error).splitlines()[0]}") from error
     name = re.sub(r"\W", "_", file.stem)
-    name += "_" if name in recipes() else ""  # one's own mae.yaml is not ours
+    name += "_" if name in recipes else ""  # one's own mae.yaml is not ours
     ConfigStore.instance().store(group="recipe", name=name, package="_global_", node=node)
     return name
 

@@ -20,7 +20,8 @@ from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
-from sslvision.schema import Pretrain, locate
+from sslvision.schema import locate
+from sslvision.settings import Pretrain
 from sslvision.training import run_folder
 from sslvision.training.callbacks import OnlineEvaluation, Pictures, UnreadableImages, draw_pictures
 from sslvision.training.checkpoint import export_backbone, load_weights
@@ -116,6 +117,7 @@ def hush_lightning() -> None:
         ".*module\\(s\\) in eval mode at the start of training.*",  # a teacher is
         ".*does not have many workers.*",  # images in memory need none
         ".*smaller than the logging interval.*",  # the last update is always logged
+        ".*no `val_dataloader`.*",  # a set may be too small to validate on
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-ENTRY_POINTS = {"pretrain.py", "help.py", "config.py"}
+ENTRY_POINTS = {"commandline.py", "help.py", "config.py"}
 LOWEST = {"backbones", "views", "nn", "optim"}  # they import torch, timm, one another, and errors
 MIDDLE = {"methods", "downstream", "data", "training"}
 

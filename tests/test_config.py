@@ -96,7 +96,7 @@ def test_flags_and_their_values_are_left_to_hydra():
     assert config.prepare(["recipe=mae", "--cfg", "job"]) == ["--cfg", "job", "recipe=mae"]
 
 
-@pytest.mark.parametrize("name", config.recipes())
+@pytest.mark.parametrize("name", config.PRETRAIN.recipes)
 def test_every_recipe_says_what_it_is(name):
     run = config.tree(
         config.prepare([f"recipe={name}", "data.root=x"] if name.endswith("in1k") else [f"recipe={name}"])

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslvision.config import recipes
+from sslvision.config import PRETRAIN
 from sslvision.errors import DataError, Diverged, UsageError
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
@@ -289,7 +289,7 @@ def test_a_folder_without_labels_trains_without_scores(run_tiny, tmp_path):
     assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
 
 
-@pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.parametrize("recipe", PRETRAIN.recipes)
 def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, tmp_path):
     photographs(tmp_path / "images" / "train", count=40, broken=0)
     photographs(tmp_path / "images" / "val", count=12, broken=0)

@@ -54,13 +54,13 @@ def learning_curve_figure(
     untrained_knn: float | None = None,
     untrained_loss: float | None = None,
 ) -> Figure:
-    """Return the loss, the online k-NN (if there is any) and the learning rate against the epoch, one above another.
+    """Return the loss, accuracy on the way (if there is any) and the learning rate against the epoch, one above another.
 
-    `metrics` is what `read_metrics` returns, of which `step`, `epoch`, `loss`, `knn_top1` (percent) and `lr` are used;
-    panels without a value are left out. With `steps_per_epoch` the epoch is step / steps_per_epoch, and so fractional.
-    The untrained values are dashed lines of reference.
+    `metrics` is what `read_metrics` returns, of which `step`, `epoch`, `loss`, `knn_top1` and `val_top1` (percent) and `lr`
+    are used; panels without a value are left out. With `steps_per_epoch` the epoch is step / steps_per_epoch, and so
+    fractional. The untrained values are dashed lines of reference.
     """
-    wanted = {"loss": 3.0, "knn_top1": 1.9, "lr": 1.0}  # relative heights
+    wanted = {"loss": 3.0, "knn_top1": 1.9, "val_top1": 1.9, "lr": 1.0}  # relative heights
     curves = {name: _curve(metrics, name, steps_per_epoch) for name in wanted}
     heights = {name: height for name, height in wanted.items() if name == "loss" or len(curves[name][0])}
     figure = Figure(
@@ -73,12 +73,14 @@ def learning_curve_figure(
 
     _plot_loss(panel["loss"], *curves["loss"])
     _reference(panel["loss"], untrained_loss, "untrained {:.4g}", curves["loss"][1])
+    for name, label in (("knn_top1", "k-NN top-1 (%)"), ("val_top1", "validation\ntop-1 (%)")):
+        if name in panel:
+            x, y = curves[name]
+            panel[name].plot(x, y, color=GREEN, lw=1.6, marker="o", ms=3.5 if len(x) < 60 else 0)
+            panel[name].set_ylabel(label)
+            _annotate_last(panel[name], y, "{:.1f}", GREEN)
     if "knn_top1" in panel:
-        x, y = curves["knn_top1"]
-        panel["knn_top1"].plot(x, y, color=GREEN, lw=1.6, marker="o", ms=3.5 if len(x) < 60 else 0)
-        panel["knn_top1"].set_ylabel("k-NN top-1 (%)")
-        _annotate_last(panel["knn_top1"], y, "{:.1f}", GREEN)
-        _reference(panel["knn_top1"], untrained_knn, "untrained {:.1f}", y)
+        _reference(panel["knn_top1"], untrained_knn, "untrained {:.1f}", curves["knn_top1"][1])
     if "lr" in panel:
         _plot_learning_rate(panel["lr"], *curves["lr"])
     panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8)

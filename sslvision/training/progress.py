@@ -134,7 +134,7 @@ class Progress(ProgressBar):
             for name, label in getattr(pl_module, "shown", {"loss": "loss"}).items()
             if name in latest
         ]
-        for name, label in (("knn_top1", "k-NN"), ("rankme", "RankMe")):
+        for name, label in (("knn_top1", "k-NN"), ("rankme", "RankMe"), ("val_top1", "validation")):
             if (value := trainer.callback_metrics.get(name)) is not None:
                 parts.append(f"{label} {float(value):.1f}")
         text = "  ".join([*parts, time])

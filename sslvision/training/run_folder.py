@@ -55,16 +55,20 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
 
 
-def describe(folder: Path, config: dict[str, Any], words: Sequence[str]) -> None:
+def describe(
+    folder: Path, config: dict[str, Any], words: Sequence[str], *, command: str = "pretrain", contents: str = CONTENTS
+) -> None:
     """Write README.md, config.yaml and environment.json.
 
     Args:
         folder: of the run.
         config: all settings, as plain containers.
-        words: the command line's.
+        words: the command line's, after the command.
+        command: its name.
+        contents: of README.md, with {name}, {folder} and {command}.
     """
-    command = shlex.join(["python", "-m", "sslvision.pretrain", *words])
-    (folder / "README.md").write_text(CONTENTS.format(name=folder.name, folder=folder, command=command))
+    command = shlex.join(["python", "-m", f"sslvision.{command}", *words])
+    (folder / "README.md").write_text(contents.format(name=folder.name, folder=folder, command=command))
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", environment(command))
 

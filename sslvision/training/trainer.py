@@ -27,16 +27,18 @@ def build_trainer(
     loggers: list[Logger],
     callbacks: list[Callback],
     options: dict[str, Any],
+    max_steps: int = -1,
 ) -> L.Trainer:
     """Assemble the trainer.
 
     Args:
         folder: the run's folder.
-        epochs: passes over the data.
+        epochs: passes over the data; -1: until `max_steps`.
         steps: optimizer updates of the whole run.
         dry_run: stop after two updates.
         loggers, callbacks: handed on.
         options: the person's `trainer.*` settings; they win over the defaults below.
+        max_steps: stop after so many updates, be it in the middle of an epoch; -1: after the last epoch.
 
     Raises:
         UsageError: Lightning refuses an option.
@@ -46,6 +48,7 @@ def build_trainer(
         "log_every_n_steps": max(1, min(50, steps // 100)),  # a short run has a learning curve too
         "enable_model_summary": False,  # the effective configuration says it better
         "num_sanity_val_steps": 0,
+        "enable_checkpointing": True,
     }
     try:
         with warnings.catch_warnings():
@@ -53,13 +56,12 @@ def build_trainer(
             warnings.simplefilter("ignore")
             return L.Trainer(
                 max_epochs=epochs,
-                max_steps=2 if dry_run else -1,
+                max_steps=2 if dry_run else max_steps,
                 default_root_dir=folder,
                 logger=loggers,
                 callbacks=callbacks,
                 plugins=[AtomicCheckpoints(), *(options.get("plugins") or [])],
                 use_distributed_sampler=False,
-                enable_checkpointing=True,
                 **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
             )
     except (
@@ -105,6 +107,18 @@ def trains_on_cpu(accelerator: str) -> bool:
     return accelerator == "cpu" or (
         accelerator == "auto" and not torch.cuda.is_available() and not torch.backends.mps.is_available()
     )
+
+
+def device_of(setting: str) -> torch.device:
+    """Return the device that auto, cpu, cuda or mps means here.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if setting != "auto" and not there[setting]:
+        raise UsageError(f"device={setting}: there is none here; say device=auto.")
+    return torch.device(next(kind for kind in there if there[kind]) if setting == "auto" else setting)
 
 
 def build_loggers(kind: str, folder: Path, config: dict[str, Any]) -> list[Logger]:

@@ -1,0 +1,99 @@
+"""What all commands share: reading the command line, one run for each point of a sweep, exit codes, and whose folder it is."""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+
+from sslvision import config as cfg
+from sslvision.errors import SSLVisionError, UsageError
+from sslvision.help import print_help
+
+RUN_FOLDER = "SSLVISION_RUN_FOLDER"  # how a process that Lightning starts learns the folder of the first one
+
+Work = Callable[[Any, str, str], None]  # of the settings, the recipe's name, and what tells the runs of a sweep apart
+typed: list[str] = []  # the command line as the person wrote it
+
+
+def run(command: cfg.Command[Any], work: Work) -> None:
+    """Run a command. Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged."""
+    typed[:] = sys.argv[1:]
+    # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; beside
+    # a second program that does so, a step takes ten times as long and more. So they spin briefly, and then sleep.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if {"--help", "-h"} & set(typed):
+        print_help(Console(highlight=False), command)
+        return
+    try:
+        sys.argv[1:] = cfg.prepare(typed, command)
+    except UsageError as error:
+        sys.exit(_complain(error))
+    exit_codes: list[int] = []  # Hydra ignores what a run returns
+
+    def one(composed: DictConfig) -> None:
+        """Run one point of the command line; the other points of a sweep run whatever becomes of this one."""
+        job = HydraConfig.get()
+        sys.argv[1:] = list(job.overrides.task)  # Lightning starts further processes with these words
+        number = f"-{job.job.num}" if job.mode is RunMode.MULTIRUN else ""
+        try:
+            work(cfg.check(composed, command), Path(job.runtime.choices.get("recipe") or command.name).stem, number)
+        except SSLVisionError as error:
+            exit_codes.append(_complain(error))
+
+    hydra.main(version_base="1.3", config_path=None, config_name=command.name)(one)()
+    sys.exit(max(exit_codes, default=0))
+
+
+def run_folder(settings: Any, default: str, number: str, *, dated: bool = True) -> Path:
+    """Return the run's folder, the same one in all processes of the run.
+
+    Args:
+        settings: has `name` and `output_dir`, and may have `resume` and `dry_run`.
+        default: names the folder if nothing else does.
+        number: tells the runs of a sweep apart; empty for a single run.
+        dated: whether the time goes into the default name.
+
+    Raises:
+        UsageError: no name was given where one is needed.
+    """
+    if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
+        return Path(os.environ[RUN_FOLDER])
+    name = settings.name
+    if name is None and settings.output_dir is None:
+        if dated and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+            raise UsageError("The processes of this run must agree on its folder: give it a name, name=...")
+        if dated and getattr(settings, "resume", None) == "auto":
+            raise UsageError("resume=auto goes on in a folder that has a name: say which, name=... or output_dir=...")
+        name = f"{default}-{datetime.now():%Y%m%d-%H%M%S}" if dated else default
+    folder = Path(settings.output_dir) if settings.output_dir else Path("outputs") / str(name)
+    suffix = ("-dry-run" if getattr(settings, "dry_run", False) else "") + number
+    folder = folder.with_name(folder.name + suffix).absolute()
+    os.environ[RUN_FOLDER] = str(folder)
+    return folder
+
+
+def run_and_data(settings: Any) -> str:
+    """Return the names of a run and of a data section as one word for folders: mae-digits."""
+    run = Path(settings.run)
+    run = run.parent if run.name == "export" else run
+    target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
+    data = settings.data.get("name") or Path(settings.data.get("root") or target).name
+    return re.sub(r"[^\w.-]", "_", f"{run.name}-{data}")
+
+
+def _complain(error: SSLVisionError) -> int:
+    """Say what is wrong, once for all processes, and return the exit code."""
+    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
+    if rank == "0":
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+    return error.exit_code

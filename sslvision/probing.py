@@ -1,0 +1,218 @@
+"""How good are frozen features: k-NN and a linear probe, on labelled images, by a protocol that the result names.
+
+Features are computed once for each network and data set, and kept in files; a second protocol on them takes seconds. On
+several devices run it by torchrun: each process computes its share of the features, and the first does the rest.
+"""
+
+import atexit
+import dataclasses
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sslvision.backbones.load import Loaded, load_backbone
+from sslvision.data.base import Source, Splits
+from sslvision.data.module import available_workers
+from sslvision.downstream.evaluate import has_labels
+from sslvision.downstream.feature_cache import cached_features, cached_views
+from sslvision.downstream.features import chosen_places, dino_features
+from sslvision.downstream.knn import knn_rankings
+from sslvision.downstream.protocols import PROTOCOLS, run_protocol
+from sslvision.downstream.rankme import rankme
+from sslvision.downstream.scores import as_json, score
+from sslvision.errors import DataError, UsageError
+from sslvision.nn.normalize import Normalize
+from sslvision.settings import Probe
+from sslvision.stage_one import open_splits
+from sslvision.task import statistics_of
+from sslvision.training import run_folder
+from sslvision.training.report import print_configuration, print_probe
+from sslvision.training.score_pictures import confusion_figure
+from sslvision.training.trainer import choose_kernels, device_of
+from sslvision.views.geometry import Crop
+
+CONTENTS = """\
+# {name}
+
+Made by `{command}`. The same command overwrites it.
+
+| file | what it is |
+| --- | --- |
+| results.json | top-1 with its 95 % interval, top-5 and per-class accuracy; the protocol and how it differs from the paper's |
+| confusion.png | what the linear probe takes for what |
+| config.yaml, environment.json | every setting; versions, git commit and hardware |
+"""
+
+
+def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Measure, print and write down what the features are worth.
+
+    Returns:
+        What results.json holds; in all processes but the first, nothing.
+
+    Raises:
+        UsageError, DataError: no such weights or images, or images without labels.
+    """
+    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
+    protocol = PROTOCOLS[config.protocol]
+    if config.views > 1 and protocol.optimizer == "lbfgs":
+        raise UsageError(
+            f"views={config.views}: protocol fast sees whole images once; views are for protocol=mae and dino."
+        )
+    rank, world, device = join(config)
+    choose_kernels(device.type)
+    loaded = load_backbone(config.run or "", head=False, **{"pretrained": config.pretrained, **config.backbone})
+    splits = open_splits({**config.data, "channels": loaded.backbone.channels})
+    if not has_labels(splits):
+        raise DataError(
+            f"{splits.train.name} has no labels to measure by: a folder needs a sub-folder for each class, and val/ or "
+            "data.holdout above 0."
+        )
+    classes = splits.train.classes or tuple(map(str, range(int(splits.train.labels.max()) + 1)))  # type: ignore[union-attr]
+    mean, std = statistics_of(loaded, splits.train, config.data)
+    loaded = loaded._replace(mean=mean, std=std)
+    if rank == 0:
+        print_configuration(console, configuration(config, loaded, splits, device), title=folder.name)
+    assert splits.test is not None
+    places = chosen_places(splits.train, config.train_images or len(splits.train), seed=config.seed)
+    spread: dict[str, Any] = {"device": device, "rank": rank, "world": world, "console": console}
+    train = features(config, loaded, splits.train, places, views=config.views, **spread)
+    test = features(config, loaded, splits.test, range(len(splits.test)), views=1, **spread)
+    if rank:
+        return {}
+    scores = {
+        f"k-NN, k = {k}": score(ranking, test.labels, classes=len(classes))
+        for k, ranking in knn_rankings(
+            train.pooled, train.labels, test.pooled, ks=config.k, num_classes=len(classes)
+        ).items()
+    }
+    ranking, told = run_protocol(
+        protocol,
+        train.views or train.linear,
+        train.labels,
+        test.linear,
+        num_classes=len(classes),
+        seed=config.seed,
+        device=device,
+    )
+    linear = scores[f"linear probe, protocol {protocol.name}"] = score(ranking, test.labels, classes=len(classes))
+    print_probe(console, scores, title=f"How good are the features, on {len(test.labels):,} test images?")
+    results = {
+        "linear": told | as_json(linear, classes),
+        "knn": {str(k): as_json(scores[f"k-NN, k = {k}"], classes) for k in config.k},
+        "rankme": round(rankme(train.pooled[:50_000]), 2),
+        "weights": loaded.weights,
+        "train_images": len(train.labels),
+        "test_images": len(test.labels),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.describe(folder, dataclasses.asdict(config), words, command="probe", contents=CONTENTS)
+    run_folder.write_json(folder / "results.json", results)
+    title = f"Linear probe, protocol {protocol.name}: what is taken for what (%)"
+    confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
+    for deviation in told.get("deviations", []):
+        console.print(f"[dim]Not as in the paper: {deviation}.[/]")
+    console.print(f"{results['seconds']:.0f} s in all. Results are in {folder}, features in {config.features_dir}.")
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Features of labelled images.
+
+    Attributes:
+        pooled: (N, D), the backbone's own, for k-NN.
+        linear: (N, F), those of the linear probe's protocol.
+        views: the same of random crops, if the protocol asks for any.
+        labels: (N,).
+    """
+
+    pooled: Tensor
+    linear: Tensor
+    views: list[Tensor]
+    labels: Tensor
+
+
+def features(
+    config: Probe,
+    loaded: Loaded,
+    source: Source,
+    places: Sequence[int],
+    *,
+    views: int,
+    device: torch.device,
+    rank: int,
+    world: int,
+    console: Console,
+) -> Labelled:
+    """Compute the features of some images of a source, or read them where they are kept."""
+    backbone, workers = loaded.backbone.to(device), config.data.get("workers")
+    assert loaded.mean is not None
+    assert loaded.std is not None
+    last_blocks, patch_mean = dino_features(backbone) if config.protocol == "dino" else (0, False)
+    if config.last_blocks is not None:
+        last_blocks, patch_mean = config.last_blocks, False
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=rank > 0) as bars:
+        bar = bars.add_task(f"features of {source.name}", total=len(places))
+        options: dict[str, Any] = {
+            "folder": Path(config.features_dir),
+            "batch_size": config.batch_size,
+            "workers": available_workers() if workers is None else workers,
+            "rank": rank,
+            "world": world,
+            "progress": lambda done, total: bars.update(bar, completed=done, total=total),
+        }
+        which = (backbone, Normalize(loaded.mean, loaded.std).to(device), source, places)
+        found, pooled = cached_features(*which, **options)
+        linear: Tensor = pooled
+        crops: list[Tensor] = []
+        if last_blocks:
+            options |= {"last_blocks": last_blocks, "patch_mean": patch_mean}
+            _, linear = cached_features(*which, **options)
+        if views > 1:
+            crop = Crop(backbone.image_size[0], PROTOCOLS[config.protocol].crop_scale, flip=True)
+            _, crops = cached_views(*which, **options, crop=crop, views=views, seed=config.seed)
+    assert source.labels is not None
+    return Labelled(pooled, linear, crops, source.labels[found])
+
+
+def join(config: Probe) -> tuple[int, int, torch.device]:
+    """Join the processes that torchrun started, if it did: return this one's number, how many there are, and its device."""
+    device, world = device_of(config.device), int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")  # features travel through main memory
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), world, device
+
+
+def configuration(config: Probe, loaded: Loaded, splits: Splits, device: torch.device) -> dict[str, str]:
+    """Return what will happen, in the terms a person checks."""
+    backbone, protocol = loaded.backbone, PROTOCOLS[config.protocol]
+    assert splits.test is not None
+    used = min(config.train_images or len(splits.train), len(splits.train))
+    return {
+        "weights": loaded.weights,
+        "backbone": f"{type(backbone.model).__name__} on {backbone.channels}x{backbone.image_size[0]}x{backbone.image_size[1]}",
+        "images": f"{splits.train.name}: {used:,} to learn from, {len(splits.test):,} to score by",
+        "linear probe": f"{protocol.name}: {protocol.source}",
+        "device": str(device),
+    }

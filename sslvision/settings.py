@@ -1,0 +1,276 @@
+"""The settings of every command: their names, defaults and lines in --help. What fits them is checked in schema.py."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from sslvision.errors import UsageError
+
+Sections = Mapping[str, str | None]  # what the keys of an open section are those of; None: of its own `_target_`
+
+
+def _option(default: Any, text: str) -> Any:
+    """Declare a setting with its line in --help."""
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+def _at_least(settings: Any, **least: int) -> None:
+    for key, smallest in least.items():
+        if getattr(settings, key) < smallest:
+            raise UsageError(f"{key}={getattr(settings, key)} is too small: it must be {smallest} or more.")
+
+
+def _positive(settings: Any, *keys: str) -> None:
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and not 0 < value < float("inf"):
+            raise UsageError(f"{key}={value} must be a number above 0.")
+
+
+def _folder_name(name: str | None) -> None:
+    if name is not None and (name in ("", ".", "..") or set(name) & set('/\\:*?"<>|\0')):
+        raise UsageError(f"name={name} is not a plain folder name; output_dir=... sets a whole path.")
+
+
+_BACKBONE = "sslvision.backbones.build.build_backbone"
+_TRAINER = "pytorch_lightning.Trainer"
+_RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
+
+
+@dataclass
+class Pretrain:
+    """All settings of a pretraining run."""
+
+    sections: ClassVar[Sections] = {"method": None, "backbone": _BACKBONE, "data": None, "trainer": _TRAINER}
+    elsewhere: ClassVar[tuple[str, ...]] = ("backbone", "lr", "mean", "std", "seed")  # given by other keys
+
+    method: dict[str, Any] = _option(
+        {}, "the method and its settings; mask_ratio=0.6 is short for method.mask_ratio=0.6"
+    )
+    backbone: dict[str, Any] = _option(
+        {}, "name (any of timm; MAE: ViT or Swin), image_size, pool, and any timm keyword: patch_size, depth, ..."
+    )
+    data: dict[str, Any] = _option(
+        {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, ..."
+    )
+    epochs: int = _option(100, "passes over the training images")
+    batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
+    base_lr: float = _option(1.5e-4, "learning rate per 256 images: the peak rate is base_lr x batch_size / 256")
+    lr: float | None = _option(None, "the peak learning rate itself, in place of base_lr")
+    seed: int = _option(0, "of weights, order, crops and masks")
+    name: str | None = _option(None, "name of the run's folder under outputs/ (default: recipe and time)")
+    output_dir: str | None = _option(None, "whole path of the run's folder, in place of outputs/<name>")
+    overwrite: bool = _option(False, "empty the run's folder first if it is in use")
+    resume: str | None = _option(
+        None, "auto: go on from the run folder's last checkpoint, if any; or a checkpoint's path"
+    )
+    init_from: str | None = _option(
+        None, "start from the weights of a run folder, a checkpoint or an exported backbone"
+    )
+    dry_run: bool = _option(False, "two steps of everything, then stop: training, evaluation, export, figures")
+    logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
+    knn_every_epochs: int = _option(
+        10, "k-NN accuracy, RankMe and pictures while training, every so many epochs (0: never)"
+    )
+    health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when the method has collapsed")
+    checkpoint_every_epochs: int = _option(10, "write checkpoints/last.ckpt every so many epochs")
+    evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
+    trainer: dict[str, Any] = _option(
+        {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
+    )
+    about: str = _option("", "what the recipe is, in a line")
+    reference: str = _option("", "scores others reported for this recipe")
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self, epochs=1, batch_size=1, knn_every_epochs=0, checkpoint_every_epochs=1, evaluate_images=1, seed=0
+        )
+        _positive(self, "base_lr", "lr")
+        _folder_name(self.name)
+        for section in ("method", "data"):
+            if "_target_" not in getattr(self, section):
+                raise UsageError(
+                    f"The recipe names no {section}: give {section}._target_, as the recipes that come along do."
+                )
+        if "name" not in self.backbone:
+            raise UsageError(
+                "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """Return the peak learning rate of the global batch."""
+        return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+
+@dataclass
+class Probe:
+    """All settings of a probe of frozen features."""
+
+    sections: ClassVar[Sections] = {"backbone": _BACKBONE, "data": None}
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+
+    run: str | None = _option(None, f"whose features: {_RUN}")
+    data: dict[str, Any] = _option(
+        {}, "embedded | digits | folder | torchvision; data.root, ... (default: the run's own)"
+    )
+    backbone: dict[str, Any] = _option({}, "image_size, pool (token | avg), and any timm keyword, if not the run's own")
+    pretrained: bool = _option(True, "false: the same network with random weights")
+    protocol: Literal["fast", "mae", "dino"] = _option(
+        "fast", "of the linear probe: fast (L-BFGS, seconds), or as in the papers mae (LARS) and dino (SGD)"
+    )
+    k: list[int] = _option([10, 20, 100, 200], "neighbours of the k-NN vote, one or several")
+    views: int = _option(
+        1, "mae, dino: sets of features of random crops; 1 is the whole image once, as many as epochs is the paper's"
+    )
+    last_blocks: int | None = _option(
+        None, "dino: class tokens of so many last blocks (default: 4; 1 for ViT-B and up)"
+    )
+    train_images: int = _option(0, "at most so many training images, drawn at random (0: all)")
+    seed: int = _option(0, "of draws, order and crops")
+    batch_size: int = _option(256, "images per forward pass; changes no score")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where features are computed")
+    name: str | None = _option(None, "name of the results' folder under outputs/ (default: of run, data, protocol)")
+    output_dir: str | None = _option(None, "whole path of the results' folder, in place of outputs/<name>")
+    features_dir: str = _option("outputs/features", "where features are kept; may be deleted at any time")
+
+    def __post_init__(self) -> None:
+        _at_least(self, views=1, train_images=0, seed=0, batch_size=1)
+        _folder_name(self.name)
+        _needs_run_and_data(self)
+        if not self.k or min(self.k) < 1:
+            raise UsageError(f"k={self.k} must be one or more whole numbers above 0, such as k=[10,20].")
+
+
+@dataclass
+class Finetune:
+    """All settings of a fine-tuning run, or of a comparison."""
+
+    sections: ClassVar[Sections] = {
+        "method": "sslvision.methods.supervised.Supervised",
+        "backbone": _BACKBONE,
+        "data": None,
+        "trainer": _TRAINER,
+    }
+    elsewhere: ClassVar[tuple[str, ...]] = (
+        *("backbone", "classes", "labels", "validation_labels", "lr", "mean", "std", "seed"),
+    )
+
+    run: str | None = _option(None, f"what to start from: {_RUN}")
+    method: dict[str, Any] = _option(
+        {}, "freeze, layer_decay, mixup, optimizer, ...; freeze=0.5 is short for method.freeze=0.5"
+    )
+    backbone: dict[str, Any] = _option(
+        {}, "image_size, pool (token | avg), drop_path_rate, drop_rate and any timm keyword, if not the run's own"
+    )
+    data: dict[str, Any] = _option(
+        {}, "embedded | digits | folder | torchvision; data.root, ... (default: the run's own)"
+    )
+    epochs: int = _option(20, "passes over the training images")
+    min_updates: int = _option(300, "optimizer updates at least, however few images there are")
+    batch_size: int = _option(64, "images per optimizer update (fewer if there are fewer), over all devices together")
+    lr_ratio: float = _option(0.1, "learning rate in parts of pretraining's, both per 256 images")
+    base_lr: float | None = _option(None, "learning rate per 256 images, in place of lr_ratio")
+    lr: float | None = _option(None, "the peak learning rate itself, in place of lr_ratio and base_lr")
+    head_first: bool = _option(True, "fit the head on frozen features first, then train on from there (LP-FT)")
+    scratch: bool = _option(True, "also train the same network from random weights, for comparison")
+    scratch_lr_ratio: float = _option(1.0, "its learning rate in parts of pretraining's")
+    scratch_longer: int = _option(3, "from scratch takes so many times as many updates, since it starts from nothing")
+    labels_per_class: Any = _option(None, "use so many labelled images of each class; compare=true: a list, with all")
+    randaugment: int = _option(0, "magnitude of RandAugment, 0 to 30 (0: none)")
+    holdout: float = _option(0.1, "share of the training images to validate on, where no validation images are given")
+    evaluations: int = _option(20, "validations over the run")
+    patience: int = _option(
+        0, "stop after so many validations without a better one (0: never); the best weights are kept"
+    )
+    compare: bool = _option(
+        False, "label efficiency: from scratch, frozen, partial, full, at several numbers of labels"
+    )
+    seeds: int = _option(3, "compare: repetitions, each with other labelled images, order and weights")
+    lr_ratios: list[float] = _option([0.03, 0.1, 0.3, 1.0], "compare: the rates that every arm is tried with")
+    seed: int = _option(0, "of the head's weights, order, crops and held-out images")
+    name: str | None = _option(None, "name of the run's folder under outputs/ (default: of run, data and time)")
+    output_dir: str | None = _option(None, "whole path of the run's folder, in place of outputs/<name>")
+    overwrite: bool = _option(False, "empty the run's folder first if it is in use")
+    resume: str | None = _option(None, "auto: go on from the run folder's last checkpoint, if any")
+    dry_run: bool = _option(False, "two steps of everything, then stop")
+    logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
+    trainer: dict[str, Any] = _option(
+        {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
+    )
+    about: str = _option("", "what the recipe is, in a line")
+    reference: str = _option("", "scores others reported for this recipe")
+
+    def __post_init__(self) -> None:
+        _at_least(
+            self,
+            epochs=0,
+            min_updates=0,
+            batch_size=1,
+            randaugment=0,
+            evaluations=1,
+            patience=0,
+            scratch_longer=1,
+            seeds=1,
+            seed=0,
+        )
+        _positive(self, "lr_ratio", "base_lr", "lr", "scratch_lr_ratio")
+        _folder_name(self.name)
+        _needs_run_and_data(self)
+        if not 0 <= self.holdout <= 0.5:
+            raise UsageError(f"holdout={self.holdout} is a share of the training images, from 0 to 0.5.")
+        if self.epochs == 0 and self.min_updates == 0:
+            raise UsageError("epochs=0 and min_updates=0 leave nothing to do: give one of them.")
+        if not self.lr_ratios or min(self.lr_ratios) <= 0:
+            raise UsageError(f"lr_ratios={self.lr_ratios} must be one or more numbers above 0.")
+        if self.resume not in (None, "auto"):
+            raise UsageError(f"resume={self.resume}: a fine-tuning run goes on in its own folder: resume=auto.")
+        self.labels_per_class = _labels(self.labels_per_class, several=self.compare)
+
+
+@dataclass
+class Predict:
+    """All settings of labelling new images."""
+
+    sections: ClassVar[Sections] = {}
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+
+    run: str | None = _option(None, "a fine-tuned run's folder, or its export/")
+    images: str | None = _option(None, "a folder of images, however nested, or one image")
+    output: str | None = _option(None, "the CSV file (default: predictions.csv in the run's folder)")
+    top: int = _option(5, "most likely classes of each image")
+    batch_size: int = _option(256, "images per forward pass")
+    workers: int | None = _option(None, "loader processes (default: as many as cores, 8 at most)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
+
+    def __post_init__(self) -> None:
+        _at_least(self, top=1, batch_size=1)
+        for key, example in (("run", "run=outputs/<name>"), ("images", "images=photos")):
+            if getattr(self, key) is None:
+                raise UsageError(f"{key} is not given, and it is needed: say {example}.")
+
+
+def _needs_run_and_data(settings: Probe | Finetune) -> None:
+    if settings.run is None:
+        raise UsageError(f"run is not given, and it is needed: {_RUN}.")
+    if "_target_" not in settings.data:
+        raise UsageError(
+            f"Which labelled images? {settings.run} does not tell; say data=embedded, data=digits, data=folder "
+            "data.root=..., or data=torchvision data.name=... data.root=..."
+        )
+    if "name" in settings.backbone:
+        raise UsageError(f"run={settings.run} says which backbone it is; backbone.name has no place beside it.")
+
+
+def _labels(value: Any, *, several: bool) -> Any:
+    """Return labels_per_class as a number or None, or, if several may be, as a list of numbers and "all"."""
+    values = value if isinstance(value, list) else [1, 2, 5, 10, 50, "all"] if value is None and several else [value]
+    fine = all(one == "all" or one is None or (type(one) is int and one > 0) for one in values)
+    if not values or not fine or (len(values) > 1 and not several):
+        wanted = "a list of whole numbers above 0, and all" if several else "a whole number above 0"
+        hint = "" if several else "; several are for compare=true"
+        raise UsageError(f"labels_per_class={value} must be {wanted}{hint}.")
+    values = ["all" if one is None else one for one in values]
+    return values if several else None if values[0] == "all" else values[0]

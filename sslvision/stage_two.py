@@ -1,0 +1,229 @@
+"""Stage two: a pretrained backbone becomes a classifier of a small labelled set, beside the same network from scratch.
+
+The head comes first: fitted on frozen features, it is what training goes on from (LP-FT: Kumar et al. 2022,
+arXiv:2202.10054), so that the gradients of a random head do not spoil the features. Then the layers that are not frozen
+train, at a tenth of the pretraining rate. The weights that did best on the validation images are kept.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from rich.console import Console
+from rich.markup import escape
+
+from sslvision.backbones.base import Backbone
+from sslvision.downstream.linear import linear_probe
+from sslvision.downstream.scores import Scores, as_json, score
+from sslvision.methods.supervised import Supervised
+from sslvision.settings import Finetune
+from sslvision.stage_one import hush_lightning
+from sslvision.task import Task, encode, open_task, rank
+from sslvision.training import run_folder
+from sslvision.training.callbacks import UnreadableImages
+from sslvision.training.checkpoint import export_backbone
+from sslvision.training.metrics import read_metrics
+from sslvision.training.pictures import learning_curve_figure
+from sslvision.training.progress import Progress
+from sslvision.training.report import print_configuration, print_probe
+from sslvision.training.score_pictures import confusion_figure
+from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
+from sslvision.transfer import Fitted, Head, batch_size, build, classifier, fit, from_scratch, plan
+
+CONTENTS = """\
+# {name}
+
+Made by `{command}`.
+
+| file | what it is |
+| --- | --- |
+| results.json | top-1, top-5 and per-class accuracy of the fine-tuned network, of its frozen features and from scratch |
+| export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
+| figures/ | what is taken for what (confusion), learning curves |
+| metrics.csv, scratch/metrics.csv | loss, rate and validation accuracy by step |
+| checkpoints/last.ckpt | all that `resume=auto` needs to go on |
+| config.yaml | every setting of the run, in full |
+| environment.json | versions, git commit and hardware |
+| unreadable.csv | images that could not be read, if there were any |
+
+Label new images: `python -m sslvision.predict run={folder} images=...`
+"""
+
+
+def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Fine-tune, and train from scratch for comparison; export the classifier and say how good it is.
+
+    Args:
+        config: all settings.
+        folder: of the run.
+        words: the command line, for the record.
+
+    Returns:
+        What results.json holds; in all processes but the first, nothing.
+
+    Raises:
+        UsageError, DataError: before the first step, for settings or data that cannot be; DataError also when too many
+            images turn out unreadable, and Diverged when the loss is no longer finite.
+    """
+    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
+    hush_lightning()
+    choose_kernels(config.trainer.get("accelerator", "auto"))
+    task = open_task(config)
+    lr = rate(config, task, config.lr_ratio)
+    method = classifier(config, task, build(config, pretrained=True, seed=config.seed), lr=lr, seed=config.seed)
+    first = build_trainer(
+        folder=folder, epochs=1, steps=1, dry_run=True, loggers=[], callbacks=[], options=config.trainer
+    )
+    is_first, precision, device = first.is_global_zero, compute_dtype(first), first.strategy.root_device
+    resume_from = folder / "checkpoints" / "last.ckpt"
+    resumes = config.resume == "auto" and resume_from.is_file()
+    if is_first:
+        run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resumes)
+        run_folder.describe(folder, dataclasses.asdict(config), words, command="finetune", contents=CONTENTS)
+        print_configuration(console, configuration(config, task, method, folder), title=config.about or folder.name)
+
+    scores: dict[str, Scores] = {}
+    if config.head_first and task.weights != "random":
+        head, scores["frozen features"] = fit_head(
+            task, method.backbone.to(device), precision=precision, seed=config.seed
+        )
+        method.start_head(*head)
+        if is_first:
+            console.print(f"The head on frozen features: {scores['frozen features'].top1:.1f} % of the test images.")
+    tuned = train(config, task, method, folder, resumes=resumes)
+    scores = {"fine-tuned": test_scores(tuned, task, precision)} | scores
+    rates = {"fine-tuned": lr}
+    if config.scratch and task.weights != "random":
+        if is_first:
+            console.print("\nThe same network from random weights:")
+        plain = dataclasses.replace(from_scratch(config), lr=None, base_lr=None)
+        rates["from scratch"] = rate(plain, task, config.scratch_lr_ratio)
+        network = build(plain, pretrained=False, seed=config.seed)
+        method = classifier(plain, task, network, lr=rates["from scratch"], seed=config.seed)
+        scores["from scratch"] = test_scores(
+            train(plain, task, method, folder / "scratch", resumes=resumes), task, precision
+        )
+    if not tuned.trainer.is_global_zero:
+        return {}
+    results = finish(config, folder, task, tuned, scores, rates, console) | {
+        "seconds": round(time.perf_counter() - started, 1)
+    }
+    run_folder.write_json(folder / "results.json", results)
+    console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
+    return results
+
+
+def rate(config: Finetune, task: Task, ratio: float) -> float:
+    """Return the peak learning rate: the given one, or a part of pretraining's for as large a batch."""
+    if config.lr is not None:
+        return config.lr
+    base_lr = config.base_lr if config.base_lr is not None else ratio * task.base_lr
+    return base_lr * batch_size(config, task) / 256
+
+
+def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
+    """Fit the head on frozen features of the training images; return it, and its scores on the test images."""
+    learnt, tested = (encode(backbone, task, source, precision=precision) for source in (task.train, task.test))
+    validation = None
+    if task.validation is not None:
+        validation = encode(backbone, task, task.validation, precision=precision)[1:]
+    probe = linear_probe(
+        learnt.features,
+        learnt.labels,
+        tested.features,
+        tested.labels,
+        validation=validation,
+        num_classes=len(task.classes),
+        seed=seed,
+    )
+    return (probe.weight, probe.bias), score(probe.ranking, tested.labels, classes=len(task.classes))
+
+
+def train(config: Finetune, task: Task, method: Supervised, folder: Path, *, resumes: bool) -> Fitted:
+    """Train one network, with all that a person watches and keeps of it."""
+    batch = batch_size(config, task)
+    updates, every = plan(config, len(task.train), batch)
+    last = folder / "checkpoints" / "last.ckpt"
+    watchers: list[Callback] = [
+        UnreadableImages(task.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="last",
+            every_n_train_steps=every,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        ),
+    ]
+    if config.trainer.get("enable_progress_bar", True):
+        watchers.append(
+            Progress(images_per_step=batch, total_steps=updates, steps_per_epoch=max(1, len(task.train) // batch))
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    loggers = build_loggers(config.logger, folder, dataclasses.asdict(config))
+    resume_from = last if resumes and last.is_file() else None
+    fitted = fit(config, task, method, folder=folder, loggers=loggers, callbacks=watchers, resume_from=resume_from)
+    close_loggers(loggers, folder)
+    return fitted
+
+
+def test_scores(fitted: Fitted, task: Task, precision: torch.dtype) -> Scores:
+    """Return the scores of a trained classifier on the test images."""
+    backbone = fitted.method.evaluated.to(fitted.trainer.strategy.root_device)
+    return score(*rank(backbone, task, task.test, precision=precision), classes=len(task.classes))
+
+
+def configuration(config: Finetune, task: Task, method: Supervised, folder: Path) -> dict[str, str]:
+    """Return what will happen, in the terms a person checks."""
+    batch = batch_size(config, task)
+    updates, every = plan(config, len(task.train), batch)
+    part = method.lr / (task.base_lr * batch / 256)
+    held = f"{len(task.validation):,} to validate on" if task.validation is not None else "none to validate on"
+    return {
+        "weights": task.weights,
+        "images": f"{task.train.name}: {len(task.train):,} to learn from, {held}, {len(task.test):,} to score by",
+        **method.describe(),
+        "learning rate": f"{method.lr:.3g}, {part:.3g} of pretraining's for {batch} images",
+        "updates": f"{updates:,} of {batch} images, validated every {every:,}",
+        "run folder": str(folder),
+    }
+
+
+def finish(
+    config: Finetune,
+    folder: Path,
+    task: Task,
+    tuned: Fitted,
+    scores: dict[str, Scores],
+    rates: dict[str, float],
+    console: Console,
+) -> dict[str, Any]:
+    """Export the classifier, draw, and print what it is worth."""
+    best = tuned.method.evaluated.cpu()
+    export_backbone(best, folder / "export", mean=task.mean, std=task.std, classes=task.classes)
+    print_probe(console, scores, title=f"How good is it, on {len(task.test):,} test images of {task.test.name}?")
+    figures = folder / "figures"
+    confusion_figure(
+        scores["fine-tuned"].confusion, task.classes, title="Fine-tuned: what is taken for what (%)"
+    ).savefig(figures / "confusion.png")
+    for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
+        if (where / "metrics.csv").is_file():
+            figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
+            figure.savefig(figures / f"learning_curve_{name.replace(' ', '_').replace('-', '_')}.png")
+    for watcher in tuned.trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, UnreadableImages) and watcher.found:
+            console.print(f"[yellow]{escape(watcher.summary())}[/]")
+    if (scratch := scores.get("from scratch")) is not None:
+        gain = scores["fine-tuned"].top1 - scratch.top1
+        console.print(
+            f"Pretraining was worth {gain:+.1f} points of top-1 at {len(task.train):,} labelled images; each arm at one rate. "
+            "compare=true tunes them alike, at several numbers of labels."
+        )
+    return {
+        name.replace(" ", "_").replace("-", "_"): as_json(arm, task.classes)
+        | ({"lr": rates[name]} if name in rates else {})
+        for name, arm in scores.items()
+    } | {"validation_top1": tuned.best.get("val_top1"), "updates": tuned.updates, "weights": task.weights}

@@ -1,0 +1,153 @@
+"""What there is to learn in stage two: labelled images as a backbone reads them, and the frozen features of these."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+
+from sslvision.backbones.base import Backbone
+from sslvision.backbones.load import Loaded, load_backbone
+from sslvision.data.base import Source, Splits
+from sslvision.data.module import available_workers, pixel_statistics
+from sslvision.downstream.features import extract_features
+from sslvision.downstream.scores import ranking_of
+from sslvision.downstream.subsets import Part, draw_per_class, split_off
+from sslvision.errors import DataError
+from sslvision.nn.normalize import Normalize
+from sslvision.settings import Finetune
+from sslvision.stage_one import open_splits
+
+ASSUMED_BASE_LR = 1e-3  # per 256 images, of a pretraining that nothing is known of
+VALIDATE_ON = 5_000  # images at most, where they are taken from the training images
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What there is to learn.
+
+    Attributes:
+        train, validation, test: to learn from, to choose by, to score by.
+        classes: their names.
+        mean, std: of the pixels in pretraining, or of the training images if nothing was pretrained.
+        workers: loader processes.
+        base_lr: pretraining's learning rate per 256 images.
+        weights: where the pretrained weights come from, in words.
+    """
+
+    train: Source
+    validation: Source | None
+    test: Source
+    classes: tuple[str, ...]
+    mean: list[float]
+    std: list[float]
+    workers: int
+    base_lr: float
+    weights: str
+
+
+class Encoded(NamedTuple):
+    """The readable images of a source: their places (M,), features (M, D) and labels (M,)."""
+
+    places: Tensor
+    features: Tensor
+    labels: Tensor
+
+
+def open_task(config: Finetune, *, validate_on: int = VALIDATE_ON) -> Task:
+    """Open the labelled images as the backbone reads them.
+
+    Args:
+        config: all settings.
+        validate_on: so many images at most are taken from the training images to validate on.
+
+    Raises:
+        UsageError, DataError: no such weights or images, or images without labels.
+    """
+    loaded = load_backbone(config.run or "", head=False, **config.backbone)
+    splits = open_splits({**config.data, "channels": loaded.backbone.channels})
+    train, validation, test = labelled(splits, config, validate_on=validate_on)
+    mean, std = statistics_of(loaded, train, config.data)
+    workers = config.data.get("workers")
+    assert splits.train.labels is not None
+    return Task(
+        train=train,
+        validation=validation,
+        test=test,
+        classes=splits.train.classes or tuple(str(number) for number in range(int(splits.train.labels.max()) + 1)),
+        mean=mean,
+        std=std,
+        workers=available_workers() if workers is None else workers,
+        base_lr=pretraining_rate(config.run or ""),
+        weights=loaded.weights,
+    )
+
+
+def statistics_of(loaded: Loaded, train: Source, data: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return the pixels' mean and deviation that the weights know, or, of random ones, those of the training images."""
+    if loaded.mean is None or loaded.std is None:
+        return pixel_statistics(train, data.get("normalize", "computed"))
+    return loaded.mean, loaded.std
+
+
+def labelled(splits: Splits, config: Finetune, *, validate_on: int) -> tuple[Source, Source | None, Source]:
+    """Return the images to learn from, to choose by and to score by; `labels_per_class` bounds the first two together.
+
+    Raises:
+        DataError: there are no labels, or none to score by.
+    """
+    train, validation, test = splits.train, splits.validation, splits.test
+    if train.labels is None or int(train.labels.max()) < 1:
+        raise DataError(
+            f"{train.name} has no labels to learn: put the images of each class into a folder of their own, for two "
+            "classes or more."
+        )
+    if config.labels_per_class is not None and not config.compare:
+        train = Part(train, draw_per_class(train.labels, config.labels_per_class, seed=config.seed))
+    if validation is None and config.holdout:
+        train, validation = split_off(train, fraction=config.holdout, at_most=validate_on, seed=config.seed)
+    if validation is not None and (validation.labels is None or not len(validation)):
+        validation = None
+    if test is None or test.labels is None:
+        test = validation
+    if test is None:
+        raise DataError(
+            f"{train.name} has no labelled images to score by: put some into val/, or set data.holdout=0.1."
+        )
+    return train, validation, test
+
+
+def pretraining_rate(run: str) -> float:
+    """Return the learning rate per 256 images that a run of ours was pretrained with, as its config.yaml tells."""
+    for folder in (Path(run), Path(run).parent):  # a run's folder, or its export/
+        if (folder / "config.yaml").is_file():
+            told = yaml.safe_load((folder / "config.yaml").read_text())
+            return float(told["lr"] * 256 / told["batch_size"] if told["lr"] is not None else told["base_lr"])
+    return ASSUMED_BASE_LR
+
+
+def rank(backbone: Backbone, task: Task, source: Source, *, precision: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the best classes (M, <= 5) that a classifier gives to the readable images of a source, and their labels (M,)."""
+    encoded = encode(backbone, task, source, precision=precision)
+    head = backbone.model.get_classifier()
+    logits = F.linear(encoded.features, head.weight.detach().float().cpu(), head.bias.detach().float().cpu())
+    return ranking_of(logits), encoded.labels
+
+
+def encode(backbone: Backbone, task: Task, source: Source, *, precision: torch.dtype) -> Encoded:
+    """Return the frozen features of a source's images."""
+    normalize = Normalize(task.mean, task.std).to(next(backbone.parameters()).device)
+    places, features = extract_features(
+        backbone, normalize, source, range(len(source)), workers=task.workers, precision=precision
+    )
+    return Encoded(places, features, labels_of(source)[places])
+
+
+def labels_of(source: Source) -> Tensor:
+    """Return the labels of a source that has them."""
+    assert source.labels is not None
+    return source.labels

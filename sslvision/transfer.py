@@ -1,0 +1,168 @@
+"""What fine-tuning and its comparisons share: one training of a classifier on a task."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from pytorch_lightning.loggers import Logger
+from torch import Tensor
+
+from sslvision.backbones.base import Backbone
+from sslvision.backbones.load import load_backbone
+from sslvision.data.base import Splits
+from sslvision.data.module import ImageData
+from sslvision.methods.supervised import Supervised
+from sslvision.settings import Finetune
+from sslvision.task import Task, labels_of
+from sslvision.training.best import KeepBest
+from sslvision.training.trainer import build_trainer
+from sslvision.views.randaugment import RandAugment
+
+Head = tuple[Tensor, Tensor]  # weight (K, D), bias (K,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A trained classifier, its best validation (val_top1 in percent, val_loss; none without validation images)."""
+
+    method: Supervised
+    best: Mapping[str, float]
+    updates: int
+    seconds: float
+    trainer: L.Trainer
+
+
+def build(config: Finetune, *, pretrained: bool, seed: int) -> Backbone:
+    """Return the network without a head: its pretrained weights, or random ones that are a function of the seed."""
+    settings = {**config.backbone, "pretrained": pretrained and config.backbone.get("pretrained", True)}
+    return load_backbone(config.run or "", head=False, seed=seed, **settings).backbone
+
+
+def classifier(
+    config: Finetune,
+    task: Task,
+    backbone: Backbone,
+    *,
+    lr: float,
+    seed: int,
+    head: Head | None = None,
+) -> Supervised:
+    """Return the method that trains a backbone on a task.
+
+    Args:
+        config: all settings.
+        task: what to learn.
+        backbone: without a head.
+        lr: peak learning rate of the highest layer.
+        seed: of everything random. The same seed shows the same images in the same order, whatever the weights.
+        head: to start from; without one it is random.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # of the head's weights
+        method = Supervised(
+            backbone,
+            classes=task.classes,
+            labels=labels_of(task.train),
+            validation_labels=labels_of(task.validation) if task.validation is not None else None,
+            lr=lr,
+            mean=task.mean,
+            std=task.std,
+            seed=seed,
+            **config.method,
+        )
+    if head is not None:
+        method.start_head(*head)
+    return method
+
+
+def fit(
+    config: Finetune,
+    task: Task,
+    method: Supervised,
+    *,
+    folder: Path,
+    loggers: list[Logger] | None = None,
+    callbacks: list[Callback] | None = None,
+    resume_from: Path | None = None,
+) -> Fitted:
+    """Train a classifier, and keep the weights that validated best.
+
+    Args:
+        config: all settings.
+        task: what to learn.
+        method: see `classifier`.
+        folder: for what the trainer writes.
+        loggers, callbacks: of the trainer.
+        resume_from: a checkpoint of the same training.
+    """
+    started, batch = time.perf_counter(), batch_size(config, task)
+    updates, every = plan(config, len(task.train), batch)
+    data = ImageData(
+        Splits(task.train, None, task.validation),
+        method.crops,
+        batch_size=batch,
+        seed=method.seed,
+        workers=task.workers,
+        augment=RandAugment(magnitude=config.randaugment) if config.randaugment else None,
+    )
+    best = KeepBest()
+    watchers: list[Callback] = [*(callbacks or []), best]
+    if config.patience and task.validation is not None:
+        watchers.append(EarlyStopping("val_top1", mode="max", patience=config.patience))
+    trainer = build_trainer(
+        folder=folder,
+        epochs=-1,
+        steps=updates,
+        max_steps=updates,
+        dry_run=config.dry_run,
+        loggers=loggers or [],
+        callbacks=watchers,
+        options={
+            "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in watchers),
+            "enable_progress_bar": any(isinstance(one, ProgressBar) for one in watchers),
+            "val_check_interval": every * int(config.trainer.get("accumulate_grad_batches", 1)),
+            "check_val_every_n_epoch": None,
+            **{key: value for key, value in config.trainer.items() if key != "enable_progress_bar"},
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(method.seed)  # of dropout and drop-path
+        trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)
+
+
+def with_method(config: Finetune, **settings: Any) -> Finetune:
+    """Return the settings with some of the method's replaced."""
+    return dataclasses.replace(config, method={**config.method, **settings})
+
+
+def from_scratch(config: Finetune) -> Finetune:
+    """Return the settings by which the same network trains from random weights: longer, and all layers alike."""
+    longer = {key: config.scratch_longer * getattr(config, key) for key in ("epochs", "min_updates", "evaluations")}
+    return dataclasses.replace(with_method(config, freeze=0, freeze_stages=0, layer_decay=1.0), **longer)
+
+
+def batch_size(config: Finetune, task: Task) -> int:
+    """Return the images of an update: as many as set, or as there are, in whole shares for devices and accumulated batches."""
+    options = config.trainer
+    devices = options.get("devices", 1)
+    devices = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    shares = max(1, devices) * int(options.get("num_nodes", 1)) * int(options.get("accumulate_grad_batches", 1))
+    return config.batch_size if len(task.train) >= config.batch_size else max(1, len(task.train) // shares) * shares
+
+
+def plan(config: Finetune, images: int, batch: int) -> tuple[int, int]:
+    """Return the optimizer updates of a training, and after how many of them each it is validated; the last time at the end.
+
+    A small set is gone through more often than `epochs` says, for `min_updates`.
+    """
+    if config.dry_run:
+        return 2, 1
+    updates = max(config.epochs * (images // batch), config.min_updates, 1)
+    every = max(1, round(updates / config.evaluations))
+    return max(1, updates // every) * every, every
