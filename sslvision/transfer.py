@@ -127,6 +127,7 @@ def fit(
             "enable_progress_bar": any(isinstance(one, ProgressBar) for one in watchers),
             "val_check_interval": every * int(config.trainer.get("accumulate_grad_batches", 1)),
             "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": -1 if method.has_fitted_head else 0,  # a fitted head may be best as it is
             **{key: value for key, value in config.trainer.items() if key != "enable_progress_bar"},
         },
     )

@@ -54,12 +54,31 @@ def run_tiny():
 
 
 @pytest.fixture(scope="session")
-def command():
-    """Call the command line in a process of its own: command("recipe=mae", ..., cwd=...) -> CompletedProcess."""
+def tiny_run(run_tiny, tmp_path_factory):
+    """The folder of a finished tiny run of MAE, to probe and to fine-tune; leave it as it is."""
+    folder = tmp_path_factory.mktemp("pretrained") / "tiny"
+    run_tiny(folder)
+    return folder
 
-    def call(*words, cwd, timeout=300, **environment):
+
+@pytest.fixture(scope="session")
+def settings_of():
+    """Return the checked settings of a command line: settings_of("probe", "run=...", ...)."""
+
+    def settings(name, *words):
+        command = getattr(config, name.upper())
+        return config.tree(config.prepare(words, command), command)
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Call a command line in a process of its own: command("recipe=mae", ..., cwd=...) -> CompletedProcess."""
+
+    def call(*words, cwd, of="pretrain", timeout=300, **environment):
         return subprocess.run(
-            [sys.executable, "-m", "sslvision.pretrain", *words],
+            [sys.executable, "-m", f"sslvision.{of}", *words],
             cwd=cwd,
             capture_output=True,
             text=True,

@@ -118,6 +118,7 @@ class Supervised(Method):
         self.register_buffer("validation_labels", checked_labels(validation_labels, K), persistent=False)
         self.register_buffer("class_weights", weights_of_classes(class_weights, labels, K), persistent=False)
         self.ema = ModelEmaV3(backbone, decay=ema, use_warmup=True).requires_grad_(False) if ema else None
+        self.has_fitted_head = False
         self._measured: list[Tensor] = []  # per batch of validation images: how many are right, sum of losses, how many
         self.configure_optimizers()  # refuses what cannot be, while it costs nothing
         self.train()
@@ -148,6 +149,7 @@ class Supervised(Method):
     @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
         """Start from a head (K, D), (K,) that was fitted on the backbone's features (LP-FT)."""
+        self.has_fitted_head = True
         for backbone in (self.backbone, self.evaluated):
             head = backbone.model.get_classifier()
             assert (weight.shape, bias.shape) == (head.weight.shape, head.bias.shape)
@@ -221,13 +223,14 @@ class Supervised(Method):
         measured = torch.stack([*self._measured, torch.zeros(3, device=self.device)]).sum(dim=0)
         self._measured = []
         right, loss, count = self.trainer.strategy.reduce(measured, reduce_op="sum").tolist()
-        if self.trainer.sanity_checking or not count:
+        if not count:
             return
         metrics = {"val_top1": 100 * right / count, "val_loss": loss / count}
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
+        epoch = 0.0 if self.trainer.sanity_checking else self.clock.epoch  # Lightning calls it so before the first update
         for logger in self.loggers:
-            logger.log_metrics({**metrics, "epoch": self.clock.epoch}, step=self.trainer.global_step)
+            logger.log_metrics({**metrics, "epoch": epoch}, step=self.trainer.global_step)
 
     def describe(self) -> dict[str, str]:
         """Return what trains, at which rates, and what keeps it from learning the images by heart."""

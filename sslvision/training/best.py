@@ -12,7 +12,8 @@ from sslvision.methods.supervised import Supervised
 class KeepBest(Callback):
     """Keep the weights that classify most validation images rightly, and end the run with them.
 
-    Of equally many the smaller `val_loss` wins, of that the earlier weights. Works with and without Lightning's
+    Of equally many the smaller `val_loss` wins, of that the earlier weights. Where Lightning validates before the first
+    update (`num_sanity_val_steps=-1`) the weights of the start take part. Works with and without Lightning's
     EarlyStopping, and a run without validation ends as it is. What is kept is the method's `evaluated`, in main memory; a
     checkpoint has it too, so a resumed run goes on with it.
 
@@ -27,7 +28,7 @@ class KeepBest(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Copy the weights if they are better than those kept."""
         metrics = trainer.callback_metrics
-        if trainer.sanity_checking or "val_top1" not in metrics:
+        if "val_top1" not in metrics:
             return
         top1, loss = (float(metrics[name]) for name in ("val_top1", "val_loss"))
         if not self.best or (top1, -loss) > (self.best["val_top1"], -self.best["val_loss"]):
