@@ -223,6 +223,8 @@ class Finetune:
             raise UsageError(f"holdout={self.holdout} is a share of the training images, from 0 to 0.5.")
         if self.epochs == 0 and self.min_updates == 0:
             raise UsageError("epochs=0 and min_updates=0 leave nothing to do: give one of them.")
+        if self.randaugment > 30:
+            raise UsageError(f"randaugment={self.randaugment} is a magnitude from 1 to 30, or 0 for none.")
         if not self.lr_ratios or min(self.lr_ratios) <= 0:
             raise UsageError(f"lr_ratios={self.lr_ratios} must be one or more numbers above 0.")
         if self.resume not in (None, "auto"):

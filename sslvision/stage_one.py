@@ -115,6 +115,7 @@ def hush_lightning() -> None:
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
         ".*module\\(s\\) in eval mode at the start of training.*",  # a teacher is
+        ".*dataloader is not resumable.*",  # its sampler begins at the trainer's position
         ".*does not have many workers.*",  # images in memory need none
         ".*smaller than the logging interval.*",  # the last update is always logged
         ".*no `val_dataloader`.*",  # a set may be too small to validate on

@@ -134,6 +134,7 @@ def fit(
     with torch.random.fork_rng():
         torch.manual_seed(method.seed)  # of dropout and drop-path
         trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    method.float()  # whatever precision it was trained in
     return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)
 
 

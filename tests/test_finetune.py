@@ -82,7 +82,9 @@ def test_plain_timm_loads_the_classifier_and_it_scores_what_the_results_say(fini
     test = open_digits().test
     with torch.no_grad():
         predicted = model((test.images / 255 - mean) / std).argmax(1)
-    assert 100 * float((predicted == test.labels).float().mean()) == pytest.approx(results["fine_tuned"]["top1"], abs=0.2)
+    assert 100 * float((predicted == test.labels).float().mean()) == pytest.approx(
+        results["fine_tuned"]["top1"], abs=0.2
+    )
 
 
 def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, monkeypatch):
@@ -94,7 +96,9 @@ def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, 
         return heads["fitted"], scores
 
     def look(self):
-        heads.setdefault("at the start", [p.detach().clone() for p in self.backbone.model.get_classifier().parameters()])
+        heads.setdefault(
+            "at the start", [p.detach().clone() for p in self.backbone.model.get_classifier().parameters()]
+        )
 
     monkeypatch.setattr(stage_two, "fit_head", remember)
     monkeypatch.setattr(Supervised, "on_train_start", look)
@@ -119,7 +123,9 @@ def test_scratch_and_pretrained_see_the_same_images_in_the_same_order(finetune, 
 
 
 def test_the_frozen_blocks_leave_as_they_came(finetune, tiny_run, tmp_path):
-    finetune(tmp_path / "run", "freeze=1", "scratch=false", "head_first=false", "lr=0.01", "backbone.drop_path_rate=0.5")
+    finetune(
+        tmp_path / "run", "freeze=1", "scratch=false", "head_first=false", "lr=0.01", "backbone.drop_path_rate=0.5"
+    )
     before = load_file(tiny_run / "export" / "model.safetensors")
     after = load_file(tmp_path / "run" / "export" / "model.safetensors")
     for name, value in before.items():
@@ -161,7 +167,8 @@ def test_a_run_that_broke_goes_on_as_if_it_had_not(finished, finetune, tmp_path,
 
 def test_labels_per_class_bound_what_is_learnt_and_validated_by(finetune, tmp_path, capsys):
     finetune(tmp_path / "run", "labels_per_class=5", "holdout=0.2", "scratch=false")
-    assert "40 to learn from, 10 to validate on, 599 to score by" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "40 to learn from, 10 to validate on, 599 to score by" in told
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "swin"])
@@ -196,7 +203,9 @@ def test_two_processes_train_as_one(finetune, command, tiny_run, tmp_path):
     two = ("trainer.devices=2", "trainer.strategy=ddp", "name=two")
     done = command(f"run={tiny_run}", *kept, *words, *two, of="finetune", cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    states = [load_file(run / "export" / "model.safetensors") for run in (tmp_path / "one", tmp_path / "outputs" / "two")]
+    states = [
+        load_file(run / "export" / "model.safetensors") for run in (tmp_path / "one", tmp_path / "outputs" / "two")
+    ]
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-9, msg=name)
     results = json.loads((tmp_path / "outputs" / "two" / "results.json").read_text())
@@ -212,7 +221,7 @@ def test_two_processes_train_as_one(finetune, command, tiny_run, tmp_path):
         (["labels_per_class=[1,2]"], UsageError, "several are for compare=true"),
         (["labels_per_class=0"], UsageError, "above 0"),
         (["labels_per_class=5000"], DataError, "5,?000"),
-        (["optimizer=adamv"], UsageError, "adamw"),
+        (["optimizer=adamv"], UsageError, "Near it: adam"),
         (["mixup=2"], UsageError, "mixup"),
         (["freeze=9"], UsageError, "1"),
         (["holdout=0.9"], UsageError, "holdout=0.9"),
@@ -247,7 +256,13 @@ def test_a_folder_with_broken_images_is_learnt_and_they_are_named(finetune, tmp_
                     tmp_path / "photos" / split / name / f"{number}.png"
                 )
     (tmp_path / "photos" / "train" / "dark" / "broken.png").write_bytes(b"\x89PNG but not more")
-    words = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.workers=0", "batch_size=8", "data.max_unreadable=0.5")
+    words = (
+        "data=folder",
+        f"data.root={tmp_path / 'photos'}",
+        "data.workers=0",
+        "batch_size=8",
+        "data.max_unreadable=0.5",
+    )
     results = finetune(tmp_path / "run", *words, "min_updates=20", "scratch=false")
     assert results["fine_tuned"]["top1"] == 100
     assert "broken.png" in (tmp_path / "run" / "unreadable.csv").read_text()
