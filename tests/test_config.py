@@ -1,9 +1,15 @@
 """The command line: what it means, and what it refuses in words before any work."""
 
+import dataclasses
+import io
+import shlex
+
 import pytest
+from rich.console import Console
 
 from sslvision import config
 from sslvision.errors import UsageError
+from sslvision.help import EXAMPLES, print_help
 
 
 def composed(*words):
@@ -153,3 +159,36 @@ def test_another_backbone_by_name_is_itself_and_not_made_as_the_recipes(words, b
 def test_the_recipes_own_backbone_keeps_its_make():
     run = config.tree(config.prepare(["recipe=dino", "backbone.name=vit_tiny_patch16_224", "backbone.depth=2"]))
     assert (run.backbone["patch_size"], run.backbone["embed_dim"], run.backbone["depth"]) == (8, 128, 2)
+
+
+@pytest.mark.parametrize(
+    "command", [config.PRETRAIN, config.PROBE, config.FINETUNE, config.PREDICT], ids=lambda c: c.name
+)
+def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command, tmp_path, tiny_run, monkeypatch):
+    out = io.StringIO()
+    print_help(Console(file=out, width=200), command)
+    for name in (*(f.name for f in dataclasses.fields(command.kind)), *command.recipes):
+        assert f" {name} " in out.getvalue(), name
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "a").symlink_to(tiny_run)
+    (tmp_path / "my").mkdir()
+    recipe = (
+        "defaults:\n  - /data: embedded\nmethod:\n  _target_: sslvision.methods.mae.MAE\nbackbone:\n  name: test_vit\n"
+    )
+    (tmp_path / "my" / "own.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    for words, _ in EXAMPLES[command.name]:
+        config.prepare([word for word in shlex.split(words) if not word.startswith(("--cfg", "job"))], command)
+
+
+def test_a_run_lends_its_data_to_those_who_name_no_others(tiny_run, settings_of):
+    assert settings_of("probe", f"run={tiny_run}").data["_target_"].endswith("open_embedded")
+    assert settings_of("probe", f"run={tiny_run}/export").data["_target_"].endswith("open_embedded")
+    assert settings_of("finetune", f"run={tiny_run}", "data=digits").data["_target_"].endswith("open_digits")
+    assert settings_of("probe", f"run={tiny_run}", "data.workers=3").data["workers"] == 3
+
+
+def test_recipes_of_two_commands_may_share_a_name(settings_of, tiny_run):
+    pretrained = config.tree(config.prepare(["recipe=mae_vitb16_in1k", "data.root=photos"]))
+    tuned = settings_of("finetune", "recipe=mae_vitb16_in1k", f"run={tiny_run}")
+    assert (pretrained.epochs, tuned.epochs) == (800, 100)
