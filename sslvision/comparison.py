@@ -105,10 +105,11 @@ def claim(config: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, d
     Raises:
         UsageError: the folder is in use by something else, or by a comparison with other settings.
     """
-    record, settings = folder / "cells.jsonl", json.loads(json.dumps(dataclasses.asdict(config)))
-    resumes = record.is_file() and not (config.overwrite or config.dry_run)
+    record, kept = folder / "cells.jsonl", folder / "settings.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    resumes = kept.is_file() and not (config.overwrite or config.dry_run)
     if resumes:
-        before = json.loads((folder / "settings.json").read_text())
+        before = json.loads(kept.read_text())
         changed = [key for key in settings if key not in MAY_CHANGE and settings[key] != before.get(key)]
         if changed:
             told = ", ".join(f"{key}={settings[key]} (it was {before.get(key)})" for key in changed)
@@ -117,8 +118,8 @@ def claim(config: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, d
             )
     run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resumes)
     run_folder.describe(folder, dataclasses.asdict(config), words, command="finetune", contents=CONTENTS)
-    run_folder.write_json(folder / "settings.json", settings)
-    if not resumes:
+    run_folder.write_json(kept, settings)
+    if not record.is_file():
         return {}
     lines = record.read_text().splitlines()
     found = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have torn the last one
@@ -203,7 +204,7 @@ class Comparison:
         rows = torch.isin(pool.places, places)  # those of the places that can be read
         classes = len(self.task.classes)
         probe = linear_probe(
-            pool.features[rows],
+            pool.features[rows].to(self.device),
             pool.labels[rows],
             tested.features,
             tested.labels,
@@ -212,7 +213,7 @@ class Comparison:
             seed=seed,
         )
         head = (probe.weight, probe.bias)
-        ranking = ranking_of(F.linear(held.features, *head))
+        ranking = ranking_of(F.linear(held.features, *(part.cpu() for part in head)))
         return head, {
             "val_top1": score(ranking, held.labels, classes=classes).top1,
             "test_top1": score(probe.ranking, tested.labels, classes=classes).top1,

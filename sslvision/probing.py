@@ -119,6 +119,11 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     run_folder.write_json(folder / "results.json", results)
     title = f"Linear probe, protocol {protocol.name}: what is taken for what (%)"
     confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
+    for what, found, asked in (("training", train, places), ("test", test, splits.test)):
+        if len(found.labels) < len(asked):
+            console.print(
+                f"[yellow]{len(asked) - len(found.labels):,} {what} images cannot be read, and were left out.[/]"
+            )
     for deviation in told.get("deviations", []):
         console.print(f"[dim]Not as in the paper: {deviation}.[/]")
     console.print(f"{results['seconds']:.0f} s in all. Results are in {folder}, features in {config.features_dir}.")

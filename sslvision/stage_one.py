@@ -114,6 +114,7 @@ def hush_lightning() -> None:
     for message in (
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
+        ".*The dirpath has changed.*",  # a run's folder may be moved; what the callback forgets we do not use
         ".*module\\(s\\) in eval mode at the start of training.*",  # a teacher is
         ".*dataloader is not resumable.*",  # its sampler begins at the trainer's position
         ".*does not have many workers.*",  # images in memory need none

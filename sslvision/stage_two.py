@@ -132,7 +132,7 @@ def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: in
     if task.validation is not None:
         validation = encode(backbone, task, task.validation, precision=precision)[1:]
     probe = linear_probe(
-        learnt.features,
+        learnt.features.to(next(backbone.parameters()).device),
         learnt.labels,
         tested.features,
         tested.labels,
@@ -153,7 +153,8 @@ def train(config: Finetune, task: Task, method: Supervised, folder: Path, *, res
         ModelCheckpoint(
             folder / "checkpoints",
             filename="last",
-            every_n_train_steps=every,
+            # After each validation, so that what was best is in it; without any, as often.
+            every_n_train_steps=every if task.validation is None else None,
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         ),
@@ -204,7 +205,10 @@ def finish(
     """Export the classifier, draw, and print what it is worth."""
     best = tuned.method.evaluated.cpu()
     export_backbone(best, folder / "export", mean=task.mean, std=task.std, classes=task.classes)
-    print_probe(console, scores, title=f"How good is it, on {len(task.test):,} test images of {task.test.name}?")
+    tested = int(scores["fine-tuned"].confusion.sum())
+    print_probe(console, scores, title=f"How good is it, on {tested:,} test images of {task.test.name}?")
+    if tested < len(task.test):
+        console.print(f"[yellow]{len(task.test) - tested:,} test images cannot be read, and count for nothing.[/]")
     figures = folder / "figures"
     confusion_figure(
         scores["fine-tuned"].confusion, task.classes, title="Fine-tuned: what is taken for what (%)"

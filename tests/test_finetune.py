@@ -144,8 +144,10 @@ def test_training_stops_early_and_what_is_exported_validated_best(finetune, tmp_
     assert results["fine_tuned"]["top1"] == results["frozen_features"]["top1"] > 50
 
 
-def test_a_run_that_broke_goes_on_as_if_it_had_not(finished, finetune, tmp_path, monkeypatch):
-    folder, _ = finished
+@pytest.mark.parametrize("holdout", [0.1, 0.0])
+def test_a_run_that_broke_goes_on_as_if_it_had_not(holdout, finetune, tmp_path, monkeypatch):
+    words = ("head_first=false", "lr=0.01", "scratch=false", f"holdout={holdout}", "ema=0.9")
+    whole = finetune(tmp_path / "whole", *words)
     after_update = Supervised.after_update
 
     def breaks(self, clock):
@@ -155,14 +157,24 @@ def test_a_run_that_broke_goes_on_as_if_it_had_not(finished, finetune, tmp_path,
 
     monkeypatch.setattr(Supervised, "after_update", breaks)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        finetune(tmp_path / "run", "resume=auto")
+        finetune(tmp_path / "run", *words, "resume=auto")
     monkeypatch.undo()
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
-    finetune(tmp_path / "run", "resume=auto")
-    one, other = (load_file(run / "export" / "model.safetensors") for run in (folder, tmp_path / "run"))
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] in (4, 6)
+    again = finetune(tmp_path / "run", *words, "resume=auto")
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    one, other = (load_file(tmp_path / run / "export" / "model.safetensors") for run in ("whole", "run"))
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def test_a_run_that_was_done_comes_out_the_same_when_resumed(finished, finetune, tmp_path):
+    folder, results = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / "results.json").unlink()
+    again = finetune(tmp_path / "copy", "resume=auto")
+    assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
 
 def test_labels_per_class_bound_what_is_learnt_and_validated_by(finetune, tmp_path, capsys):

@@ -228,7 +228,9 @@ class Supervised(Method):
         metrics = {"val_top1": 100 * right / count, "val_loss": loss / count}
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
-        epoch = 0.0 if self.trainer.sanity_checking else self.clock.epoch  # Lightning calls it so before the first update
+        epoch = (
+            0.0 if self.trainer.sanity_checking else self.clock.epoch
+        )  # Lightning calls it so before the first update
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": epoch}, step=self.trainer.global_step)
 
