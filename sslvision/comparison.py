@@ -39,7 +39,17 @@ from sslvision.training import run_folder
 from sslvision.training.report import print_comparison
 from sslvision.training.score_pictures import label_efficiency_figure
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
-from sslvision.transfer import Head, batch_size, build, classifier, fit, from_scratch, with_method
+from sslvision.transfer import (
+    Head,
+    adapt_statistics,
+    batch_size,
+    build,
+    classifier,
+    fit,
+    fit_head,
+    from_scratch,
+    with_method,
+)
 
 SCRATCH, FROZEN, PARTIAL, FULL = ARMS = ("from scratch", "frozen features", "partial", "full")
 VALIDATE_ON = 1_000  # images at most
@@ -230,8 +240,14 @@ class Comparison:
             build(config, pretrained=arm != SCRATCH, seed=seed),
             lr=ratio * task.base_lr * batch_size(config, task) / 256,
             seed=seed,
-            head=None if arm == SCRATCH else self._frozen(places, seed)[0],
         )
+        if arm != SCRATCH:
+            adapted = adapt_statistics(method.backbone.to(self.device), task, seed=seed)
+            method.start_head(
+                *fit_head(task, method.backbone, precision=self.precision, seed=seed)[0]
+                if adapted
+                else self._frozen(places, seed)[0]
+            )
         fitted = fit(config, task, method, folder=self.folder)
         ranking, labels = rank(fitted.method.evaluated.to(self.device), task, task.test, precision=self.precision)
         return {

@@ -16,13 +16,11 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 from rich.markup import escape
 
-from sslvision.backbones.base import Backbone
-from sslvision.downstream.linear import linear_probe
 from sslvision.downstream.scores import Scores, as_json, score
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune
 from sslvision.stage_one import hush_lightning
-from sslvision.task import Task, encode, open_task, rank
+from sslvision.task import Task, open_task, rank
 from sslvision.training import run_folder
 from sslvision.training.callbacks import UnreadableImages
 from sslvision.training.checkpoint import export_backbone
@@ -32,7 +30,17 @@ from sslvision.training.progress import Progress
 from sslvision.training.report import print_configuration, print_probe
 from sslvision.training.score_pictures import confusion_figure
 from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
-from sslvision.transfer import Fitted, Head, batch_size, build, classifier, fit, from_scratch, plan
+from sslvision.transfer import (
+    Fitted,
+    adapt_statistics,
+    batch_size,
+    build,
+    classifier,
+    fit,
+    fit_head,
+    from_scratch,
+    plan,
+)
 
 CONTENTS = """\
 # {name}
@@ -91,6 +99,8 @@ def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[
         head, scores["frozen features"] = fit_head(
             task, method.backbone.to(device), precision=precision, seed=config.seed
         )
+        if adapt_statistics(method.backbone, task, seed=config.seed):
+            head, _ = fit_head(task, method.backbone, precision=precision, seed=config.seed)
         method.start_head(*head)
         if is_first:
             console.print(f"The head on frozen features: {scores['frozen features'].top1:.1f} % of the test images.")
@@ -123,24 +133,6 @@ def rate(config: Finetune, task: Task, ratio: float) -> float:
         return config.lr
     base_lr = config.base_lr if config.base_lr is not None else ratio * task.base_lr
     return base_lr * batch_size(config, task) / 256
-
-
-def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
-    """Fit the head on frozen features of the training images; return it, and its scores on the test images."""
-    learnt, tested = (encode(backbone, task, source, precision=precision) for source in (task.train, task.test))
-    validation = None
-    if task.validation is not None:
-        validation = encode(backbone, task, task.validation, precision=precision)[1:]
-    probe = linear_probe(
-        learnt.features.to(next(backbone.parameters()).device),
-        learnt.labels,
-        tested.features,
-        tested.labels,
-        validation=validation,
-        num_classes=len(task.classes),
-        seed=seed,
-    )
-    return (probe.weight, probe.bias), score(probe.ranking, tested.labels, classes=len(task.classes))
 
 
 def train(config: Finetune, task: Task, method: Supervised, folder: Path, *, resumes: bool) -> Fitted:

@@ -11,17 +11,25 @@ import torch
 from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvision.backbones.base import Backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.data.base import Splits
+from sslvision.data.loading import evaluation_loader
 from sslvision.data.module import ImageData
+from sslvision.downstream.linear import linear_probe
+from sslvision.downstream.scores import Scores, score
 from sslvision.methods.supervised import Supervised
+from sslvision.nn.normalize import Normalize
+from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
-from sslvision.task import Task, labels_of
+from sslvision.task import Task, encode, labels_of
 from sslvision.training.best import KeepBest
 from sslvision.training.trainer import build_trainer
 from sslvision.views.randaugment import RandAugment
+
+ADAPT_TO = 10_000  # images, at most
 
 Head = tuple[Tensor, Tensor]  # weight (K, D), bias (K,)
 
@@ -78,6 +86,55 @@ def classifier(
     if head is not None:
         method.start_head(*head)
     return method
+
+
+def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
+    """Fit the head on frozen features of the training images; return it, and its scores on the test images."""
+    learnt, tested = (encode(backbone, task, source, precision=precision) for source in (task.train, task.test))
+    validation = None
+    if task.validation is not None:
+        validation = encode(backbone, task, task.validation, precision=precision)[1:]
+    probe = linear_probe(
+        learnt.features.to(next(backbone.parameters()).device),
+        learnt.labels,
+        tested.features,
+        tested.labels,
+        validation=validation,
+        num_classes=len(task.classes),
+        seed=seed,
+    )
+    return (probe.weight, probe.bias), score(probe.ranking, tested.labels, classes=len(task.classes))
+
+
+@torch.no_grad()
+def adapt_statistics(backbone: Backbone, task: Task, *, seed: int) -> bool:
+    """Give the batch norms that are to train the statistics of the training images, and return whether there are any.
+
+    Training normalises by its own batches. A head fitted on features that were normalised by pretraining's statistics would
+    not fit those of the first step. Frozen norms stay as they are. (Li et al. 2016, arXiv:1603.04779)
+    """
+    norms = [
+        module
+        for module in backbone.modules()
+        if isinstance(module, _BatchNorm) and any(parameter.requires_grad for parameter in module.parameters())
+    ]
+    batch = min(64, len(task.train))
+    if not norms or batch < 2:
+        return False
+    places = permutation(len(task.train), seed=seed, epoch=0)[:ADAPT_TO].tolist()
+    loader = evaluation_loader(task.train, backbone.image_size[0], places, batch_size=batch, workers=task.workers)
+    device, momenta = next(backbone.parameters()).device, [norm.momentum for norm in norms]
+    backbone.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    for found, images in loader:
+        if len(found) == batch:
+            backbone(Normalize(task.mean, task.std).to(device)(images.to(device)))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return True
 
 
 def fit(
