@@ -32,7 +32,7 @@ from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import Normalize
 from sslvision.settings import Probe
 from sslvision.stage_one import open_splits
-from sslvision.task import statistics_of
+from sslvision.task import statistics_of, untrained
 from sslvision.training import run_folder
 from sslvision.training.report import print_configuration, print_probe
 from sslvision.training.score_pictures import confusion_figure
@@ -70,6 +70,9 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     rank, world, device = join(config)
     choose_kernels(device.type)
     loaded = load_backbone(config.run or "", head=False, **{"pretrained": config.pretrained, **config.backbone})
+    before = None if config.pretrained else untrained(config.run or "", seed=config.seed, **config.backbone)
+    if before is not None:
+        loaded = loaded._replace(backbone=before, weights=f"random, as {config.run} was before pretraining")
     splits = open_splits({**config.data, "channels": loaded.backbone.channels})
     if not has_labels(splits):
         raise DataError(

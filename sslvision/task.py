@@ -19,8 +19,9 @@ from sslvision.downstream.scores import ranking_of
 from sslvision.downstream.subsets import Part, draw_per_class, split_off
 from sslvision.errors import DataError
 from sslvision.nn.normalize import Normalize
-from sslvision.settings import Finetune
-from sslvision.stage_one import open_splits
+from sslvision.schema import checked
+from sslvision.settings import Finetune, Pretrain
+from sslvision.stage_one import build_method, open_splits
 
 ASSUMED_BASE_LR = 1e-3  # per 256 images, of a pretraining that nothing is known of
 VALIDATE_ON = 5_000  # images at most, where they are taken from the training images
@@ -92,6 +93,20 @@ def statistics_of(loaded: Loaded, train: Source, data: Mapping[str, Any]) -> tup
     if loaded.mean is None or loaded.std is None:
         return pixel_statistics(train, data.get("normalize", "computed"))
     return loaded.mean, loaded.std
+
+
+def untrained(run: str, *, seed: int, **options: Any) -> Backbone | None:
+    """Return the backbone as it was before pretraining, with weights of a seed; None if `run` is no pretraining run.
+
+    It begins as its method begins: MAE's with other weights and position embeddings than timm's.
+    """
+    for folder in (Path(run), Path(run).parent):  # a run's folder, or its export/
+        if (folder / "config.yaml").is_file():
+            told = yaml.safe_load((folder / "config.yaml").read_text())
+            if "_target_" in told["method"]:
+                told["backbone"] |= options
+                return build_method(checked({**told, "seed": seed}, Pretrain)).pretrained()
+    return None
 
 
 def labelled(splits: Splits, config: Finetune, *, validate_on: int) -> tuple[Source, Source | None, Source]:

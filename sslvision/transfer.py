@@ -24,7 +24,7 @@ from sslvision.methods.supervised import Supervised
 from sslvision.nn.normalize import Normalize
 from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
-from sslvision.task import Task, encode, labels_of
+from sslvision.task import Task, encode, labels_of, untrained
 from sslvision.training.best import KeepBest
 from sslvision.training.trainer import build_trainer
 from sslvision.views.randaugment import RandAugment
@@ -47,8 +47,10 @@ class Fitted:
 
 def build(config: Finetune, *, pretrained: bool, seed: int) -> Backbone:
     """Return the network without a head: its pretrained weights, or random ones that are a function of the seed."""
-    settings = {**config.backbone, "pretrained": pretrained and config.backbone.get("pretrained", True)}
-    return load_backbone(config.run or "", head=False, seed=seed, **settings).backbone
+    run, options = config.run or "", dict(config.backbone)
+    pretrained = options.pop("pretrained", True) and pretrained
+    before = None if pretrained else untrained(run, seed=seed, **options)
+    return before or load_backbone(run, head=False, seed=seed, pretrained=pretrained, **options).backbone
 
 
 def classifier(
