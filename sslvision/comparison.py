@@ -36,7 +36,7 @@ from sslvision.settings import Finetune
 from sslvision.stage_one import hush_lightning
 from sslvision.task import Encoded, Task, encode, open_task, rank
 from sslvision.training import run_folder
-from sslvision.training.report import print_comparison
+from sslvision.training.report import print_comparison, print_configuration
 from sslvision.training.score_pictures import label_efficiency_figure
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
 from sslvision.transfer import (
@@ -97,15 +97,23 @@ def compare(config: Finetune, folder: Path, words: Sequence[str] = ()) -> list[C
     done = claim(config, folder, words)
     bench = Comparison(config, task, done, folder, console, compute_dtype(trainer), trainer.strategy.root_device)
     cells: list[Cell] = []
-    console.print(
-        f"{task.weights}, on {task.train.name}: {len(task.train):,} labelled images to draw from, {len(task.validation):,} to "
-        f"choose by, {len(task.test):,} to score by. Rates: {', '.join(map(str, config.lr_ratios))} of pretraining's."
-    )
+    rows = {
+        "weights": task.weights,
+        "images": f"{task.train.name}: {len(task.train):,} to draw from, {len(task.validation):,} to choose by, "
+        f"{len(task.test):,} to score by",
+        "rates": f"{', '.join(map(str, config.lr_ratios))} of pretraining's {task.base_lr:g} per 256 images",
+        "trainings": f"{bench.total}, of which {len(done)} are done",
+        "folder": str(folder),
+    }
+    print_configuration(console, rows, title=config.about or folder.name)
     for labels in config.labels_per_class:
         cells += [bench.cell(arm, labels) for arm in ARMS]
         write(cells, folder, task)
         print_comparison(console, cells, title=f"Top-1 % on {task.test.name}, by labelled images of each class")
-    console.print(f"Everything is in {folder}.")
+    spent = sum(entry["seconds"] for entry in bench.done.values())
+    console.print(
+        f"{len(bench.done)} trainings, {spent:,.0f} s. Everything is in {folder}; its README.md says what is what."
+    )
     return cells
 
 
@@ -155,6 +163,8 @@ class Comparison:
         assert task.validation is not None
         assert task.train.labels is not None
         self.validation, self.labels = task.validation, task.train.labels
+        tried = len(config.lr_ratios) + config.seeds - 1
+        self.total = len(config.labels_per_class) * (config.seeds + tried * (len(ARMS) - 1))
         self.settings = {
             SCRATCH: from_scratch(config),
             PARTIAL: with_method(config, freeze=0.5, freeze_stages=0),
@@ -199,8 +209,8 @@ class Comparison:
             self.done[point] = entry
             rated = "" if arm == FROZEN else f", rate {ratio:g}"
             self.console.print(
-                f"{arm}, {labels} per class, seed {seed}{rated}: validation {entry['val_top1']:.1f}, test "
-                f"{entry['test_top1']:.1f} %, {entry['seconds']:.0f} s"
+                f"{len(self.done)}/{self.total}  {arm}, {labels} per class, seed {seed}{rated}: "
+                f"validation {entry['val_top1']:.1f}, test {entry['test_top1']:.1f} %, {entry['seconds']:.0f} s"
             )
         return self.done[point]
 

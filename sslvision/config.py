@@ -138,7 +138,7 @@ def _register(command: Command[Any]) -> None:
         for f in fields(command.kind)
         if f.name not in command.kind.sections
     }
-    quiet = {"run": {"dir": "."}, "sweep": {"dir": ".", "subdir": "."}, "output_subdir": None}
+    quiet = {"run": {"dir": "."}, "sweep": {"dir": "outputs/.sweep", "subdir": "."}, "output_subdir": None}
     defaults: list[Any] = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     if command.recipes:
         defaults.insert(0, {"recipe": command.recipe or "???"})

@@ -53,7 +53,7 @@ EXAMPLES = {
         ("run=outputs/a data=digits freeze=0.5", "the lower half of the blocks stays as it is"),
         ("run=outputs/a labels_per_class=10 mixup=0.8 label_smoothing=0.1", "ten labelled images of each class"),
         ("run=outputs/a patience=5 optimizer=sgd optimizer_options.momentum=0.9", "stop early; any timm optimizer"),
-        ("run=outputs/a compare=true labels_per_class=[1,10,all] seeds=3", "is it worth it? four arms, tuned alike"),
+        ("run=outputs/a compare=true 'labels_per_class=[1,10,all]' seeds=3", "is it worth it? four arms, tuned alike"),
         (
             "recipe=mae_vitb16_in1k run=mae_pretrain_vit_base.pth data=folder data.root=imagenet",
             "the authors' weights and settings",

@@ -46,7 +46,7 @@ def _work(settings: Predict, recipe: str, number: str) -> None:
     images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
     console.print(
         f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
-        f"`problem`): {output}"
+        f"`problem`): {output.absolute()}"
     )
 
 

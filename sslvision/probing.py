@@ -21,7 +21,7 @@ from torch import Tensor
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.data.base import Source, Splits
 from sslvision.data.module import available_workers
-from sslvision.downstream.evaluate import has_labels
+from sslvision.downstream.evaluate import evaluate_pixels, has_labels
 from sslvision.downstream.feature_cache import cached_features, cached_views
 from sslvision.downstream.features import chosen_places, dino_features
 from sslvision.downstream.knn import knn_rankings
@@ -38,6 +38,8 @@ from sslvision.training.report import print_configuration, print_probe
 from sslvision.training.score_pictures import confusion_figure
 from sslvision.training.trainer import choose_kernels, device_of
 from sslvision.views.geometry import Crop
+
+PIXELS_OF = 10_000  # images at most, whose pixels are compared
 
 CONTENTS = """\
 # {name}
@@ -106,12 +108,21 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
         seed=config.seed,
         device=device,
     )
-    linear = scores[f"linear probe, protocol {protocol.name}"] = score(ranking, test.labels, classes=len(classes))
+    linear = scores[f"linear probe ({protocol.name})"] = score(ranking, test.labels, classes=len(classes))
     print_probe(console, scores, title=f"How good are the features, on {len(test.labels):,} test images?")
+    pixels: dict[str, float] = {}
+    if config.pixels:
+        at_most = min(len(places), PIXELS_OF)
+        pixels = evaluate_pixels(splits, at_most=at_most, seed=config.seed, workers=workers_of(config))
+        console.print(
+            f"Raw pixels at 32x32, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
+            f"{pixels['linear_top1']:.1f} %."
+        )
     results = {
         "linear": told | as_json(linear, classes),
         "knn": {str(k): as_json(scores[f"k-NN, k = {k}"], classes) for k in config.k},
         "rankme": round(rankme(train.pooled[:50_000]), 2),
+        "pixels": {name: round(value, 2) for name, value in pixels.items()},
         "weights": loaded.weights,
         "train_images": len(train.labels),
         "test_images": len(test.labels),
@@ -163,7 +174,7 @@ def features(
     console: Console,
 ) -> Labelled:
     """Compute the features of some images of a source, or read them where they are kept."""
-    backbone, workers = loaded.backbone.to(device), config.data.get("workers")
+    backbone = loaded.backbone.to(device)
     assert loaded.mean is not None
     assert loaded.std is not None
     last_blocks, patch_mean = dino_features(backbone) if config.protocol == "dino" else (0, False)
@@ -174,12 +185,13 @@ def features(
         BarColumn(),
         TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
     )
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=rank > 0) as bars:
+    hidden = rank > 0 or not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=hidden) as bars:
         bar = bars.add_task(f"features of {source.name}", total=len(places))
         options: dict[str, Any] = {
             "folder": Path(config.features_dir),
             "batch_size": config.batch_size,
-            "workers": available_workers() if workers is None else workers,
+            "workers": workers_of(config),
             "rank": rank,
             "world": world,
             "progress": lambda done, total: bars.update(bar, completed=done, total=total),
@@ -196,6 +208,12 @@ def features(
             _, crops = cached_views(*which, **options, crop=crop, views=views, seed=config.seed)
     assert source.labels is not None
     return Labelled(pooled, linear, crops, source.labels[found])
+
+
+def workers_of(config: Probe) -> int:
+    """Return the loader processes to use."""
+    workers = config.data.get("workers")
+    return available_workers() if workers is None else int(workers)
 
 
 def join(config: Probe) -> tuple[int, int, torch.device]:

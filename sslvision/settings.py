@@ -128,6 +128,7 @@ class Probe:
     last_blocks: int | None = _option(
         None, "dino: class tokens of so many last blocks (default: 4; 1 for ViT-B and up)"
     )
+    pixels: bool = _option(True, "also measure raw pixels at 32x32, on 10,000 images at most: what features must beat")
     train_images: int = _option(0, "at most so many training images, drawn at random (0: all)")
     seed: int = _option(0, "of draws, order and crops")
     batch_size: int = _option(256, "images per forward pass; changes no score")
@@ -178,7 +179,10 @@ class Finetune:
     scratch: bool = _option(True, "also train the same network from random weights, for comparison")
     scratch_lr_ratio: float = _option(1.0, "its learning rate in parts of pretraining's")
     scratch_longer: int = _option(3, "from scratch takes so many times as many updates, since it starts from nothing")
-    labels_per_class: Any = _option(None, "use so many labelled images of each class; compare=true: a list, with all")
+    labels_per_class: Any = _option(
+        None,
+        "use so many images of each class, the held out ones among them; compare=true: a list, with all",
+    )
     randaugment: int = _option(0, "magnitude of RandAugment, 0 to 30 (0: none)")
     holdout: float = _option(0.1, "share of the training images to validate on, where no validation images are given")
     evaluations: int = _option(20, "validations over the run")

@@ -212,14 +212,24 @@ def finish(
     for watcher in tuned.trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(watcher, UnreadableImages) and watcher.found:
             console.print(f"[yellow]{escape(watcher.summary())}[/]")
+    if tuned.best.get("step") == 0:
+        console.print(
+            "[yellow]No update did better on the validation images than the fitted head on frozen features, so these are what "
+            "is kept. A higher rate (lr_ratio=), more updates or more validation images (holdout=) may change it.[/]"
+        )
     if (scratch := scores.get("from scratch")) is not None:
         gain = scores["fine-tuned"].top1 - scratch.top1
         console.print(
-            f"Pretraining was worth {gain:+.1f} points of top-1 at {len(task.train):,} labelled images; each arm at one rate. "
-            "compare=true tunes them alike, at several numbers of labels."
+            f"Fine-tuned against from scratch: {gain:+.1f} points at {len(task.train):,} labelled images. That is one training "
+            "of each at one rate, a hint; compare=true tunes and repeats both."
         )
     return {
         name.replace(" ", "_").replace("-", "_"): as_json(arm, task.classes)
         | ({"lr": rates[name]} if name in rates else {})
         for name, arm in scores.items()
-    } | {"validation_top1": tuned.best.get("val_top1"), "updates": tuned.updates, "weights": task.weights}
+    } | {
+        "validation_top1": tuned.best.get("val_top1"),
+        "best_update": tuned.best.get("step"),
+        "updates": tuned.updates,
+        "weights": task.weights,
+    }

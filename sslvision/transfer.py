@@ -1,6 +1,7 @@
 """What fine-tuning and its comparisons share: one training of a classifier on a task."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -226,4 +227,4 @@ def plan(config: Finetune, images: int, batch: int) -> tuple[int, int]:
         return 2, 1
     updates = max(config.epochs * (images // batch), config.min_updates, 1)
     every = max(1, round(updates / config.evaluations))
-    return max(1, updates // every) * every, every
+    return math.ceil(updates / every) * every, every

@@ -134,7 +134,7 @@ def test_the_frozen_blocks_leave_as_they_came(finetune, tiny_run, tmp_path):
     assert after["head.weight"].shape == (10, 32)
 
 
-def test_training_stops_early_and_what_is_exported_validated_best(finetune, tmp_path):
+def test_training_stops_early_and_what_is_exported_validated_best(finetune, tmp_path, capsys):
     results = finetune(tmp_path / "run", "min_updates=40", "evaluations=40", "patience=2", "lr=1.0", "scratch=false")
     validated = [top1 for top1 in read_metrics(tmp_path / "run" / "metrics.csv")["val_top1"] if top1 is not None]
     assert len(validated) < 40
@@ -142,6 +142,8 @@ def test_training_stops_early_and_what_is_exported_validated_best(finetune, tmp_
     assert max(validated) > validated[-1]  # so the last weights were not the best
     # At this rate no update helps: what came out is the network before the first one, with its fitted head.
     assert results["fine_tuned"]["top1"] == results["frozen_features"]["top1"] > 50
+    assert results["best_update"] == 0
+    assert "No update did better" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("holdout", [0.1, 0.0])

@@ -79,7 +79,11 @@ def test_features_are_computed_once_and_batches_change_no_score(probe, tiny_run,
 
 def test_the_same_network_untrained_is_another_one(probe, tiny_run):
     words = (f"run={tiny_run}", "data=digits")
-    assert probe(*words, "pretrained=false")["weights"] != probe(*words)["weights"]
+    untrained, trained = probe(*words, "pretrained=false"), probe(*words)
+    assert "before pretraining" in untrained["weights"]
+    assert untrained["knn"] != trained["knn"]
+    assert untrained["pixels"] == trained["pixels"]
+    assert trained["pixels"]["knn_top1"] == pytest.approx(95.3, abs=0.2)  # of all 1,198 digits
 
 
 def test_any_timm_model_is_probed_by_its_name(probe):
