@@ -27,7 +27,7 @@ from sslvision.downstream.features import chosen_places, dino_features
 from sslvision.downstream.knn import knn_rankings
 from sslvision.downstream.protocols import PROTOCOLS, run_protocol
 from sslvision.downstream.rankme import rankme
-from sslvision.downstream.scores import as_json, score
+from sslvision.downstream.scores import Scores, as_json, score
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import Normalize
 from sslvision.settings import Probe
@@ -39,6 +39,7 @@ from sslvision.training.score_pictures import confusion_figure
 from sslvision.training.trainer import choose_kernels, device_of
 from sslvision.views.geometry import Crop
 
+KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # what the table calls them
 PIXELS_OF = 10_000  # images at most, whose pixels are compared
 
 CONTENTS = """\
@@ -71,10 +72,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
         )
     rank, world, device = join(config)
     choose_kernels(device.type)
-    loaded = load_backbone(config.run or "", head=False, **{"pretrained": config.pretrained, **config.backbone})
-    before = None if config.pretrained else untrained(config.run or "", seed=config.seed, **config.backbone)
-    if before is not None:
-        loaded = loaded._replace(backbone=before, weights=f"random, as {config.run} was before pretraining")
+    loaded = open_backbone(config)
     splits = open_splits({**config.data, "channels": loaded.backbone.channels})
     if not has_labels(splits):
         raise DataError(
@@ -93,22 +91,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     test = features(config, loaded, splits.test, range(len(splits.test)), views=1, **spread)
     if rank:
         return {}
-    scores = {
-        f"k-NN, k = {k}": score(ranking, test.labels, classes=len(classes))
-        for k, ranking in knn_rankings(
-            train.pooled, train.labels, test.pooled, ks=config.k, num_classes=len(classes)
-        ).items()
-    }
-    ranking, told = run_protocol(
-        protocol,
-        train.views or train.linear,
-        train.labels,
-        test.linear,
-        num_classes=len(classes),
-        seed=config.seed,
-        device=device,
-    )
-    linear = scores[f"linear probe ({protocol.name})"] = score(ranking, test.labels, classes=len(classes))
+    scores, told = classify(config, train, test, classes=len(classes), device=device)
     print_probe(console, scores, title=f"How good are the features, on {len(test.labels):,} test images?")
     pixels: dict[str, float] = {}
     if config.pixels:
@@ -119,8 +102,8 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
             f"{pixels['linear_top1']:.1f} %."
         )
     results = {
-        "linear": told | as_json(linear, classes),
-        "knn": {str(k): as_json(scores[f"k-NN, k = {k}"], classes) for k in config.k},
+        "linear": told | as_json(scores[LINEAR.format(config.protocol)], classes),
+        "knn": {str(k): as_json(scores[KNN.format(k)], classes) for k in config.k},
         "rankme": round(rankme(train.pooled[:50_000]), 2),
         "pixels": {name: round(value, 2) for name, value in pixels.items()},
         "weights": loaded.weights,
@@ -132,7 +115,8 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     run_folder.describe(folder, dataclasses.asdict(config), words, command="probe", contents=CONTENTS)
     run_folder.write_json(folder / "results.json", results)
     title = f"Linear probe, protocol {protocol.name}: what is taken for what (%)"
-    confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
+    confusion = scores[LINEAR.format(config.protocol)].confusion
+    confusion_figure(confusion, classes, title=title).savefig(folder / "confusion.png")
     for what, found, asked in (("training", train, places), ("test", test, splits.test)):
         if len(found.labels) < len(asked):
             console.print(
@@ -142,6 +126,15 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
         console.print(f"[dim]Not as in the paper: {deviation}.[/]")
     console.print(f"{results['seconds']:.0f} s in all. Results are in {folder}, features in {config.features_dir}.")
     return results
+
+
+def open_backbone(config: Probe) -> Loaded:
+    """Return the backbone that `run` means, pretrained or as it was before."""
+    loaded = load_backbone(config.run or "", head=False, **{"pretrained": config.pretrained, **config.backbone})
+    before = None if config.pretrained else untrained(config.run or "", seed=config.seed, **config.backbone)
+    if before is None:
+        return loaded
+    return loaded._replace(backbone=before, weights=f"random, as {config.run} was before pretraining")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +201,24 @@ def features(
             _, crops = cached_views(*which, **options, crop=crop, views=views, seed=config.seed)
     assert source.labels is not None
     return Labelled(pooled, linear, crops, source.labels[found])
+
+
+def classify(
+    config: Probe, train: Labelled, test: Labelled, *, classes: int, device: torch.device
+) -> tuple[dict[str, Scores], dict[str, Any]]:
+    """Return the scores of k-NN for every k and of the linear probe, and what its protocol has to tell."""
+    rankings = knn_rankings(train.pooled, train.labels, test.pooled, ks=config.k, num_classes=classes)
+    scores = {KNN.format(k): score(ranking, test.labels, classes=classes) for k, ranking in rankings.items()}
+    ranking, told = run_protocol(
+        PROTOCOLS[config.protocol],
+        train.views or train.linear,
+        train.labels,
+        test.linear,
+        num_classes=classes,
+        seed=config.seed,
+        device=device,
+    )
+    return scores | {LINEAR.format(config.protocol): score(ranking, test.labels, classes=classes)}, told
 
 
 def workers_of(config: Probe) -> int:

@@ -220,8 +220,7 @@ class Supervised(Method):
 
     def on_validation_epoch_end(self) -> None:
         """Leave `val_top1` in percent and `val_loss`, over all processes, to callbacks, and write them to the loggers."""
-        measured = torch.stack([*self._measured, torch.zeros(3, device=self.device)]).sum(dim=0)
-        self._measured = []
+        measured, self._measured = torch.stack([*self._measured, torch.zeros(3, device=self.device)]).sum(dim=0), []
         right, loss, count = self.trainer.strategy.reduce(measured, reduce_op="sum").tolist()
         if not count:
             return
@@ -238,10 +237,8 @@ class Supervised(Method):
         """Return what trains, at which rates, and what keeps it from learning the images by heart."""
         parameters = list(self.backbone.parameters())
         trained, everything = (sum(p.numel() for p in parameters if p.requires_grad or each) for each in (False, True))
-        rows = {
-            "classes": str(len(self.classes)),
-            "trained": f"{trained / 1e6:.3g} of {everything / 1e6:.3g} M parameters",
-        }
+        rows = {"classes": str(len(self.classes))}
+        rows["trained"] = f"{trained / 1e6:.3g} of {everything / 1e6:.3g} M parameters"
         if self.frozen:
             *body, _ = layers(self.backbone.model, stages=self.frozen_unit == "stages")
             held = sum(name in set(self.frozen) for name, *_ in body) - 1  # less the stem
