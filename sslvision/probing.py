@@ -114,7 +114,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.describe(folder, dataclasses.asdict(config), words, command="probe", contents=CONTENTS)
     run_folder.write_json(folder / "results.json", results)
-    title = f"Linear probe, protocol {protocol.name}: what is taken for what (%)"
+    title = f"Linear probe, protocol {protocol.name}: what is taken for what"
     confusion = scores[LINEAR.format(config.protocol)].confusion
     confusion_figure(confusion, classes, title=title).savefig(folder / "confusion.png")
     for what, found, asked in (("training", train, places), ("test", test, splits.test)):

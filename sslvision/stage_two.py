@@ -202,9 +202,9 @@ def finish(
     if tested < len(task.test):
         console.print(f"[yellow]{len(task.test) - tested:,} test images cannot be read, and count for nothing.[/]")
     figures = folder / "figures"
-    confusion_figure(
-        scores["fine-tuned"].confusion, task.classes, title="Fine-tuned: what is taken for what (%)"
-    ).savefig(figures / "confusion.png")
+    confusion_figure(scores["fine-tuned"].confusion, task.classes, title="Fine-tuned: what is taken for what").savefig(
+        figures / "confusion.png"
+    )
     for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
