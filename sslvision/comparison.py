@@ -171,6 +171,7 @@ class Comparison:
             FULL: with_method(config, freeze=0, freeze_stages=0),
         }
         self._encoded: list[Encoded] | None = None
+        self._heads: dict[tuple[int, int], tuple[Head, dict[str, Any]]] = {}  # by number of images and seed
 
     def cell(self, arm: str, labels: Any) -> Cell:
         """Return mean and deviation over the seeds, each with the rate that validated best with the first."""
@@ -215,7 +216,9 @@ class Comparison:
         return self.done[point]
 
     def _frozen(self, places: torch.Tensor, seed: int) -> tuple[Head, dict[str, Any]]:
-        """Fit a linear head on frozen features; return it and its accuracies in percent."""
+        """Fit a linear head on frozen features, once; return it and its accuracies in percent."""
+        if (known := self._heads.get((len(places), seed))) is not None:
+            return known
         if self._encoded is None:
             backbone = build(self.config, pretrained=True, seed=self.config.seed).to(self.device)
             sources = (self.task.train, self.validation, self.task.test)
@@ -234,11 +237,16 @@ class Comparison:
         )
         head = (probe.weight, probe.bias)
         ranking = ranking_of(F.linear(held.features, *(part.cpu() for part in head)))
-        return head, {
-            "val_top1": score(ranking, held.labels, classes=classes).top1,
-            "test_top1": score(probe.ranking, tested.labels, classes=classes).top1,
-            "l2": probe.l2,
-        }
+        fitted = (
+            head,
+            {
+                "val_top1": score(ranking, held.labels, classes=classes).top1,
+                "test_top1": score(probe.ranking, tested.labels, classes=classes).top1,
+                "l2": probe.l2,
+            },
+        )
+        self._heads[len(places), seed] = fitted
+        return fitted
 
     def _trained(self, arm: str, places: torch.Tensor, seed: int, ratio: float) -> dict[str, Any]:
         """Train an arm on some of the labelled images; return its accuracies in percent."""

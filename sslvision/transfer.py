@@ -61,7 +61,6 @@ def classifier(
     *,
     lr: float,
     seed: int,
-    head: Head | None = None,
 ) -> Supervised:
     """Return the method that trains a backbone on a task.
 
@@ -71,11 +70,10 @@ def classifier(
         backbone: without a head.
         lr: peak learning rate of the highest layer.
         seed: of everything random. The same seed shows the same images in the same order, whatever the weights.
-        head: to start from; without one it is random.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the head's weights
-        method = Supervised(
+        return Supervised(
             backbone,
             classes=task.classes,
             labels=labels_of(task.train),
@@ -86,9 +84,6 @@ def classifier(
             seed=seed,
             **config.method,
         )
-    if head is not None:
-        method.start_head(*head)
-    return method
 
 
 def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
