@@ -26,3 +26,22 @@ class Diverged(SSLVisionError):
     """Training that cannot go on: the loss is not finite, or the method has collapsed and health=stop."""
 
     exit_code = 4
+
+
+class StorageError(SSLVisionError):
+    """A file that cannot be written: the disk is full or write-protected. Says which, and how many bytes were wanted."""
+
+    exit_code = 5
+
+
+class Stopped(SSLVisionError):
+    """A signal ended training, and its state is saved. Exit codes as a shell has them: 130 SIGINT, 143 SIGTERM.
+
+    Args:
+        message: where to go on from.
+        signum: the signal's number.
+    """
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum
