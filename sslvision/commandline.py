@@ -1,8 +1,11 @@
 """What all commands share: reading the command line, one run for each point of a sweep, exit codes, and whose folder it is."""
 
+import contextlib
 import os
 import re
+import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -16,8 +19,17 @@ from rich.console import Console
 from rich.markup import escape
 
 from sslvision import config as cfg
-from sslvision.errors import SSLVisionError, UsageError
+from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
+from sslvision.failures import explained
 from sslvision.help import print_help
+from sslvision.training.interrupts import (
+    NOT_REQUEUED,
+    Interrupted,
+    end_with_launcher,
+    raise_interrupted,
+    requeue,
+    started_by_lightning,
+)
 
 RUN_FOLDER = "SSLVISION_RUN_FOLDER"  # how a process that Lightning starts learns the folder of the first one
 
@@ -26,7 +38,11 @@ typed: list[str] = []  # the command line as the person wrote it
 
 
 def run(command: cfg.Command[Any], work: Work) -> None:
-    """Run a command. Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged."""
+    """Run a command, and exit.
+
+    Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged, 5 a file cannot be written; 130 SIGINT (Ctrl-C) and 143
+    SIGTERM: in training it is saved first. A sweep exits with the largest code of its runs; a signal ends all of it.
+    """
     typed[:] = sys.argv[1:]
     # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; beside
     # a second program that does so, a step takes ten times as long and more. So they spin briefly, and then sleep.
@@ -34,10 +50,20 @@ def run(command: cfg.Command[Any], work: Work) -> None:
     if {"--help", "-h"} & set(typed):
         print_help(Console(highlight=False), command)
         return
+    end_with_launcher()
+    try:
+        raise_interrupted()
+        code = _run(command, work)
+    except Interrupted as interrupted:
+        code = _complain(_interrupted(interrupted.signum, command))
+    sys.exit(code)
+
+
+def _run(command: cfg.Command[Any], work: Work) -> int:
     try:
         sys.argv[1:] = cfg.prepare(typed, command)
     except UsageError as error:
-        sys.exit(_complain(error))
+        return _complain(error)
     exit_codes: list[int] = []  # Hydra ignores what a run returns
 
     def one(composed: DictConfig) -> None:
@@ -47,11 +73,26 @@ def run(command: cfg.Command[Any], work: Work) -> None:
         number = f"-{job.job.num}" if job.mode is RunMode.MULTIRUN else ""
         try:
             work(cfg.check(composed, command), Path(job.runtime.choices.get("recipe") or command.name).stem, number)
-        except SSLVisionError as error:
-            exit_codes.append(_complain(error))
+        except Exception as error:
+            told = explained(error, os.environ.get(RUN_FOLDER))
+            if told is None:
+                raise
+            exit_codes.append(_complain(told))
+            if isinstance(told, Stopped):
+                sys.exit(told.exit_code)
 
     hydra.main(version_base="1.3", config_path=None, config_name=command.name)(one)()
-    sys.exit(max(exit_codes, default=0))
+    return max(exit_codes, default=0)
+
+
+def _interrupted(signum: int, command: cfg.Command[Any]) -> Stopped:
+    """Return in words what a signal outside of training ended."""
+    resumes = hasattr(command.kind, "resume")
+    left = " The last checkpoint, if there is one, is as it was: resume=auto goes on from it." if resumes else ""
+    if signal.Signals(signum).name == "SIGUSR1":
+        signum = signal.SIGTERM
+        left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in typed else f" {NOT_REQUEUED}"
+    return Stopped(f"{signal.Signals(signum).name} outside of training.{left}", signum)
 
 
 def run_folder(settings: Any, default: str, number: str, *, dated: bool = True) -> Path:
@@ -93,7 +134,21 @@ def run_and_data(settings: Any) -> str:
 
 def _complain(error: SSLVisionError) -> int:
     """Say what is wrong, once for all processes, and return the exit code."""
-    rank = next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")
-    if rank == "0":
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}")
+    where = ""
+    if (rank := _rank()) != "0":
+        # The first process has the word, and its exit code is what counts. A launcher that saw another one end with an
+        # error before would kill it; when it ends, this one is ended too, and not heard.
+        agreed = isinstance(error, Stopped | Diverged | UsageError)  # all processes have come to it together
+        with contextlib.suppress(Interrupted):
+            time.sleep(60 if agreed and started_by_lightning() else 5)
+        if agreed:
+            return error.exit_code
+        where = f" (process {rank})"
+    what = "[bold yellow]stopped" if isinstance(error, Stopped) else "[bold red]error"
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{what}{where}:[/] {escape(str(error))}")
     return error.exit_code
+
+
+def _rank() -> str:
+    """Return the number of this process, as whoever started it says."""
+    return next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")

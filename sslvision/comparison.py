@@ -36,6 +36,7 @@ from sslvision.settings import Finetune
 from sslvision.stage_one import hush_lightning
 from sslvision.task import Encoded, Task, encode, open_task, rank
 from sslvision.training import run_folder
+from sslvision.training.redact import redact
 from sslvision.training.report import print_comparison, print_configuration
 from sslvision.training.score_pictures import label_efficiency_figure
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
@@ -124,7 +125,7 @@ def claim(config: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, d
         UsageError: the folder is in use by something else, or by a comparison with other settings.
     """
     record, kept = folder / "cells.jsonl", folder / "settings.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(config)))
+    settings = json.loads(json.dumps(redact(dataclasses.asdict(config))))
     resumes = kept.is_file() and not (config.overwrite or config.dry_run)
     if resumes:
         before = json.loads(kept.read_text())

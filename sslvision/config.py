@@ -3,8 +3,10 @@
 All points of a sweep are checked before the first of them runs. A recipe is found by name, or given by path.
 """
 
+import contextlib
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -18,12 +20,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sslvision.errors import UsageError
+from sslvision.past_run import config_file, read_settings, refuse_foreign
 from sslvision.schema import Settings, checked
 from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.training.redact import REDACTED
 
 _IN_WHEEL = Path(__file__).parent / "recipes"
 RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[1] / "recipes"  # the latter in a checkout
@@ -118,16 +123,44 @@ def check(composed: DictConfig, command: Command[Settings]) -> Settings:
     given = settings.get("data") or {}
     if "run" in settings and "data" in command.kind.sections and "_target_" not in given:
         settings["data"] = data_of(settings["run"]) | given
+    for key in _redacted(settings):
+        raise UsageError(f"{key} is not kept in the files of a run, as it is a secret: give it again, {key}=...")
     return checked(settings, command.kind)
 
 
 def data_of(run: Any) -> dict[str, Any]:
-    """Return the data section of a run by its folder; empty if it is none."""
-    for folder in (Path(str(run)), Path(str(run)).parent):  # a run's folder, or its export/
-        if (folder / "config.yaml").is_file():
-            section = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "data", default={})
-            return cast(dict[str, Any], OmegaConf.to_container(section))
-    return {}
+    """Return the data section of a run by its folder; empty if it is none. Raises UsageError if it is not to be trusted."""
+    if (file := config_file(str(run))) is None:
+        return {}
+    section = cast(dict[str, Any], read_settings(file, ("data",))["data"])
+    if section:
+        refuse_foreign("data", section, file)
+    return section
+
+
+def _redacted(value: Any, key: str = "") -> Iterator[str]:
+    """Yield the keys whose values were left out where they were written down."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _redacted(one, f"{key}.{name}".removeprefix("."))
+    elif isinstance(value, str) and REDACTED in value:
+        yield key
+
+
+class SweepFile(Callback):
+    """Hydra writes a sweep's whole configuration, secrets included, to a file that nobody reads: to the null device with it."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Make the file a link to nowhere."""
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a disk without links
+            file.symlink_to(os.devnull)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Remove it."""
+        (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
 
 
 def _register(command: Command[Any]) -> None:
@@ -138,7 +171,12 @@ def _register(command: Command[Any]) -> None:
         for f in fields(command.kind)
         if f.name not in command.kind.sections
     }
-    quiet = {"run": {"dir": "."}, "sweep": {"dir": "outputs/.sweep", "subdir": "."}, "output_subdir": None}
+    quiet: dict[str, Any] = {
+        "run": {"dir": "."},
+        "sweep": {"dir": "outputs/.sweep", "subdir": "."},
+        "output_subdir": None,
+    }
+    quiet["callbacks"] = {"sweep_file": {"_target_": f"{__name__}.{SweepFile.__name__}"}}
     defaults: list[Any] = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
     if command.recipes:
         defaults.insert(0, {"recipe": command.recipe or "???"})

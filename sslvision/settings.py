@@ -64,7 +64,7 @@ class Pretrain:
     output_dir: str | None = _option(None, "whole path of the run's folder, in place of outputs/<name>")
     overwrite: bool = _option(False, "empty the run's folder first if it is in use")
     resume: str | None = _option(
-        None, "auto: go on from the run folder's last checkpoint, if any; or a checkpoint's path"
+        None, "auto: go on from the run folder's last whole checkpoint, if any; or a checkpoint's path"
     )
     init_from: str | None = _option(
         None, "start from the weights of a run folder, a checkpoint or an exported backbone"
@@ -75,7 +75,10 @@ class Pretrain:
         10, "k-NN accuracy, RankMe and pictures while training, every so many epochs (0: never)"
     )
     health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when the method has collapsed")
+    max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
     checkpoint_every_epochs: int = _option(10, "write checkpoints/last.ckpt every so many epochs")
+    checkpoint_every_steps: int | None = _option(None, "and every so many optimizer updates, in mid-epoch too")
+    keep_checkpoints: int = _option(3, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
     trainer: dict[str, Any] = _option(
         {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
@@ -85,9 +88,17 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         _at_least(
-            self, epochs=1, batch_size=1, knn_every_epochs=0, checkpoint_every_epochs=1, evaluate_images=1, seed=0
+            self,
+            epochs=1,
+            batch_size=1,
+            knn_every_epochs=0,
+            checkpoint_every_epochs=1,
+            keep_checkpoints=1,
+            max_skipped=0,
+            evaluate_images=1,
+            seed=0,
         )
-        _positive(self, "base_lr", "lr")
+        _positive(self, "base_lr", "lr", "checkpoint_every_steps")
         _folder_name(self.name)
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
@@ -200,6 +211,8 @@ class Finetune:
     overwrite: bool = _option(False, "empty the run's folder first if it is in use")
     resume: str | None = _option(None, "auto: go on from the run folder's last checkpoint, if any")
     dry_run: bool = _option(False, "two steps of everything, then stop")
+    max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
+    keep_checkpoints: int = _option(2, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
     trainer: dict[str, Any] = _option(
         {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
@@ -217,6 +230,8 @@ class Finetune:
             evaluations=1,
             patience=0,
             scratch_longer=1,
+            keep_checkpoints=1,
+            max_skipped=0,
             seeds=1,
             seed=0,
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.markup import escape
 
@@ -18,19 +18,23 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.base import Splits
 from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
-from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.schema import locate
 from sslvision.settings import Pretrain
 from sslvision.training import run_folder
 from sslvision.training.callbacks import OnlineEvaluation, Pictures, UnreadableImages, draw_pictures
-from sslvision.training.checkpoint import export_backbone, load_weights
+from sslvision.training.checkpoint import AtomicCheckpoints, PeriodicCheckpoints
 from sslvision.training.health import Health
-from sslvision.training.metrics import MetricsCSV, read_metrics
+from sslvision.training.loggers import build_loggers, close_loggers
+from sslvision.training.metrics import read_metrics
 from sslvision.training.pictures import health_figure, learning_curve_figure
 from sslvision.training.progress import Progress
 from sslvision.training.report import print_configuration, print_scores
-from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
+from sslvision.training.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder, train_from
+from sslvision.training.signals import StopOnSignal
+from sslvision.training.skipped import SkippedUpdates
+from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.weights import export_backbone, load_weights
 
 
 def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -52,13 +56,15 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     hush_lightning()
     choose_kernels(config.trainer.get("accelerator", "auto"))
     method = build_method(config)
-    weights = load_weights(method, config.init_from) if config.init_from else "random"
+    resume = checkpoint_to_resume(config.resume, folder)
+    weights = load_weights(method, config.init_from) if config.init_from and resume is None else "random"
     splits = open_splits(config.data)
     statistics = pixel_statistics(splits.train, config.data.get("normalize", "computed"), seed=config.seed)
     method.normalize.set(*statistics)
     data = ImageData(
         splits, method.crops, batch_size=config.batch_size, seed=config.seed, workers=config.data.get("workers")
     )
+    checkpoints = AtomicCheckpoints(keep=config.keep_checkpoints, record=record(config, images=len(splits.train)))
     trainer = build_trainer(
         folder=folder,
         epochs=config.epochs,
@@ -67,31 +73,29 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         loggers=build_loggers(config.logger, folder, dataclasses.asdict(config)),
         callbacks=watchers(config, folder, data),
         options=config.trainer,
+        checkpoints=checkpoints,
     )
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
-    resume_from = checkpoint_to_resume(config, folder)
+    if resume is not None:
+        check_same(resume, checkpoints.record)
     if trainer.is_global_zero:
-        run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resume_from is not None)
-        if resume_from is not None:
-            rewind_metrics(trainer, resume_from)
+        take_folder(folder, config, resume)
+        rewind_metrics(trainer.loggers, resume)
         run_folder.describe(folder, dataclasses.asdict(config), words)
         rows = effective_configuration(config, method, splits, trainer, steps_per_epoch) | {
-            "weights": f"{weights}, then resumed from {resume_from}" if resume_from else weights,
+            "weights": weights if resume is None else f"those of update {resume.step:,} in {resume.path}",
             "run folder": str(folder),
         }
         print_configuration(console, rows, title=config.about or folder.name)
+        for finding in resume.findings if resume is not None else ():
+            console.print(f"[yellow]{escape(finding)}[/]")
 
-    trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    train_from(resume.path if resume is not None else None, trainer, method, data)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
         return {}
     seconds = time.perf_counter() - started
-    findings: list[str] = []  # what a person should know about how training went
-    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(watcher, UnreadableImages) and watcher.found:
-            findings.append(watcher.summary())
-        elif isinstance(watcher, Health):
-            findings += watcher.found.values()
+    findings = (resume.findings if resume is not None else []) + findings_of(trainer)
     for finding in findings:
         console.print(f"[yellow]{escape(finding)}[/]")
     console.print("\nTraining is done; now the backbone is exported and evaluated.")
@@ -108,6 +112,17 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     return results
 
 
+def findings_of(trainer: L.Trainer) -> list[str]:
+    """Return what a person should know about how training went."""
+    findings: list[str] = []
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, UnreadableImages | SkippedUpdates) and watcher.found:
+            findings.append(watcher.summary())
+        elif isinstance(watcher, Health):
+            findings += watcher.found.values()
+    return findings
+
+
 def hush_lightning() -> None:
     """Silence what Lightning says that a person can do nothing about, or that our own configuration panel says."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -122,14 +137,6 @@ def hush_lightning() -> None:
         ".*no `val_dataloader`.*",  # a set may be too small to validate on
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def rewind_metrics(trainer: L.Trainer, checkpoint: Path) -> None:
-    """Drop the metrics of updates after the checkpoint, which are about to be made again."""
-    step = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCSV):
-            logger.rewind(step)
 
 
 def build_method(config: Pretrain) -> Method:
@@ -165,12 +172,13 @@ def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
     splits, every = data.splits, config.knn_every_epochs
     found: list[Callback] = [
         UnreadableImages(splits.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="last",
-            every_n_epochs=config.checkpoint_every_epochs,
-            enable_version_counter=False,
+        PeriodicCheckpoints(
+            folder / "checkpoints" / "last.ckpt",
+            every_epochs=config.checkpoint_every_epochs,
+            every_steps=config.checkpoint_every_steps,
         ),
+        StopOnSignal(folder / "checkpoints" / "last.ckpt", folder, requeues=config.resume == "auto"),
+        SkippedUpdates(folder, config.max_skipped),
         Health(config.health),
     ]
     if every:
@@ -183,23 +191,6 @@ def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
         steps = 2 if config.dry_run else config.epochs * steps_per_epoch
         found.append(Progress(images_per_step=config.batch_size, total_steps=steps, steps_per_epoch=steps_per_epoch))
     return found
-
-
-def checkpoint_to_resume(config: Pretrain, folder: Path) -> Path | None:
-    """Return the checkpoint that `resume` means.
-
-    Raises:
-        UsageError: a path was given and nothing is there.
-    """
-    if config.resume is None:
-        return None
-    if config.resume == "auto":
-        checkpoint = folder / "checkpoints" / "last.ckpt"
-        return checkpoint if checkpoint.is_file() else None
-    for checkpoint in (Path(config.resume), Path(config.resume) / "checkpoints" / "last.ckpt"):
-        if checkpoint.is_file():
-            return checkpoint.absolute()
-    raise UsageError(f"resume={config.resume}: there is no checkpoint. Give a .ckpt file, a run folder, or auto.")
 
 
 def effective_configuration(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
@@ -23,13 +24,17 @@ from sslvision.stage_one import hush_lightning
 from sslvision.task import Task, open_task, rank
 from sslvision.training import run_folder
 from sslvision.training.callbacks import UnreadableImages
-from sslvision.training.checkpoint import export_backbone
+from sslvision.training.checkpoint import AtomicCheckpoints, PeriodicCheckpoints
+from sslvision.training.loggers import build_loggers, close_loggers
 from sslvision.training.metrics import read_metrics
 from sslvision.training.pictures import learning_curve_figure
 from sslvision.training.progress import Progress
 from sslvision.training.report import print_configuration, print_probe
+from sslvision.training.resume import Resume, check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
 from sslvision.training.score_pictures import confusion_figure
-from sslvision.training.trainer import build_loggers, build_trainer, choose_kernels, close_loggers, compute_dtype
+from sslvision.training.signals import StopOnSignal
+from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.weights import export_backbone
 from sslvision.transfer import (
     Fitted,
     adapt_statistics,
@@ -53,7 +58,7 @@ Made by `{command}`.
 | export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
 | figures/ | what is taken for what (confusion), learning curves |
 | metrics.csv, scratch/metrics.csv | loss, rate and validation accuracy by step |
-| checkpoints/last.ckpt | all that `resume=auto` needs to go on |
+| checkpoints/last.ckpt, last-1.ckpt, ... | all that `resume=auto` needs to go on, and the same of before |
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
 | unreadable.csv | images that could not be read, if there were any |
@@ -83,16 +88,15 @@ def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[
     task = open_task(config)
     lr = rate(config, task, config.lr_ratio)
     method = classifier(config, task, build(config, pretrained=True, seed=config.seed), lr=lr, seed=config.seed)
-    first = build_trainer(
-        folder=folder, epochs=1, steps=1, dry_run=True, loggers=[], callbacks=[], options=config.trainer
-    )
+    first, checkpoints, resume = going_on(config, task, folder)
+    findings = resume.findings if resume is not None else []
     is_first, precision, device = first.is_global_zero, compute_dtype(first), first.strategy.root_device
-    resume_from = folder / "checkpoints" / "last.ckpt"
-    resumes = config.resume == "auto" and resume_from.is_file()
     if is_first:
-        run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resumes)
+        take_folder(folder, config, resume)
         run_folder.describe(folder, dataclasses.asdict(config), words, command="finetune", contents=CONTENTS)
         print_configuration(console, configuration(config, task, method, folder), title=config.about or folder.name)
+        for finding in findings:
+            console.print(f"[yellow]{escape(finding)}[/]")
 
     scores: dict[str, Scores] = {}
     if config.head_first and task.weights != "random":
@@ -104,7 +108,7 @@ def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[
         method.start_head(*head)
         if is_first:
             console.print(f"The head on frozen features: {scores['frozen features'].top1:.1f} % of the test images.")
-    tuned = train(config, task, method, folder, resumes=resumes)
+    tuned = train(config, task, method, folder, checkpoints, resume)
     scores = {"fine-tuned": test_scores(tuned, task, precision)} | scores
     rates = {"fine-tuned": lr}
     if config.scratch and task.weights != "random":
@@ -114,14 +118,16 @@ def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[
         rates["from scratch"] = rate(plain, task, config.scratch_lr_ratio)
         network = build(plain, pretrained=False, seed=config.seed)
         method = classifier(plain, task, network, lr=rates["from scratch"], seed=config.seed)
-        scores["from scratch"] = test_scores(
-            train(plain, task, method, folder / "scratch", resumes=resumes), task, precision
-        )
+        _, checkpoints, resume = going_on(plain, task, folder / "scratch")
+        if is_first and resume is not None:
+            resume.set_aside()
+        untuned = train(plain, task, method, folder / "scratch", checkpoints, resume)
+        scores["from scratch"] = test_scores(untuned, task, precision)
     if not tuned.trainer.is_global_zero:
         return {}
-    results = finish(config, folder, task, tuned, scores, rates, console) | {
-        "seconds": round(time.perf_counter() - started, 1)
-    }
+    results = finish(config, folder, task, tuned, scores, rates, console)
+    results |= {"findings": findings} if findings else {}
+    results |= {"seconds": round(time.perf_counter() - started, 1)}
     run_folder.write_json(folder / "results.json", results)
     console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
     return results
@@ -135,21 +141,51 @@ def rate(config: Finetune, task: Task, ratio: float) -> float:
     return base_lr * batch_size(config, task) / 256
 
 
-def train(config: Finetune, task: Task, method: Supervised, folder: Path, *, resumes: bool) -> Fitted:
+def going_on(config: Finetune, task: Task, folder: Path) -> tuple[L.Trainer, AtomicCheckpoints, Resume | None]:
+    """Return a trainer to ask about the machine, how checkpoints are written in `folder`, and where to go on, if at all.
+
+    Raises:
+        UsageError: there is a checkpoint, but damaged or of other settings.
+    """
+    checkpoints = AtomicCheckpoints(
+        keep=config.keep_checkpoints, record=record(config, images=len(task.train), batch=batch_size(config, task))
+    )
+    trainer = build_trainer(
+        folder=folder,
+        epochs=1,
+        steps=1,
+        dry_run=True,
+        loggers=[],
+        callbacks=[],
+        options=config.trainer,
+        checkpoints=checkpoints,
+    )
+    resume = checkpoint_to_resume(config.resume, folder)
+    if resume is not None:
+        check_same(resume, checkpoints.record)
+    return trainer, checkpoints, resume
+
+
+def train(
+    config: Finetune,
+    task: Task,
+    method: Supervised,
+    folder: Path,
+    checkpoints: AtomicCheckpoints,
+    resume: Resume | None,
+) -> Fitted:
     """Train one network, with all that a person watches and keeps of it."""
     batch = batch_size(config, task)
     updates, every = plan(config, len(task.train), batch)
     last = folder / "checkpoints" / "last.ckpt"
     watchers: list[Callback] = [
         UnreadableImages(task.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
-        ModelCheckpoint(
-            folder / "checkpoints",
-            filename="last",
-            # After each validation, so that what was best is in it; without any, as often.
-            every_n_train_steps=every if task.validation is None else None,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
+        PeriodicCheckpoints(last, every_steps=every)
+        if task.validation is None
+        else ModelCheckpoint(  # after each validation, so that what was best is in it
+            last.parent, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
         ),
+        StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=config.resume == "auto"),
     ]
     if config.trainer.get("enable_progress_bar", True):
         watchers.append(
@@ -157,8 +193,17 @@ def train(config: Finetune, task: Task, method: Supervised, folder: Path, *, res
         )
     folder.mkdir(parents=True, exist_ok=True)
     loggers = build_loggers(config.logger, folder, dataclasses.asdict(config))
-    resume_from = last if resumes and last.is_file() else None
-    fitted = fit(config, task, method, folder=folder, loggers=loggers, callbacks=watchers, resume_from=resume_from)
+    rewind_metrics(loggers, resume)
+    fitted = fit(
+        config,
+        task,
+        method,
+        folder=folder,
+        loggers=loggers,
+        callbacks=watchers,
+        checkpoints=checkpoints,
+        resume_from=resume.path if resume is not None else None,
+    )
     close_loggers(loggers, folder)
     return fitted
 

@@ -2,23 +2,22 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 from torch.nn import functional as F
 
 from sslvision.backbones.base import Backbone
-from sslvision.backbones.load import Loaded, load_backbone
+from sslvision.backbones.load import Loaded, load_backbone, refuse_loading
 from sslvision.data.base import Source, Splits
 from sslvision.data.module import available_workers, pixel_statistics
 from sslvision.downstream.features import extract_features
 from sslvision.downstream.scores import ranking_of
 from sslvision.downstream.subsets import Part, draw_per_class, split_off
-from sslvision.errors import DataError
+from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import Normalize
+from sslvision.past_run import config_file, read_settings, refuse_foreign
 from sslvision.schema import checked
 from sslvision.settings import Finetune, Pretrain
 from sslvision.stage_one import build_method, open_splits
@@ -98,15 +97,21 @@ def statistics_of(loaded: Loaded, train: Source, data: Mapping[str, Any]) -> tup
 def untrained(run: str, *, seed: int, **options: Any) -> Backbone | None:
     """Return the backbone as it was before pretraining, with weights of a seed; None if `run` is no pretraining run.
 
-    It begins as its method begins: MAE's with other weights and position embeddings than timm's.
+    It begins as its method begins: MAE's with other weights and position embeddings than timm's. None too for a method
+    that is not sslvision's own: what a run's files name is not run.
     """
-    for folder in (Path(run), Path(run).parent):  # a run's folder, or its export/
-        if (folder / "config.yaml").is_file():
-            told = yaml.safe_load((folder / "config.yaml").read_text())
-            if "_target_" in told["method"]:
-                told["backbone"] |= options
-                return build_method(checked({**told, "seed": seed}, Pretrain)).pretrained()
-    return None
+    if (file := config_file(run)) is None:
+        return None
+    told = read_settings(file, ("method", "backbone", "data"))
+    try:
+        refuse_foreign("method", told["method"], file)
+    except UsageError:
+        return None
+    refuse_loading(told["backbone"], file)
+    told["backbone"] |= options
+    images = {"_target_": "sslvision.data.embedded.open_embedded", "channels": told["data"].get("channels", 3)}
+    config = checked({**told, "data": images, "trainer": {}, "seed": seed}, Pretrain)  # its images do not matter
+    return build_method(config).pretrained()
 
 
 def labelled(splits: Splits, config: Finetune, *, validate_on: int) -> tuple[Source, Source | None, Source]:
@@ -137,12 +142,18 @@ def labelled(splits: Splits, config: Finetune, *, validate_on: int) -> tuple[Sou
 
 
 def pretraining_rate(run: str) -> float:
-    """Return the learning rate per 256 images that a run of ours was pretrained with, as its config.yaml tells."""
-    for folder in (Path(run), Path(run).parent):  # a run's folder, or its export/
-        if (folder / "config.yaml").is_file():
-            told = yaml.safe_load((folder / "config.yaml").read_text())
-            return float(told["lr"] * 256 / told["batch_size"] if told["lr"] is not None else told["base_lr"])
-    return ASSUMED_BASE_LR
+    """Return the learning rate per 256 images that a run of ours was pretrained with, as its config.yaml tells.
+
+    A fine-tuned run does not: it may have been told a ratio alone.
+    """
+    if (file := config_file(run)) is None:
+        return ASSUMED_BASE_LR
+    told = read_settings(file)
+    try:
+        rate = told["base_lr"] if told["lr"] is None else told["lr"] * 256 / told["batch_size"]
+        return ASSUMED_BASE_LR if rate is None else float(rate)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UsageError(f"{file} is not as sslvision writes it: it tells no lr or base_lr, and batch_size.") from error
 
 
 def rank(backbone: Backbone, task: Task, source: Source, *, precision: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, EarlyStopping, ModelCheckpoint, ProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +27,9 @@ from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
 from sslvision.task import Task, encode, labels_of, untrained
 from sslvision.training.best import KeepBest
+from sslvision.training.checkpoint import AtomicCheckpoints
+from sslvision.training.resume import train_from
+from sslvision.training.skipped import SkippedUpdates
 from sslvision.training.trainer import build_trainer
 from sslvision.views.randaugment import RandAugment
 
@@ -143,6 +146,7 @@ def fit(
     folder: Path,
     loggers: list[Logger] | None = None,
     callbacks: list[Callback] | None = None,
+    checkpoints: AtomicCheckpoints | None = None,
     resume_from: Path | None = None,
 ) -> Fitted:
     """Train a classifier, and keep the weights that validated best.
@@ -152,7 +156,7 @@ def fit(
         task: what to learn.
         method: see `classifier`.
         folder: for what the trainer writes.
-        loggers, callbacks: of the trainer.
+        loggers, callbacks, checkpoints: of the trainer.
         resume_from: a checkpoint of the same training.
     """
     started, batch = time.perf_counter(), batch_size(config, task)
@@ -166,7 +170,7 @@ def fit(
         augment=RandAugment(magnitude=config.randaugment) if config.randaugment else None,
     )
     best = KeepBest()
-    watchers: list[Callback] = [*(callbacks or []), best]
+    watchers: list[Callback] = [*(callbacks or []), SkippedUpdates(folder, config.max_skipped), best]
     if config.patience and task.validation is not None:
         watchers.append(EarlyStopping("val_top1", mode="max", patience=config.patience))
     trainer = build_trainer(
@@ -177,8 +181,9 @@ def fit(
         dry_run=config.dry_run,
         loggers=loggers or [],
         callbacks=watchers,
+        checkpoints=checkpoints,
         options={
-            "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in watchers),
+            "enable_checkpointing": any(isinstance(one, Checkpoint) for one in watchers),
             "enable_progress_bar": any(isinstance(one, ProgressBar) for one in watchers),
             "val_check_interval": every * int(config.trainer.get("accumulate_grad_batches", 1)),
             "check_val_every_n_epoch": None,
@@ -186,9 +191,7 @@ def fit(
             **{key: value for key, value in config.trainer.items() if key != "enable_progress_bar"},
         },
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(method.seed)  # of dropout and drop-path
-        trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)
+    train_from(resume_from, trainer, method, data)
     method.float()  # whatever precision it was trained in
     return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)
 

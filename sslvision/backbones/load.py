@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sslvision.backbones.base import Backbone
 from sslvision.backbones.build import wrap
 from sslvision.backbones.dense import options_for
+from sslvision.backbones.fitting import check_fit, load_fitting
 from sslvision.backbones.released import read_released, released_vit
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
@@ -110,10 +111,11 @@ def load_backbone(
     return Loaded(backbone, mean, std, classes or None, source.weights if pretrained else "random")
 
 
-def load_fitting(module: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
-    """Load a state dict, all of it. Raises UsageError that tells some of the differing names and shapes."""
-    _check_fit(module.state_dict(), state, where)
-    module.load_state_dict(state)
+def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
+    """Raise UsageError if timm arguments that a file tells would have timm read other files or addresses."""
+    keys = [key for key in arguments if str(key).startswith("pretrained") or key in ("checkpoint_path", "cache_dir")]
+    if keys:
+        raise UsageError(f"{file} would have timm load further files ({', '.join(keys)}), which is not done.")
 
 
 def size_options(name: str, image_size: int) -> dict[str, Any]:
@@ -150,7 +152,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
     """Return what an export folder holds."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        name, known = config["architecture"], config["pretrained_cfg"]
+        name, known = str(config["architecture"]), config["pretrained_cfg"]
         channels, size, _ = known["input_size"]
         arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         names, count = config.get("label_names") or {}, config.get("num_classes") or 0
@@ -162,6 +164,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
             f"{folder / 'config.json'} is not as timm writes it ({type(error).__name__}: {error}): give a folder that "
             "a run or timm's save_for_hf exported."
         ) from error
+    refuse_loading(arguments, folder / "config.json")
     if not timm.is_model(name):
         raise UsageError(f"{folder} is of a {name}, which this version of timm ({timm.__version__}) does not know.")
     files = [folder / file for file in WEIGHTS if (folder / file).is_file()]
@@ -216,7 +219,7 @@ def _fetch(name: str) -> dict[str, Tensor]:
 def _create(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, **arguments)
-    except (TypeError, AssertionError) as error:  # what timm says of an unknown keyword or an impossible value
+    except Exception as error:  # timm has many ways to say that a keyword is unknown or a value impossible
         raise UsageError(f"timm cannot build {name} with {arguments}: {error}") from error
 
 
@@ -224,7 +227,7 @@ def _adapt(
     state: dict[str, Tensor], own: Mapping[str, Tensor], source: _Source, num_classes: int, arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
     """Return weights for another size of images or number of channels, as timm makes them."""
-    _check_fit(own, state, source.weights, shapes=False)
+    check_fit(own, state, source.weights, shapes=False)
     overlay = {
         "state_dict": state,
         "input_size": (source.channels, source.image_size, source.image_size),
@@ -261,19 +264,3 @@ def _pool_by(backbone: Backbone, pool: str) -> None:
     model.reset_classifier(0, global_pool=pool)
     norm = {"fc_norm": not isinstance(model.fc_norm, nn.Identity)}
     backbone.arguments = {**backbone.arguments, "global_pool": pool, **norm}
-
-
-def _check_fit(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str | Path, *, shapes: bool = True
-) -> None:
-    """Raise UsageError where names, or shapes too, differ."""
-    wrong = [f"{name} is missing" for name in own.keys() - state.keys()]
-    wrong += [f"{name} is not in this model" for name in state.keys() - own.keys()]
-    wrong += [
-        f"{name} is {tuple(state[name].shape)} there and {tuple(value.shape)} here"
-        for name, value in own.items()
-        if shapes and name in state and state[name].shape != value.shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise UsageError(f"The weights of {where} do not fit this model: {'; '.join(sorted(wrong)[:5])}{more}.")

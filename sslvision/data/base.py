@@ -4,9 +4,19 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from sslvision.errors import DataError
+
 
 class UnreadableImage(Exception):
     """One image that cannot be decoded; the loader counts it, names it and goes on."""
+
+
+class SourceGone(DataError):
+    """No image can be read any more: their folder is gone, as when a disk is unmounted. Ends whatever reads."""
+
+    def __init__(self, message: str):
+        # A loader's worker hands on its whole traceback as the message, with ours at the end.
+        super().__init__(message.rpartition(f"{SourceGone.__name__}: ")[2].strip())
 
 
 class Source(Protocol):
@@ -25,7 +35,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Tensor:
-        """Return image `index` as (C, H, W) uint8. Raises UnreadableImage with the reason in words."""
+        """Return image `index` as (C, H, W) uint8. Raises UnreadableImage with the reason in words, or SourceGone."""
         ...
 
     def describe(self, index: int) -> str:

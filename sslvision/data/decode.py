@@ -14,7 +14,9 @@ PIL, because torchvision's own decoder crashes the process on a damaged PNG. The
   more than four bands.
 """
 
+import errno
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +30,24 @@ from sslvision.data.base import UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 MAX_PIXELS = 100_000_000
+
+# What a network's disk, or one that is tired, says once and then no more: such a file is tried again after these seconds.
+PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO",
+        "ESTALE",
+        "ETIMEDOUT",
+        "EAGAIN",
+        "EBUSY",
+        "ECONNRESET",
+        "EHOSTDOWN",
+        "EHOSTUNREACH",
+        "EREMOTEIO",
+    )
+    if hasattr(errno, name)  # not all of them on every system
+}
+WAITS = (0.1, 0.5)
 
 Transpose = Image.Transpose
 UPRIGHT = {  # EXIF orientation -> what undoes it
@@ -55,8 +75,21 @@ def read_image(
     `max_pixels` rejects decompression bombs by their header. PIL has a limit of its own, twice
     `PIL.Image.MAX_IMAGE_PIXELS` (179 million), which stays in force.
 
+    A file whose reading fails by a passing error of the disk or the network is tried again, twice within a second.
+
     Raises UnreadableImage, the reason in words, for anything that cannot be read.
     """
+    for wait in WAITS:
+        try:
+            return _read(path, channels, at_least, max_pixels)
+        except UnreadableImage as error:
+            if getattr(error.__cause__, "errno", None) not in PASSING:
+                raise
+        time.sleep(wait)
+    return _read(path, channels, at_least, max_pixels)
+
+
+def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max_pixels: int) -> Tensor:
     with reasons_in_words(), open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise UnreadableImage("the file is empty")

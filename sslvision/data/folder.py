@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvision.data.base import Splits
+from sslvision.data.base import SourceGone, Splits, UnreadableImage
 from sslvision.data.decode import MAX_PIXELS, read_image
 from sslvision.data.scan import Found, scan
 from sslvision.errors import DataError, UsageError
@@ -40,7 +40,7 @@ class FileSource:
     channels: int
     classes: tuple[str, ...] | None
     labels: Tensor | None
-    root: str
+    root: str  # the folder they are in
     paths: bytes  # relative to root, or absolute; a zero byte ends each
     ends: np.ndarray  # (N,) int64, the places of the zero bytes
     at_least: int | None = None  # see decode.read_image
@@ -51,11 +51,29 @@ class FileSource:
         return len(self.ends)
 
     def read(self, index: int) -> Tensor:
-        return read_image(self.describe(index), self.channels, at_least=self.at_least, max_pixels=self.max_pixels)
+        path = self.describe(index)
+        try:
+            return read_image(path, self.channels, at_least=self.at_least, max_pixels=self.max_pixels)
+        except UnreadableImage as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
+                raise SourceGone(
+                    f"The folder of the images is gone or empty: {self.root} (while reading {path}). Is the disk still "
+                    "mounted? When it is back, the same command with resume=auto goes on."
+                ) from error
+            raise
 
     def describe(self, index: int) -> str:
         start = self.ends[index - 1] + 1 if index else 0
         return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[index]]))
+
+
+def _is_gone(folder: str) -> bool:
+    """Return whether a folder cannot be listed, or has nothing in it: what an unmounted disk leaves is an empty folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True
 
 
 def joined(paths: Sequence[str]) -> tuple[bytes, np.ndarray]:

@@ -62,6 +62,12 @@ class EpochBatches(Sampler[list[Key]]):
         """Return micro-batches per epoch."""
         return self.steps_per_epoch * self.accumulate
 
+    def of_update(self, update: int) -> list[Key]:
+        """Return all keys of the global batch of an update, counted from 0."""
+        epoch, place = divmod(update, self.steps_per_epoch)
+        order = permutation(self.images, seed=self.seed, epoch=epoch)
+        return [(epoch, int(index)) for index in order[place * self.global_batch :][: self.global_batch]]
+
     def __iter__(self) -> Iterator[list[Key]]:
         """Yield lists of (epoch, index)."""
         epoch, first = divmod(self.updates_done(), self.steps_per_epoch)

@@ -9,7 +9,9 @@ import difflib
 import inspect
 import os
 import re
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -95,7 +97,7 @@ def open_torchvision(
         raise UsageError(_unknown(name))
     root = os.path.abspath(os.path.expanduser(root))
     train_test = SPLITS[name]
-    parts = [_Part(_open(name, root, arguments, download)) for arguments in train_test or ({},)]
+    parts = [_Part(_open(name, root, arguments, download), root) for arguments in train_test or ({},)]
     classes = _class_names(parts)
     if train_test is None:
         held_out = hold_out(parts[0].keys(), holdout)
@@ -114,8 +116,8 @@ def open_torchvision(
 class _Part:
     """One split of a torchvision set, and what of it can be had without decoding."""
 
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
+    def __init__(self, dataset: Any, root: str):
+        self.dataset, self.root = dataset, root
         self.labels = _labels(dataset)
         self.paths = _paths(dataset)
         if self.paths is not None:  # SUN397 lists its files in whatever order the disk has them
@@ -140,7 +142,7 @@ class _Part:
             return MemorySource(title, channels, names, labels, images[torch.from_numpy(places)], split)
         if self.paths is not None:
             paths, ends = joined([self.paths[place] for place in places])
-            return FileSource(title, channels, names, labels, os.curdir, paths, ends)
+            return FileSource(title, channels, names, labels, self.root, paths, ends)
         return DatasetSource(title, channels, names, labels, self.dataset, places, split)
 
 
@@ -158,12 +160,24 @@ def _open(name: str, root: str, arguments: Arguments, download: bool) -> Any:
     settings = arguments | ({"root": root} if "root" in accepted else {})
     settings |= {"download": download} if can_download else {}
     try:
-        dataset = kind(**settings)
+        with _safe_archives():
+            dataset = kind(**settings)
     except Exception as error:  # each set has its own way to say that files are missing
         raise DataError(_cannot_open(name, root, error, download, can_download)) from error
     if hasattr(dataset, "h5py"):  # PCAM keeps the module, which cannot be sent to a worker
         dataset.h5py = SimpleNamespace(File=dataset.h5py.File)
     return dataset
+
+
+@contextmanager
+def _safe_archives() -> Iterator[None]:
+    """Refuse members of a tar file that lead out of the folder they are unpacked in, whatever torchvision's version asks."""
+    before = tarfile.TarFile.extraction_filter
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+    try:
+        yield
+    finally:
+        tarfile.TarFile.extraction_filter = before
 
 
 def _cannot_open(name: str, root: str, error: Exception, download: bool, can_download: bool) -> str:

@@ -12,6 +12,7 @@ from sslvision.downstream.features import chosen_places, extract_features
 from sslvision.downstream.knn import knn_top
 from sslvision.downstream.linear import linear_probe
 from sslvision.downstream.rankme import rankme
+from sslvision.errors import DataError
 from sslvision.nn.normalize import Normalize
 
 PIXELS = 32  # side to which larger images are shrunk before their pixels are compared
@@ -62,7 +63,8 @@ def evaluate_pixels(splits: Splits, *, at_most: int, seed: int = 0, workers: int
     def pixels(source: Source, places: list[int]) -> tuple[Tensor, Tensor]:
         batches = list(evaluation_loader(source, PIXELS, places, workers=workers))
         where = torch.cat([where for where, _ in batches])
-        return where, torch.cat([images.flatten(1) for _, images in batches if images.numel()]).float() / 255
+        rows = [images.flatten(1) for _, images in batches if images.numel()]
+        return where, torch.cat(rows).float() / 255 if rows else torch.empty(0)
 
     return _evaluate(pixels, splits, at_most=at_most, seed=seed)
 
@@ -74,6 +76,10 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) ->
     assert test.labels is not None
     train_places, train_features = features(train, chosen_places(train, at_most, seed=seed))
     test_places, test_features = features(test, chosen_places(test, at_most, seed=seed))
+    if not len(train_places) or not len(test_places):
+        raise DataError(
+            f"None of the images to {'learn from' if len(test_places) else 'score by'} can be read: {test.name}."
+        )
     labelled = (train_features, train.labels[train_places], test_features, test.labels[test_places])
     top1, top5 = knn_top(*labelled)
     probe = linear_probe(*labelled, seed=seed)

@@ -1,5 +1,6 @@
 """What every method is: views, losses, and what happens after an update. Lightning meets it here and nowhere else."""
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,10 +14,11 @@ from torch.optim import AdamW, Optimizer
 
 from sslvision.backbones.base import Backbone
 from sslvision.data.batch import Batch
-from sslvision.errors import Diverged, UsageError
+from sslvision.errors import UsageError
 from sslvision.nn.normalize import Normalize
-from sslvision.nn.randomness import ImageRandom
+from sslvision.nn.randomness import ImageRandom, number
 from sslvision.optim.groups import decay_groups
+from sslvision.optim.guard import guard
 from sslvision.views.geometry import Crop
 
 
@@ -60,6 +62,8 @@ class Method(L.LightningModule):
 
     latest: dict[str, Tensor]  # the last step's metrics, on the device
     logged: dict[str, float]  # the last written ones: means since the time before, over all processes
+    losses_logged: list[float]  # those of the single updates in `logged`
+    skipped: list[int]  # updates that were left out, as their gradients were not finite; known when the log is written
     shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
     def __init__(
@@ -78,9 +82,9 @@ class Method(L.LightningModule):
         self.normalize = Normalize(mean, std)
         self.betas = betas
         self.seed = seed
-        self.latest, self.logged = {}, {}
-        self._sums: dict[str, Tensor] = {}
-        self._summed = 0
+        self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
+        self._micro_batches: list[Tensor] = []  # of the update that is due: metrics (M,)
+        self._updates: list[Tensor] = []  # since the log was written: metrics (M,) and the gradients' norm, (M + 1,)
 
     # What a method is.
 
@@ -137,15 +141,20 @@ class Method(L.LightningModule):
         )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
+        """Return the loss of one batch. Dropout and drop-path draw from (seed, update, process, accumulated batch)."""
+        clock = self.clock
+        seed = number(self.seed, clock.step, self.trainer.global_rank, len(self._micro_batches))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow where there is no GPU
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
         with torch.autocast(self.device.type, enabled=False):
             views = self.views(batch, ImageRandom(self.seed, batch.epoch, batch.places))
-        metrics = self.losses(views, self.clock)
+        metrics = self.losses(views, clock)
+        loss = metrics["loss"]
         self.latest = {name: value.detach() for name, value in metrics.items()}
-        for name, value in self.latest.items():
-            self._sums[name] = self._sums.get(name, 0) + value
-        self._summed += 1
-        return metrics["loss"]
+        self._micro_batches.append(torch.stack([value.to(loss.dtype) for value in self.latest.values()]))  # (M,)
+        # An infinite loss may have finite gradients, and only these are shared by all processes: NaN they shall be.
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def optimizer_step(
         self,
@@ -169,20 +178,51 @@ class Method(L.LightningModule):
             self._write_log(clock, rates)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Give the method its gradients, summed over micro-batches and averaged over processes."""
+        """Leave the update out if its gradients are not finite, and hand them to the method: those of the global batch."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = guard(optimizer, gradients)
+        if self.trainer.precision == "16-mixed":  # its scaler finds a scale by leaving updates out: no cause for alarm
+            norm = norm.nan_to_num(0.0, 0.0)
+        metrics = torch.stack(self._micro_batches).mean(dim=0)  # (M,)
+        self._updates.append(torch.cat([metrics, norm[None]]))  # (M + 1,)
+        self._micro_batches = []
         self.before_update(self.clock)
 
     def _write_log(self, clock: Clock, rates: dict[str, float]) -> None:
         """Write the means since the last time, over all processes: the one place where a step waits for the device."""
-        means = torch.stack(list(self._sums.values())) / self._summed
-        values = self.trainer.strategy.reduce(means, reduce_op="mean").tolist()
-        metrics = dict(zip(self._sums, values, strict=True)) | rates
-        self._sums, self._summed = {}, 0
-        if not math.isfinite(metrics["loss"]):
-            raise Diverged(
-                f"The loss is {metrics['loss']} around step {clock.step + 1}: training has diverged. Lower the learning "
-                f"rate (it is {rates['lr']:.3g} now), lengthen the warm-up, or set trainer.gradient_clip_val=1."
-            )
-        self.logged = metrics
+        done, (columns, finite) = clock.step + 1, self._columns()
+        self._updates = []
+        self.skipped += [done - len(finite) + 1 + place for place, good in enumerate(finite) if not good]
+        if not any(finite):
+            return
+        columns = {name: list(itertools.compress(column, finite)) for name, column in columns.items()}
+        self.losses_logged = columns["loss"]
+        self.logged = {name: sum(column) / len(column) for name, column in columns.items()} | rates
         for logger in self.loggers:
-            logger.log_metrics({**metrics, "epoch": (clock.step + 1) / clock.steps_per_epoch}, step=clock.step + 1)
+            logger.log_metrics({**self.logged, "epoch": done / clock.steps_per_epoch}, step=done)
+
+    def _columns(self) -> tuple[dict[str, list[float]], list[bool]]:
+        """Return the metrics of the updates since the log was written, means over all processes, and which were made."""
+        if not self._updates:
+            return {}, []
+        updates = torch.stack([update.to(self.device) for update in self._updates])  # (n, M + 1)
+        means = self.trainer.strategy.reduce(updates, reduce_op="mean")
+        assert isinstance(means, Tensor)
+        columns = dict(zip([*self.latest, "grad_norm"], means.T.tolist(), strict=True))
+        made = [math.isfinite(loss + norm) for loss, norm in zip(columns["loss"], columns["grad_norm"], strict=True)]
+        return columns, made
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next line of the log will be made of, so that a resumed run writes the same one.
+
+        `good` says whether the last update was made: weights that give no finite gradients may be spoilt, though finite.
+        """
+        columns, made = self._columns()
+        updates = [list(update) for update in zip(*columns.values(), strict=True)]
+        good = made[-1] if made else self.trainer.global_step not in self.skipped
+        checkpoint["log"] = {"updates": updates, "skipped": list(self.skipped), "good": good}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with it."""
+        self._updates = [torch.tensor(update) for update in checkpoint["log"]["updates"]]
+        self.skipped = list(checkpoint["log"]["skipped"])

@@ -205,6 +205,7 @@ class DINO(Method):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
+        mean = mean.where(mean.isfinite(), self.center)  # one broken batch must not spoil all that follow
         self.center.lerp_(mean, 1 - self.centre_momentum)
 
     def teacher_temp(self, clock: Clock) -> float:

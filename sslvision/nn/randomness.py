@@ -5,6 +5,7 @@ nor the number of processes, nor a resume can change what happens to an image. T
 splitmix64 finaliser (Steele, Lea, Flood 2014) of a key made from the four, on any device.
 """
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 
@@ -47,6 +48,12 @@ def permutation(n: int, *, seed: int, epoch: int) -> Tensor:
     """Return the order of `n` images in an epoch, (n,) int64."""
     keys = mix(mix(torch.arange(n) + _scalar(seed)) + epoch)
     return torch.argsort(keys, stable=True)
+
+
+def number(seed: int, *place: int) -> int:
+    """Return one number from 0 to 2^63 - 1, such as a generator is seeded with, that is a function of seed and place."""
+    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 1
 
 
 def _scalar(seed: int) -> int:

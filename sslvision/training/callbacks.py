@@ -64,6 +64,14 @@ class UnreadableImages(Callback):
         if self.found and trainer.is_global_zero:
             self._write()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run is to know."""
+        return {"found": self.found}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.found = dict(state_dict["found"])
+
     def summary(self) -> str:
         """Return in words how many could not be read, the first of them by name, and where all are named."""
         examples = [f"{self.source.describe(place)} ({reason})" for place, reason in sorted(self.found.items())[:3]]
@@ -115,8 +123,10 @@ class OnlineEvaluation(Callback):
                 world=trainer.world_size,
             )
             found += [features] if source.labels is None else [features, source.labels[where]]
+        if not all(tensor.isfinite().all() for tensor in found):
+            return  # updates are being left out, see skipped.py; it is not for a look on the way to end the run
         metrics = {"rankme": rankme(found[0])}
-        if self.labelled:
+        if self.labelled and all(len(part) for part in found):  # whether none can be read is told at the end
             metrics["knn_top1"], _ = knn_top(*found)
         for name, value in metrics.items():
             trainer.callback_metrics[name] = torch.tensor(value)

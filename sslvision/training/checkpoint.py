@@ -1,141 +1,237 @@
-"""Checkpoints that a crash cannot spoil, weights in from anywhere, and the export that plain timm loads."""
+"""Checkpoints that a crash, a full disk or a flipped bit cannot spoil; the last few are kept: last.ckpt, last-1.ckpt, ..."""
 
-import json
+import contextlib
 import os
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import pytorch_lightning as L
 import torch
+from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from safetensors.torch import load_file
-from timm.models import save_for_hf
 from torch import Tensor
 
-from sslvision.backbones.base import Backbone
-from sslvision.backbones.load import load_fitting
-from sslvision.errors import UsageError
-from sslvision.methods.base import Method
+from sslvision.errors import Diverged, StorageError, UsageError
+from sslvision.training.sealed import load_plain, read_sealed, write_sealed
+
+RECORD = "sslvision"  # the key of a run's own settings in its checkpoints
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Write to a temporary file in the same folder, flush it to the disk, then put it in place of the old one.
+    """Write beside the old checkpoint, seal, flush to the disk, and only then put the new one in its place.
 
-    Lightning writes over the old file, and a full disk or a kill then leaves neither.
+    Lightning writes over the old file, and a full disk or a kill then leaves neither. Here some name always has a whole one.
+
+    Args:
+        keep: last.ckpt and so many less one before it: last-1.ckpt, last-2.ckpt, ...
+        record: plain containers that go into every checkpoint, so that resuming can compare.
     """
+
+    def __init__(self, *, keep: int = 3, record: dict[str, Any] | None = None):
+        self.keep, self.record = keep, dict(record or {})
+        self._saved: dict[Path, int | None] = {}  # the update that a file written by this process is from
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save `checkpoint` so that `path` holds the old or the new one whole, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        """Save `checkpoint`; a second one of the same update takes the place of the first.
+
+        Raises:
+            Diverged: weights or optimizer state are not finite. The checkpoints of before stay.
+            StorageError: the file cannot be written. The checkpoints of before stay.
+        """
+        path, step = Path(path), checkpoint.get("global_step")
+        there = path.is_file()
+        before = None if not there else self._saved[path] if path in self._saved else _step_of(path)
+        if poisoned := _not_finite(checkpoint):
+            kept = f"{path} is from update {before}" if there else "no checkpoint was saved before"
+            raise Diverged(
+                f"{poisoned} is not finite at update {step}: training has diverged. This state is not saved; {kept}. Lower the "
+                "learning rate, lengthen the warm-up, or set trainer.gradient_clip_val=1."
+            )
+        temporary = path.with_name(f".{path.name}.tmp")  # one name, so what a killed process left is written over
         try:
-            with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_sealed({**checkpoint, RECORD: self.record}, temporary)
+            if there and before not in (None, step):
+                _rotate(path, self.keep)
             os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            _remove(temporary)  # before the free bytes are counted
+            raise _cannot_write(checkpoint, path, error) from error
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+        self._saved[path] = step
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint; its count of micro-batches is turned into this run's, if updates have more or fewer of them."""
+        checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        then, now = (record.get("accumulate", 1) for record in (checkpoint.get(RECORD, {}), self.record))
+        if then != now:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            for counts in (progress["total"], progress["current"]):
+                unfinished = counts["processed"] - counts["completed"]  # 1 in the hooks at the end of a batch
+                updates = counts["processed"] // then
+                counts |= dict.fromkeys(("ready", "started", "processed"), updates * now)
+                counts["completed"] = updates * now - unfinished
+        return checkpoint
 
 
-def export_backbone(
-    backbone: Backbone, folder: Path, *, mean: list[float], std: list[float], classes: Sequence[str] | None = None
-) -> None:
-    """Write model.safetensors and config.json, in timm's own format and under timm's parameter names.
+class PeriodicCheckpoints(Checkpoint):
+    """Save every so many epochs and every so many updates.
 
-    Both ways of timm load it, the first without knowing anything of the model:
-        timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
-        timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
-    where name and model_args stand in config.json. A classifier has its head in the file, and the first way loads it whole
-    where num_classes is left out.
+    Only right after an update, never between the micro-batches of one. What falls on the last update of an epoch waits for
+    the epoch's end, so that a resumed run does not leave out what happens there.
 
     Args:
-        backbone: the pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
-        folder: is made if need be.
-        mean, std: of the pixels in pretraining, per channel; they go into the file, so users need not guess.
-        classes: what the outputs of a classifier stand for, as many as it has.
+        path: the file.
+        every_epochs, every_steps: epochs and optimizer updates; None: not by these.
     """
-    names = list(classes or ())
-    assert backbone.model.num_classes == len(names), "a classifier is exported with the names of its classes"
-    size, known = (backbone.channels, *backbone.image_size), backbone.model.pretrained_cfg
-    pretrained = {
-        "tag": "sslvision",
-        "input_size": size,
-        "mean": mean,
-        "std": std,
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "first_conv": known.get("first_conv"),
-        "classifier": known.get("classifier"),
-        "num_classes": len(names),
-    }
-    model = backbone.model
-    model.pretrained_cfg = {"architecture": known["architecture"], **pretrained}  # timm looks for the name here
-    apart = model.register_state_dict_post_hook(_part_tensors)
+
+    def __init__(self, path: Path, *, every_epochs: int | None = None, every_steps: int | None = None):
+        self.path, self.every_epochs, self.every_steps = path, every_epochs, every_steps
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the position of the trainer."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, if this batch completed an update and its time has come."""
+        updated, self._step = trainer.global_step > self._step, trainer.global_step
+        if updated and self._due(trainer) and not trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save, if this epoch or its last update is one to save at."""
+        if self._due(trainer) or (self.every_epochs and (trainer.current_epoch + 1) % self.every_epochs == 0):
+            trainer.save_checkpoint(self.path)
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        return self.every_steps is not None and trainer.global_step % self.every_steps == 0
+
+
+@dataclass
+class Found:
+    """The newest whole checkpoint of a folder, its head, and those newer that are no good, with the reasons."""
+
+    path: Path | None = None
+    head: dict[str, Any] = field(default_factory=dict)
+    damaged: dict[Path, str] = field(default_factory=dict)
+
+
+def newest_good(folder: Path) -> Found:
+    """Look for the newest whole checkpoint among last.ckpt, last-1.ckpt, ... of a folder.
+
+    One that was saved after an update without finite gradients is taken only if there is no other: see Method.
+    """
+    found, doubtful = Found(), Found()
+    for file in _ranked(folder / "last.ckpt"):
+        try:
+            head = read_head(file)
+        except FileNotFoundError:
+            continue  # another process of the run has set it aside
+        except UsageError as error:
+            found.damaged[file] = str(error)
+            continue
+        if head.get("log", {}).get("good", True):
+            return Found(file, head, doubtful.damaged | found.damaged)
+        if doubtful.path is None:
+            doubtful.path, doubtful.head = file, head
+        doubtful.damaged[file] = f"{file} was saved after an update whose gradients were not finite."
+    found.path, found.head = doubtful.path, doubtful.head
+    return found
+
+
+def read_head(file: Path) -> dict[str, Any]:
+    """Return what a whole checkpoint says of itself, without its tensors. Raises UsageError if it is not whole."""
+    content = read_sealed(file, mmap=True)
+    return {key: content[key] for key in ("global_step", "log", RECORD) if key in content}
+
+
+def _ranked(path: Path) -> list[Path]:
+    """Return the checkpoints there are, the newest first: last.ckpt, last-1.ckpt, ..."""
+    ranks = {path: 0} if path.is_file() else {}
+    for file in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        if re.fullmatch(rf"{re.escape(path.stem)}-[1-9]\d*", file.stem):
+            ranks[file] = int(file.stem.rsplit("-", 1)[1])
+    return sorted(ranks, key=ranks.__getitem__)
+
+
+def _rotate(path: Path, keep: int) -> None:
+    """Move every checkpoint a rank down, as far as there is none missing, and drop those beyond `keep`.
+
+    The oldest goes first, so that at every moment all but one of them have a name.
+    """
+    names = [path, *(path.with_stem(f"{path.stem}-{rank}") for rank in range(1, keep))]
+    free = next((rank for rank, name in enumerate(names) if not name.exists()), keep - 1)
+    for rank in range(free, 0, -1):
+        os.replace(names[rank - 1], names[rank])
+    for file in _ranked(path):
+        if file not in names:
+            file.unlink(missing_ok=True)
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):  # the disk may have become write-protected
+        file.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _step_of(path: Path) -> int | None:
+    """Return the update that a checkpoint is from; None if it cannot be read."""
     try:
-        save_for_hf(
-            model,
-            str(folder),
-            model_config=pretrained | ({"label_names": names} if names else {}),
-            model_args=dict(backbone.arguments),
-            safe_serialization=True,
-        )
-    finally:
-        apart.remove()
-    config = json.loads((folder / "config.json").read_text())
-    config["model_args"].pop("num_classes", None)  # the reader's to choose
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return load_plain(path, mmap=True).get("global_step")
+    except (UsageError, OSError):
+        return None
 
 
-def _part_tensors(module: Any, state: dict[str, Tensor], *_: Any) -> None:
-    """Give tensors that share memory, as CoaT's do, each their own: the file format asks for it."""
-    for name, tensor in state.items():
-        state[name] = tensor.detach().clone()
+def _not_finite(checkpoint: dict[str, Any]) -> str | None:
+    """Return the name of a tensor of the weights or of the optimizer that holds NaN or inf. Waits for each device once."""
+    flags: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in _tensors({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")}):
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = torch.aminmax(tensor.detach())  # one pass, no copy; NaN comes through
+            flags.setdefault(tensor.device, {})[name] = (0 * low + 0 * high).float()  # 0, or NaN
+    for found in flags.values():
+        for name, flag in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
+            if flag != 0:
+                return name
+    return None
 
 
-def load_weights(method: Method, path: str | Path) -> str:
-    """Start `method` from other weights (not from another run's optimizer or position): `init_from=`.
-
-    Args:
-        method: whose weights are replaced.
-        path: a run folder, a Lightning checkpoint of the same method, or backbone weights under timm's names (.safetensors,
-            .pth, an export folder).
-
-    Returns:
-        What was loaded, in words.
-
-    Raises:
-        UsageError: no such file, or its weights do not fit; some of the differing names and shapes are told.
-    """
-    file = find_weights(Path(path))
-    state = _read(file)
-    if "state_dict" in state:
-        load_fitting(method, state["state_dict"], file)
-        return f"all weights of {file}"
-    tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
-    own = method.pretrained().model.state_dict()
-    for module in method.modules():
-        if isinstance(module, Backbone):  # DINO has two: the student's and the teacher's
-            load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
-    left = len(tensors) - len(own)
-    return f"the backbone's weights of {file}" + (f" ({left} other tensors left aside)" if left > 0 else "")
+def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in plain containers, with names such as state_dict.head.weight."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict | list | tuple):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(one, f"{name}.{key}" if name else str(key))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        return dict(load_file(file))
-    return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True))
-
-
-def find_weights(path: Path) -> Path:
-    """Return the weight file that a run folder, an export folder or a path means."""
-    for candidate in (
-        path,
-        path / "checkpoints" / "last.ckpt",
-        path / "model.safetensors",
-        path / "export" / "model.safetensors",
-    ):
-        if candidate.is_file():
-            return candidate
-    raise UsageError(f"{path} holds no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
+def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> StorageError:
+    """Say what is in the way, how many bytes are wanted, and how many there are."""
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for _, tensor in _tensors(checkpoint)
+        for storage in [tensor.untyped_storage()]
+    }
+    folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
+    left = f"{path.name} of before is whole" if path.is_file() else "no checkpoint was saved before"
+    return StorageError(
+        f"{path} cannot be written: {error.strerror or error}. It needs about {sum(storages.values()):,} bytes, and "
+        f"{shutil.disk_usage(folder).free:,} are free there; {left}. Make room, then go on with resume=auto."
+    )

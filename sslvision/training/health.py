@@ -1,5 +1,7 @@
 """Saying in words, while a run still trains, that it has stopped learning."""
 
+from collections import deque
+from statistics import median
 from typing import Any, Literal
 
 import pytorch_lightning as L
@@ -12,6 +14,8 @@ from sslvision.methods.base import Method
 
 # For so long a fault must show in all written metrics: the first steps of a healthy run can look like any collapse.
 PATIENCE, PATIENCE_STEPS = 5, 50
+# An update's loss so many times the median of the last written ones is a spike; so many of them are told.
+SPIKE, SPIKE_WINDOWS, SPIKES_TOLD = 10, 10, 3
 
 
 class Health(Callback):
@@ -29,6 +33,7 @@ class Health(Callback):
         self.found: dict[str, str] = {}  # fault: in words
         self._since: dict[str, tuple[int, int]] = {}  # fault: since which step it shows without a break, how many times
         self._seen: dict[str, float] = {}
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOWS)  # the last written ones
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,6 +49,7 @@ class Health(Callback):
         self._seen = pl_module.logged
         faults = pl_module.diagnose(self._seen, pl_module.clock)
         step = trainer.global_step
+        self._look_for_spike(pl_module, step, trainer.is_global_zero)
         before, self._since = self._since, {}
         for fault, words in faults.items():
             first, times = before.get(fault, (step, 0))
@@ -54,3 +60,19 @@ class Health(Callback):
                     raise Diverged(f"{self.found[fault]} (health=stop ended the run; with health=warn it goes on.)")
                 if trainer.is_global_zero:
                     self.console.print(f"[bold yellow]{escape(self.found[fault])}[/]")
+
+    def _look_for_spike(self, method: Method, step: int, first: bool) -> None:
+        """Tell of an update whose loss was far above the losses written before."""
+        usual, highest = median(self._losses) if self._losses else 0.0, max(method.losses_logged, default=0.0)
+        told = sum(name.startswith("spike") for name in self.found)
+        if 0 < SPIKE * usual < highest and told < SPIKES_TOLD:
+            began = step - len(method.losses_logged) + 1
+            when = f"at update {step:,}" if began >= step else f"between updates {began:,} and {step:,}"
+            self.found[f"spike {step}"] = (
+                f"The loss jumped {when}: {highest:.3g}, {highest / usual:.0f} times the {usual:.3g} of before. If it does not "
+                "come back, start again from earlier weights (init_from=.../checkpoints/last-1.ckpt) with a lower learning "
+                "rate, a longer warm-up, or trainer.gradient_clip_val=1."
+            )
+            if first:
+                self.console.print(f"[bold yellow]{escape(self.found[f'spike {step}'])}[/]")
+        self._losses.append(self._seen["loss"])

@@ -39,7 +39,9 @@ def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figu
     axes = figure.add_axes((edge / width, edge / height, px_width / width, px_height / height))
     axes.imshow(canvas, interpolation="nearest", aspect="auto")
     axes.set_axis_off()
-    figure.text(edge / width, 1 - 0.07 * dpi / height, title, size=10, color=INK, weight="bold", va="top")
+    figure.text(
+        edge / width, 1 - 0.07 * dpi / height, title, size=10, color=INK, weight="bold", va="top", parse_math=False
+    )
     for i, centre in enumerate(column_centres):
         x, y = (edge + centre) / width, (edge + px_height + 0.05 * dpi) / height
         figure.text(x, y, columns[i % len(columns)][0], size=8, color=MUTED, ha="center", va="bottom")
@@ -83,7 +85,7 @@ def learning_curve_figure(
         _reference(panel["knn_top1"], untrained_knn, "untrained {:.1f}", curves["knn_top1"][1])
     if "lr" in panel:
         _plot_learning_rate(panel["lr"], *curves["lr"])
-    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
     panels[-1].set_xlabel("epoch")
     figure.align_ylabels(panels)
     return figure
@@ -110,7 +112,7 @@ def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figu
         axes.set_ylabel(name.replace("_", " ").replace(" ", "\n", 1))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         _annotate_last(axes, y, "{:.3g}", BLUE)
-    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
     panels[-1].set_xlabel("epoch")
     figure.align_ylabels(panels)
     return figure

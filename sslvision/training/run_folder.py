@@ -11,12 +11,21 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
 
 from sslvision.errors import UsageError
+from sslvision.training.redact import redact
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_held: dict[Path, IO[str]] = {}
 
 CONTENTS = """\
 # {name}
@@ -30,7 +39,7 @@ Made by `{command}`.
 | environment.json | versions, git commit and hardware |
 | metrics.csv | loss, learning rate, k-NN accuracy, RankMe and what else the method logs, by step |
 | figures/ | what the method makes of held-out images, learning curve, health |
-| checkpoints/last.ckpt | all that `resume=auto` needs to go on |
+| checkpoints/last.ckpt, last-1.ckpt, ... | all that `resume=auto` needs to go on, and the same of before |
 | export/ | the backbone for use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
 | unreadable.csv | images that could not be read, if there were any |
 """
@@ -40,8 +49,10 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """Take an empty or new folder for a run; a used one only to resume in it or to empty it.
 
     Raises:
-        UsageError: the folder is in use, or is not one of ours and would be emptied.
+        UsageError: the folder is in use, or another process works in it, or is not one of ours and would be emptied.
     """
+    if (folder / LOCK).exists():
+        _hold(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         if not overwrite:
             raise UsageError(
@@ -53,12 +64,31 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
             )
         shutil.rmtree(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
+    _hold(folder)
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a folder for as long as this one lives, however it ends."""
+    if fcntl is None:
+        return
+    file = folder / LOCK
+    if folder in _held and file.exists() and os.path.samestat(os.fstat(_held[folder].fileno()), file.stat()):
+        return  # to close it would let go of it
+    _held[folder] = open(file, "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: what it forks may outlive it
+    except (BlockingIOError, PermissionError) as error:
+        raise UsageError(
+            f"Another process is at work in {folder}: wait for its end, stop it, or choose another name=."
+        ) from error
+    except OSError:  # a file system without locks
+        return
 
 
 def describe(
     folder: Path, config: dict[str, Any], words: Sequence[str], *, command: str = "pretrain", contents: str = CONTENTS
 ) -> None:
-    """Write README.md, config.yaml and environment.json.
+    """Write README.md, config.yaml and environment.json, without the secrets in them.
 
     Args:
         folder: of the run.
@@ -67,9 +97,9 @@ def describe(
         command: its name.
         contents: of README.md, with {name}, {folder} and {command}.
     """
-    command = shlex.join(["python", "-m", f"sslvision.{command}", *words])
+    command = shlex.join(["python", "-m", f"sslvision.{command}", *redact(list(words))])
     (folder / "README.md").write_text(contents.format(name=folder.name, folder=folder, command=command))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    (folder / "config.yaml").write_text(yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", environment(command))
 
 
@@ -93,8 +123,8 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write readable JSON, without the secrets in it."""
+    file.write_text(json.dumps(redact(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -1,8 +1,5 @@
 """The Lightning trainer: everything of it can be set; what is not set follows the machine."""
 
-import importlib.util
-import netrc
-import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +12,6 @@ from timm.layers import set_fused_attn
 
 from sslvision.errors import UsageError
 from sslvision.training.checkpoint import AtomicCheckpoints
-from sslvision.training.metrics import MetricsCSV
 
 
 def build_trainer(
@@ -28,6 +24,7 @@ def build_trainer(
     callbacks: list[Callback],
     options: dict[str, Any],
     max_steps: int = -1,
+    checkpoints: AtomicCheckpoints | None = None,
 ) -> L.Trainer:
     """Assemble the trainer.
 
@@ -39,6 +36,7 @@ def build_trainer(
         loggers, callbacks: handed on.
         options: the person's `trainer.*` settings; they win over the defaults below.
         max_steps: stop after so many updates, be it in the middle of an epoch; -1: after the last epoch.
+        checkpoints: how they are written; precision and accumulated batches in effect are added to their record.
 
     Raises:
         UsageError: Lightning refuses an option.
@@ -50,17 +48,18 @@ def build_trainer(
         "num_sanity_val_steps": 0,
         "enable_checkpointing": True,
     }
+    checkpoints = checkpoints or AtomicCheckpoints()
     try:
         with warnings.catch_warnings():
             # "GPU available but not used" and the like: the person asked for it.
             warnings.simplefilter("ignore")
-            return L.Trainer(
+            trainer = L.Trainer(
                 max_epochs=epochs,
                 max_steps=2 if dry_run else max_steps,
                 default_root_dir=folder,
                 logger=loggers,
                 callbacks=callbacks,
-                plugins=[AtomicCheckpoints(), *(options.get("plugins") or [])],
+                plugins=[checkpoints, *(options.get("plugins") or [])],
                 use_distributed_sampler=False,
                 **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
             )
@@ -73,6 +72,8 @@ def build_trainer(
     ) as error:
         shown = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
         raise UsageError(f"Lightning refuses {shown or 'the trainer'}: {error}") from error
+    checkpoints.record |= {"precision": str(trainer.precision), "accumulate": trainer.accumulate_grad_batches}
+    return trainer
 
 
 def _precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -119,54 +120,3 @@ def device_of(setting: str) -> torch.device:
     if setting != "auto" and not there[setting]:
         raise UsageError(f"device={setting}: there is none here; say device=auto.")
     return torch.device(next(kind for kind in there if there[kind]) if setting == "auto" else setting)
-
-
-def build_loggers(kind: str, folder: Path, config: dict[str, Any]) -> list[Logger]:
-    """Return the CSV writer, and W&B or TensorBoard beside it.
-
-    Raises:
-        UsageError: the package for the logger is not installed.
-    """
-    loggers: list[Logger] = [MetricsCSV(folder)]
-    if kind == "tensorboard":
-        if importlib.util.find_spec("tensorboard") is None:
-            raise UsageError('logger=tensorboard needs the package tensorboard: pip install -e ".[tensorboard]".')
-        from pytorch_lightning.loggers import TensorBoardLogger
-
-        loggers.append(TensorBoardLogger(save_dir=folder, name="tensorboard", version=""))
-    if kind == "wandb":
-        from pytorch_lightning.loggers import WandbLogger
-
-        loggers.append(
-            WandbLogger(
-                name=folder.name, project="sslvision", save_dir=folder, offline=not wandb_online(), config=config
-            )
-        )
-    return loggers
-
-
-def close_loggers(loggers: list[Logger], folder: Path) -> str:
-    """End the logging of a run, so that the next one of a sweep begins its own; return what is left for a person to do."""
-    from pytorch_lightning.loggers import WandbLogger
-
-    left = ""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish()
-            if not wandb_online():
-                left = (
-                    f"W&B was offline, as there is no key; this sends the run: wandb sync {folder}/wandb/offline-run-*"
-                )
-    return left
-
-
-def wandb_online() -> bool:
-    """Return whether Weights & Biases can be reached as somebody: a key is set, and offline was not asked for."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -15,7 +15,7 @@ from sslvision.errors import UsageError
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.nn.normalize import IMAGENET_MEAN
-from sslvision.training.checkpoint import export_backbone
+from sslvision.training.weights import export_backbone
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

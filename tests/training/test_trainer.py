@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sslvision.errors import UsageError
-from sslvision.training.trainer import build_loggers, build_trainer, wandb_online
+from sslvision.training.trainer import build_trainer
 
 
 def build(folder, **options):
@@ -37,25 +37,3 @@ def test_a_cpu_trains_in_bf16_only_if_it_has_units_for_it(tmp_path, monkeypatch)
 def test_what_lightning_refuses_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError, match="accelerator=abacus"):
         build(tmp_path, accelerator="abacus")
-
-
-def test_weights_and_biases_goes_online_only_with_a_key(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert not wandb_online()
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    assert wandb_online()
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert not wandb_online()
-    (tmp_path / ".netrc").unlink()
-    monkeypatch.delenv("WANDB_MODE")
-    monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert wandb_online()
-
-
-def test_a_logger_whose_package_is_missing_is_refused_with_the_command_that_installs_it(tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="pip install"):
-        build_loggers("tensorboard", tmp_path, {})

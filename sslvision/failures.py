@@ -1,0 +1,88 @@
+"""What goes wrong on a machine rather than in a run, in words: full disks, killed loader processes, lost processes."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sslvision.errors import SSLVisionError, StorageError
+
+# Of a file that is being written; the last two also of one that may not be read, see _concerns_writing.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
+_DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large")
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid|DataLoader worker.*(shared memory|No space left)", re.DOTALL)
+_PROCESS_LOST = re.compile(
+    r"Connection (closed|reset) by peer|gloo.*(Broken pipe|Timed out)|NCCL.*(remote process exited|unhandled system error)"
+    r"|[Cc]ollective operation timeout",
+    re.DOTALL,
+)
+
+
+def explained(error: BaseException, folder: str | None) -> SSLVisionError | None:
+    """Return in words what an exception means that the machine is to blame for; None for any other.
+
+    Args:
+        error: what was raised.
+        folder: of the run, which is named where the exception names no file.
+    """
+    if isinstance(error, SSLVisionError):
+        return error
+    for one in _chain(error):
+        text = str(one)
+        if _WORKER_LOST.search(text):
+            return SSLVisionError(
+                "A process of the data loader has ended. Mostly this means that memory ran out, and the system killed it: set "
+                "fewer of them, data.workers=2, or 0 to load in the training process. In a container, give it more shared "
+                "memory (docker run --shm-size=8g). The last checkpoint is as it was: resume=auto goes on from it. "
+                f"({_first_line(text)})"
+            )
+        if isinstance(one, OSError) and one.errno in _STORAGE and _concerns_writing(one):
+            return _storage(str(one.strerror), one.filename or folder)
+        if found := _DISK_FULL.search(text):
+            return _storage(found[0], folder)
+        if _PROCESS_LOST.search(text):
+            return SSLVisionError(
+                "Another process of this run has ended, and this one cannot go on alone. Why it ended it says itself, above "
+                "or in its own log; if it says nothing it was killed, most likely for want of memory. The last checkpoint "
+                f"is as it was: resume=auto goes on from it. ({_first_line(text)})"
+            )
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an exception and those it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0]
+
+
+def _concerns_writing(error: OSError) -> bool:
+    """Return whether a file could not be written; one that may not be read is another matter."""
+    if error.errno not in (errno.EACCES, errno.EPERM):
+        return True
+    if error.filename is None:
+        return False
+    path = Path(os.fsdecode(error.filename))
+    if path.exists():
+        return os.access(path, os.R_OK) and not os.access(path, os.W_OK)
+    return not os.access(_existing(path), os.W_OK)
+
+
+def _storage(reason: str, where: str | bytes | None) -> StorageError:
+    path = Path(os.fsdecode(where)) if where else Path.cwd()
+    free = shutil.disk_usage(_existing(path)).free
+    return StorageError(
+        f"{path} cannot be written: {reason}. There are {free:,} bytes free there. Make room, or say output_dir=... for a "
+        "folder on another disk; resume=auto goes on from the last checkpoint, which is as it was."
+    )
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    return next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.is_dir())

@@ -1,0 +1,247 @@
+"""Signals: what is saved, what a shell is told, and that a resumed run ends as if nothing had been."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
+from safetensors.torch import load_file
+
+from sslvision import stage_two
+from sslvision.errors import Stopped
+from sslvision.methods.mae import MAE
+from sslvision.methods.supervised import Supervised
+from sslvision.training import interrupts, signals
+from sslvision.training.interrupts import Interrupted
+from sslvision.training.sealed import read_sealed
+
+pytestmark = pytest.mark.faults
+
+ACCUMULATED = "trainer.accumulate_grad_batches=2"
+
+
+@pytest.fixture(scope="session")
+def run_tiny(run_tiny):
+    """The same with a quick evaluation, which is not what these tests are about."""
+    return lambda folder, *words: run_tiny(folder, "evaluate_images=100", *words)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_tiny, tmp_path_factory):
+    """The weights at the end of a tiny run of eight updates, and its metrics, by its further words."""
+    known = {}
+
+    def weights(*words):
+        if words not in known:
+            folder = tmp_path_factory.mktemp("undisturbed") / "run"
+            run_tiny(folder, *words)
+            known[words] = (saved(folder)["state_dict"], (folder / "metrics.csv").read_text())
+        return known[words]
+
+    return weights
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """Have a signal come, once, while a batch is under way: send(signal.SIGTERM, batch=3), counted from 1."""
+
+    def at(signum, *, batch):
+        losses, seen = MAE.losses, []
+
+        def interrupted(self, views, clock):
+            seen.append(clock.step)
+            if len(seen) == batch:
+                signal.raise_signal(signum)
+            return losses(self, views, clock)
+
+        monkeypatch.setattr(MAE, "losses", interrupted)
+
+    return at
+
+
+@pytest.fixture
+def handlers():
+    """Have signals outside of training raise, as on the command line, and leave them as they were."""
+    before = {signum: signal.getsignal(signum) for signum in (*interrupts.handled_signals(), signal.SIGUSR1)}
+    interrupts.raise_interrupted()
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def saved(folder):
+    return read_sealed(folder / "checkpoints" / "last.ckpt")
+
+
+def assert_same(weights, others):
+    assert weights.keys() == others.keys()
+    assert not [name for name, value in weights.items() if not torch.equal(value, others[name])]
+
+
+@pytest.mark.parametrize(
+    ("signum", "exit_code", "batch", "step"),
+    [
+        (signal.SIGHUP, 129, 2, 2),
+        (signal.SIGINT, 130, 5, 5),
+        (signal.SIGTERM, 143, 4, 4),  # the last of an epoch
+        (signal.SIGTERM, 143, 8, 8),  # the last of all
+    ],
+)
+def test_a_signal_stops_at_the_update_it_comes_in_and_the_resumed_run_ends_the_same(
+    signum, exit_code, batch, step, send, run_tiny, undisturbed, tmp_path
+):
+    """Rows 2 and 4."""
+    before = {one: signal.getsignal(one) for one in interrupts.handled_signals()}
+    send(signum, batch=batch)
+    with pytest.raises(Stopped, match=rf"{signal.Signals(signum).name}: saved at step {step} in .*last.ckpt") as end:
+        run_tiny(tmp_path / "run")
+    assert end.value.exit_code == exit_code
+    assert {one: signal.getsignal(one) for one in before} == before
+    assert saved(tmp_path / "run")["global_step"] == step
+    run_tiny(tmp_path / "run", "resume=auto")
+    weights, metrics = undisturbed()
+    assert_same(saved(tmp_path / "run")["state_dict"], weights)
+    assert (tmp_path / "run" / "metrics.csv").read_text() == metrics  # the k-NN at the end of an epoch too
+
+
+def test_between_accumulated_batches_a_signal_waits_for_the_update(send, run_tiny, undisturbed, tmp_path):
+    """Row 3."""
+    send(signal.SIGTERM, batch=3)  # the first of two of the second update
+    with pytest.raises(Stopped, match="saved at step 2"):
+        run_tiny(tmp_path / "run", ACCUMULATED)
+    assert saved(tmp_path / "run")["global_step"] == 2
+    run_tiny(tmp_path / "run", ACCUMULATED, "resume=auto")
+    assert_same(saved(tmp_path / "run")["state_dict"], undisturbed(ACCUMULATED)[0])
+
+
+def test_a_second_signal_ends_the_run_at_once_and_unsaved(handlers, run_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "SAME_REQUEST_S", 0.0)
+    losses = MAE.losses
+
+    def twice(self, views, clock):
+        if clock.step == 1:
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, views, clock)
+
+    monkeypatch.setattr(MAE, "losses", twice)
+    with pytest.raises(Interrupted):
+        run_tiny(tmp_path / "run")
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, run_tiny, tmp_path, monkeypatch):
+    """A launcher passes on what the process has received from the terminal already."""
+    losses = MAE.losses
+
+    def twice(self, views, clock):
+        if clock.step == 1:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, views, clock)
+
+    monkeypatch.setattr(MAE, "losses", twice)
+    with pytest.raises(Stopped, match="saved at step 2"):
+        run_tiny(tmp_path / "run")
+
+
+@pytest.mark.parametrize("update", [4, 5])  # a validation falls on every second one
+def test_fine_tuning_stops_and_goes_on_as_if_nothing_had_been(update, settings_of, tiny_run, tmp_path, monkeypatch):
+    """Rows 2 and 4, of stage two: no validation may be left out, for the best weights by these are kept."""
+    words = [
+        *(f"run={tiny_run}", "data=digits", "epochs=0", "min_updates=8", "evaluations=4", "scratch=false", "lr=0.01"),
+        *("head_first=false", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.log_every_n_steps=1"),
+        *("trainer.enable_progress_bar=false", "resume=auto"),
+    ]
+    settings = settings_of("finetune", *words)
+    whole = stage_two.finetune(settings, tmp_path / "whole")
+    after_update, sent = Supervised.after_update, []
+
+    def interrupted(self, clock):
+        after_update(self, clock)
+        if clock.step + 1 == update and not sent:
+            sent.append(update)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Supervised, "after_update", interrupted)
+    with pytest.raises(Stopped, match=f"saved at step {update} "):
+        stage_two.finetune(settings, tmp_path / "run")
+    again = stage_two.finetune(settings, tmp_path / "run")
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    one, other = (load_file(tmp_path / run / "export" / "model.safetensors") for run in ("whole", "run"))
+    assert_same(one, other)
+    one, other = ((tmp_path / run / "metrics.csv").read_text() for run in ("whole", "run"))
+    assert one == other
+
+
+def test_lightning_still_has_what_is_replaced_of_it():
+    """Its own watch for signals: without these names ours would stand beside it."""
+    assert callable(_SignalConnector.register_signal_handlers)
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+    assert callable(_TrainingEpochLoop._should_check_val_fx)
+
+
+# SLURM.
+
+
+@pytest.fixture
+def slurm(handlers, tmp_path, monkeypatch):
+    """A job of SLURM, and an scontrol that writes down what it is asked and returns `exit_code`."""
+    asked, folder = tmp_path / "asked", tmp_path / "bin"
+    folder.mkdir()
+
+    def control(exit_code=0):
+        (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\necho "Not allowed" >&2\nexit {exit_code}\n')
+        (folder / "scontrol").chmod(0o755)
+        return asked
+
+    for name, value in {
+        **{"JOB_ID": "4712", "ARRAY_JOB_ID": "4711", "ARRAY_TASK_ID": "3", "JOB_NAME": "pretrain"},
+        **{"NTASKS": "1", "NTASKS_PER_NODE": "1", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0"},
+    }.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    return control
+
+
+def test_under_slurm_the_job_is_saved_and_requeued_and_the_same_words_go_on(
+    slurm, send, run_tiny, undisturbed, tmp_path
+):
+    asked = slurm()
+    send(signal.SIGUSR1, batch=3)
+    with pytest.raises(Stopped, match=r"SIGUSR1: saved at step 3 in .*job 4711_3 back in its queue") as end:
+        run_tiny(tmp_path / "run", "resume=auto")
+    assert end.value.exit_code == 143
+    assert asked.read_text() == "requeue 4711_3\n"
+    assert not [*tmp_path.rglob("hpc_ckpt*")]  # Lightning's own way, which is not exact
+    run_tiny(tmp_path / "run", "resume=auto")
+    assert_same(saved(tmp_path / "run")["state_dict"], undisturbed()[0])
+
+
+def test_a_job_that_would_not_go_on_is_not_requeued(slurm, send, run_tiny, tmp_path):
+    asked = slurm()
+    send(signal.SIGUSR1, batch=2)
+    with pytest.raises(Stopped, match=r"saved at step 2 .*no resume=auto"):
+        run_tiny(tmp_path / "run")
+    assert not asked.exists()
+
+
+def test_a_refusal_of_slurm_is_passed_on(slurm, send, run_tiny, tmp_path):
+    slurm(exit_code=1)
+    send(signal.SIGUSR1, batch=2)
+    with pytest.raises(Stopped, match=r"saved at step 2 .*did not put job 4711_3 back .*Not allowed.*submit it again"):
+        run_tiny(tmp_path / "run", "resume=auto")
+
+
+def test_a_job_of_slurm_is_not_put_to_sleep_by_a_sigterm(slurm, send, run_tiny, tmp_path):
+    """Lightning, where it requeues, lets a SIGTERM pass."""
+    asked = slurm()
+    send(signal.SIGTERM, batch=2)
+    with pytest.raises(Stopped, match="SIGTERM: saved at step 2"):
+        run_tiny(tmp_path / "run", "resume=auto")
+    assert not asked.exists()
