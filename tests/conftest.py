@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see commandline.run
+
 from sslvision import config
 
 # A ViT of one block on the embedded images, four updates to an epoch.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -25,7 +25,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, int] = {}
 
 CONTENTS = """\
 # {name}
@@ -72,17 +72,20 @@ def _hold(folder: Path) -> None:
     if fcntl is None:
         return
     file = folder / LOCK
-    if folder in _held and file.exists() and os.path.samestat(os.fstat(_held[folder].fileno()), file.stat()):
-        return  # to close it would let go of it
-    _held[folder] = open(file, "w")  # noqa: SIM115
+    if folder in _held and file.exists() and os.path.samestat(os.fstat(_held[folder]), file.stat()):
+        return
+    held = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(_held[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: what it forks may outlive it
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: what it forks may outlive it
     except (BlockingIOError, PermissionError) as error:
+        os.close(held)
         raise UsageError(
             f"Another process is at work in {folder}: wait for its end, stop it, or choose another name=."
         ) from error
     except OSError:  # a file system without locks
+        os.close(held)
         return
+    _held[folder] = held  # open from now on: to close it would let go
 
 
 def describe(
