@@ -75,7 +75,7 @@ def small_disk(folder):
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # the lock of the run in it is held
 
 
 @contextlib.contextmanager
