@@ -40,8 +40,9 @@ typed: list[str] = []  # the command line as the person wrote it
 def run(command: cfg.Command[Any], work: Work) -> None:
     """Run a command, and exit.
 
-    Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged, 5 a file cannot be written; 130 SIGINT (Ctrl-C) and 143
-    SIGTERM: in training it is saved first. A sweep exits with the largest code of its runs; a signal ends all of it.
+    Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged, 5 a file cannot be written; 129 SIGHUP, 130 SIGINT
+    (Ctrl-C) and 143 SIGTERM: in training it is saved first. A sweep exits with the largest code of its runs; a signal ends
+    all of it.
     """
     typed[:] = sys.argv[1:]
     # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; beside
