@@ -1,19 +1,22 @@
-"""The loader's processes leave signals to the process that trains: it needs their images until it has saved."""
+"""The loader's processes leave signals, and words, to the process that trains."""
 
 import os
 import signal
+import sys
 import threading
+from types import TracebackType
 
 
 def leave_signals_to_trainer(worker: int) -> None:
     """Go on when a signal goes to all processes of a run: a Ctrl-C, a scheduler's or a service manager's SIGTERM.
 
-    A loader's process ends when the one that trains says so, by its queue or by a SIGTERM, or is gone. For torch's
-    `worker_init_fn`.
+    The process that trains needs images until it has saved. One of the loader ends when that one says so, by its queue
+    or by a SIGTERM, or is gone. For torch's `worker_init_fn`.
 
     Args:
         worker: its number, not used.
     """
+    sys.excepthook = _leave_words_to_trainer
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -26,3 +29,9 @@ def _end_when_told(trainer: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
         pass
     os._exit(0)
+
+
+def _leave_words_to_trainer(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """Print what nobody caught, but for this: the process that trains ended while it was being handed a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)

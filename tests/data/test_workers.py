@@ -1,8 +1,9 @@
-"""What signals do to the loader's processes."""
+"""What signals, and a trainer that ends, do to the loader's processes."""
 
 import multiprocessing
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -42,3 +43,21 @@ def test_a_loader_ends_when_the_trainer_says_so(loader):
     worker.terminate()  # SIGTERM
     worker.join(timeout=10)
     assert worker.exitcode == 0
+
+BREAKS_OFF = """
+import sys, time
+from multiprocessing import resource_sharer
+from multiprocessing.connection import SocketClient
+from sslvision.data.workers import leave_signals_to_trainer
+
+leave_signals_to_trainer(0)
+SocketClient(resource_sharer.DupFd(1)._id[0]).close()
+time.sleep(0.5)
+raise ValueError("an error of ours")
+"""
+
+
+def test_a_loader_says_nothing_when_the_trainer_breaks_off_a_batch_but_tells_other_errors():
+    said = subprocess.run([sys.executable, "-c", BREAKS_OFF], capture_output=True, text=True).stderr
+    assert said.count("Traceback") == 1, said
+    assert said.splitlines()[-1] == "ValueError: an error of ours"
