@@ -44,6 +44,7 @@ def test_a_loader_ends_when_the_trainer_says_so(loader):
     worker.join(timeout=10)
     assert worker.exitcode == 0
 
+
 BREAKS_OFF = """
 import sys, time
 from multiprocessing import resource_sharer
