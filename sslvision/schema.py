@@ -71,6 +71,8 @@ def _known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dic
         if key in (settings.get("trainer") or {}):
             raise UsageError(f"trainer.{key} is set by sslvision; use {OURS[key]}.")
     known.get("data", {}).update({"workers": int | None, "normalize": Any, "max_unreadable": float})
+    cache = {"cache": Literal["none", "ram", "disk"], "cache_size": int, "cache_dir": str | None}
+    known.get("data", {}).update(cache)
     return known
 
 

@@ -37,6 +37,9 @@ def _folder_name(name: str | None) -> None:
 _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
+_COMPILE = "compile blocks and loss with torch.compile (default: on CUDA only); evaluation runs as it stands"
+_MEMORY = "normal | low: compute activations again in the backward pass in place of keeping them, to the same end"
+_OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 
 
 @dataclass
@@ -53,7 +56,7 @@ class Pretrain:
         {}, "name (any of timm; MAE: ViT or Swin), image_size, pool, and any timm keyword: patch_size, depth, ..."
     )
     data: dict[str, Any] = _option(
-        {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, ..."
+        {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
     )
     epochs: int = _option(100, "passes over the training images")
     batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
@@ -80,24 +83,15 @@ class Pretrain:
     checkpoint_every_steps: int | None = _option(None, "and every so many optimizer updates, in mid-epoch too")
     keep_checkpoints: int = _option(3, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
-    trainer: dict[str, Any] = _option(
-        {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
-    )
+    memory: Literal["normal", "low"] = _option("normal", _MEMORY)
+    compile: bool | None = _option(None, _COMPILE)
+    trainer: dict[str, Any] = _option({}, _OPTIONS)
     about: str = _option("", "what the recipe is, in a line")
     reference: str = _option("", "scores others reported for this recipe")
 
     def __post_init__(self) -> None:
-        _at_least(
-            self,
-            epochs=1,
-            batch_size=1,
-            knn_every_epochs=0,
-            checkpoint_every_epochs=1,
-            keep_checkpoints=1,
-            max_skipped=0,
-            evaluate_images=1,
-            seed=0,
-        )
+        _at_least(self, epochs=1, batch_size=1, knn_every_epochs=0, evaluate_images=1, seed=0)
+        _at_least(self, checkpoint_every_epochs=1, keep_checkpoints=1, max_skipped=0)
         _positive(self, "base_lr", "lr", "checkpoint_every_steps")
         _folder_name(self.name)
         for section in ("method", "data"):
@@ -214,27 +208,17 @@ class Finetune:
     max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
     keep_checkpoints: int = _option(2, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
-    trainer: dict[str, Any] = _option(
-        {}, "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
-    )
+    memory: Literal["normal", "low"] = _option("normal", _MEMORY)
+    compile: bool | None = _option(None, _COMPILE)
+    trainer: dict[str, Any] = _option({}, _OPTIONS)
     about: str = _option("", "what the recipe is, in a line")
     reference: str = _option("", "scores others reported for this recipe")
 
     def __post_init__(self) -> None:
         _at_least(
-            self,
-            epochs=0,
-            min_updates=0,
-            batch_size=1,
-            randaugment=0,
-            evaluations=1,
-            patience=0,
-            scratch_longer=1,
-            keep_checkpoints=1,
-            max_skipped=0,
-            seeds=1,
-            seed=0,
+            self, epochs=0, min_updates=0, batch_size=1, randaugment=0, evaluations=1, patience=0, scratch_longer=1
         )
+        _at_least(self, keep_checkpoints=1, max_skipped=0, seeds=1, seed=0)
         _positive(self, "lr_ratio", "base_lr", "lr", "scratch_lr_ratio")
         _folder_name(self.name)
         _needs_run_and_data(self)

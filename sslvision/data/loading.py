@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from sslvision.data.base import Source, UnreadableImage
 from sslvision.data.batch import Batch
 from sslvision.data.sampler import EpochBatches, Key
 from sslvision.data.workers import leave_signals_to_trainer
 from sslvision.nn.randomness import ImageRandom
-from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_one
+from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_each, crop_noise, views_by_kind
 
 STAND_INS = 100  # images tried in place of an unreadable one
+TOGETHER = 16  # decoded images held at once: enough for drawing their boxes together to cost nothing
 
 # Changes one uint8 crop (C, S, S) into another of that shape; all it draws is a function of the image's randomness (B = 1).
 Augment = Callable[[Tensor, ImageRandom], Tensor]
@@ -40,18 +41,26 @@ class TrainingImages(Dataset[Batch]):
         if self.source.images is not None:
             whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
             return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
+        rng = ImageRandom(self.seed, epoch, index)
+        kinds = views_by_kind(self.crops)
+        noise = {crop: crop_noise(rng, views) for crop, views in kinds.items()}
+        crops = [_room(len(keys), self.source.channels, crop.size) for crop in self.crops]
         unreadable: list[tuple[int, str]] = []
         shown = index.clone()
-        cut: list[list[Tensor]] = []
-        for position, (_, number) in enumerate(keys):
-            found = self._read(number, unreadable)
-            if found is None:  # nothing readable far and wide: the training process stops with what is in `unreadable`
-                return Batch([], index, epoch, unreadable, shown)
-            image, shown[position] = found
-            one = slice(position, position + 1)
-            rng = ImageRandom(self.seed, epoch[one], index[one])
-            cut.append([crop_one(image, rng, view, crop) for view, crop in enumerate(self.crops)])
-        crops = [torch.stack(view) for view in zip(*cut, strict=True)]
+        for start in range(0, len(keys), TOGETHER):
+            images, part = [], slice(start, start + TOGETHER)
+            for position, (_, number) in enumerate(keys[part], start):
+                found = self._read(number, unreadable)
+                if (
+                    found is None
+                ):  # nothing readable far and wide: the training process stops with what is in `unreadable`
+                    return Batch([], index, epoch, unreadable, shown)
+                image, shown[position] = found
+                images.append(image)
+            for crop, views in kinds.items():
+                rooms = [room for view in views for room in crops[view][part]]
+                for room, cut in zip(rooms, crop_each(images, noise[crop][:, part], crop), strict=True):
+                    room.copy_(cut)
         return self._augmented(Batch(crops, index, epoch, unreadable, shown))
 
     def _read(self, number: int, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
@@ -71,16 +80,27 @@ class TrainingImages(Dataset[Batch]):
         rngs = [ImageRandom(self.seed, epoch, place) for epoch, place in images]
         return batch._replace(
             crops=[
-                torch.stack([self.augment(crop, rng) for crop, rng in zip(view, rngs, strict=True)])
+                torch.stack([self.augment(crop.contiguous(), rng) for crop, rng in zip(view, rngs, strict=True)])
                 for view in batch.crops
             ]
         )
 
 
+def _room(images: int, channels: int, size: int) -> Tensor:
+    """Return room for crops, (B, C, S, S) uint8, in memory (B, S, S, C), as they are cut; in a worker that of all processes."""
+    room = torch.empty(images, size, size, channels, dtype=torch.uint8)
+    if get_worker_info() is not None:
+        room.share_memory_()  # or they would be copied there
+    return room.permute(0, 3, 1, 2)
+
+
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
     """Cut the crops of whole images (B, C, H, W) on the device they are on."""
     rng = ImageRandom(seed, batch.epoch, batch.places)
-    return batch._replace(crops=[crop_batch(batch.crops[0], rng, view, crop) for view, crop in enumerate(crops)])
+    cut: dict[int, Tensor] = {}
+    for crop, views in views_by_kind(crops).items():
+        cut |= zip(views, crop_batch(batch.crops[0], rng, views, crop), strict=True)
+    return batch._replace(crops=[cut[view] for view in range(len(crops))])
 
 
 class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):

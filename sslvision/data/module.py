@@ -99,15 +99,22 @@ class ImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Cut the crops of images that came whole."""
-        came_whole = isinstance(batch, Batch) and self.splits.train.images is not None and self.augment is None
-        return cut_crops(batch, self.crops, self.seed) if came_whole else batch
+        """Cut the crops of images that came whole; put others, which come as (B, S, S, C), into the order of their shape."""
+        if not isinstance(batch, Batch):
+            return batch
+        if self.splits.train.images is not None and self.augment is None:
+            return cut_crops(batch, self.crops, self.seed)
+        return batch._replace(crops=[crop.contiguous() for crop in batch.crops])
 
 
 def available_workers() -> int:
     """Return a sensible number of loader processes: the cores this process may use, 8 at most."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, available_cores())
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pixel_statistics(

@@ -17,6 +17,7 @@ from sslvision.backbones.vit import ViT
 from sslvision.data.base import Source
 from sslvision.data.loading import evaluation_loader
 from sslvision.errors import UsageError
+from sslvision.nn.compiled import eagerly
 from sslvision.nn.normalize import Normalize
 from sslvision.nn.randomness import ImageRandom, permutation
 from sslvision.views.geometry import Crop, crop_one
@@ -171,6 +172,7 @@ def feature_batches(
         backbone.train(was_training)
 
 
+@eagerly()
 def features_of(backbone: Backbone, images: Tensor, last_blocks: int = 0, patch_mean: bool = False) -> Tensor:
     """Return one feature per normalised image (B, C, H, W) of the backbone's image size: (B, F)."""
     if not last_blocks or not has_class_token(backbone):

@@ -5,8 +5,10 @@ nor the number of processes, nor a resume can change what happens to an image. T
 splitmix64 finaliser (Steele, Lea, Flood 2014) of a key made from the four, on any device.
 """
 
+import functools
 import hashlib
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +38,20 @@ class ImageRandom:
     epoch: Tensor
     index: Tensor
 
+    @functools.cached_property
+    def _images(self) -> Tensor:
+        """Return (B,) numbers that tell images and epochs apart."""
+        return mix(mix(self.index + _scalar(self.seed)) + self.epoch)
+
     def uniform(self, purpose: str, n: int) -> Tensor:
         """Return (B, n) numbers in [0, 1), independent between images, epochs and purposes ("mask", "crop 0", ...)."""
-        key = mix(mix(mix(self.index + _scalar(self.seed)) + self.epoch) + zlib.crc32(purpose.encode()))  # (B,)
-        counter = torch.arange(1, n + 1, device=self.index.device)
-        bits = mix(key[:, None] + counter * GOLDEN_GAMMA) >> 40  # (B, n), the 24 highest, sign extended
+        return self.uniforms([purpose], n)[0]
+
+    def uniforms(self, purposes: Sequence[str], n: int) -> Tensor:
+        """Return (V, B, n) numbers for V purposes at once."""
+        codes, counter = _codes(tuple(purposes), self.index.device), _counter(n, self.index.device)
+        key = mix(self._images + codes)  # (V, B)
+        bits = mix(key[:, :, None] + counter) >> 40  # (V, B, n), the 24 highest, sign extended
         return (bits & 0xFFFFFF).float() / (1 << 24)
 
 
@@ -56,6 +67,20 @@ def number(seed: int, *place: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
+# What goes to the device does so once: it would wait for it.
+
+
+@functools.cache
+def _codes(purposes: tuple[str, ...], device: torch.device) -> Tensor:
+    return torch.tensor([[zlib.crc32(purpose.encode())] for purpose in purposes], device=device)  # (V, 1)
+
+
+@functools.cache
+def _counter(n: int, device: torch.device) -> Tensor:
+    return torch.arange(1, n + 1, device=device) * GOLDEN_GAMMA  # (n,)
+
+
+@functools.cache  # a run has one seed, and asks for it in every draw
 def _scalar(seed: int) -> int:
     """Spread a seed over 64 bits, so that neighbouring seeds share no images' keys."""
     return int(mix(torch.tensor(seed * 2 + 1)))

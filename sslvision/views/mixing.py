@@ -108,9 +108,9 @@ def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
         return images
     B, channels, height, width = images.shape
     chosen = rng.uniform("erase", 1) < probability  # (B, 1)
-    top, left, rows, columns = crop_boxes(rng.uniform("erase box", 2 * ATTEMPTS + 2), height, width, ERASED).T[
-        ..., None
-    ]
+    heights, widths = (torch.full_like(rng.index, side) for side in (height, width))  # (B,), (B,)
+    boxes = crop_boxes(rng.uniform("erase box", 2 * ATTEMPTS + 2), heights, widths, ERASED)  # (B, 4)
+    top, left, rows, columns = boxes.T[..., None]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside_y, inside_x = (y >= top) & (y < top + rows) & chosen, (x >= left) & (x < left + columns)  # (B, H), (B, W)
     box = (inside_y[:, :, None] & inside_x[:, None])[:, None]  # (B, 1, H, W)

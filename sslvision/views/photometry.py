@@ -8,6 +8,7 @@ Deviation: the authors' code rounds to bytes after every operation, mostly downw
 image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,9 +83,9 @@ class Drawn(NamedTuple):
     threshold: Tensor  # grey levels
 
 
-def draw_photometry(rng: ImageRandom, view: int, photometry: Photometry) -> Drawn:
-    """Draw the parameters of a batch for its `view`-th view."""
-    noise = rng.uniform(f"photometry {view}", 13).T  # (13, B)
+def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Photometry) -> Drawn:
+    """Draw the parameters of a batch for some of its views, V of them: V * B images, the first view's first."""
+    noise = rng.uniforms([f"photometry {view}" for view in views], 13).flatten(0, 1).T  # (13, V * B)
 
     def between(low: float, high: float, noise: Tensor) -> Tensor:
         return low + noise * (high - low)
@@ -110,6 +111,11 @@ def draw_photometry(rng: ImageRandom, view: int, photometry: Photometry) -> Draw
     )
 
 
+def join_drawn(*drawn: Drawn) -> Drawn:
+    """Return the parameters of several batches as those of one."""
+    return Drawn(*(torch.cat(parameter) for parameter in zip(*drawn, strict=True)))
+
+
 def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
     """Augment images (B, C, H, W) uint8 -> (B, C, H, W) float32 from 0 to 255, not rounded.
 
@@ -128,18 +134,24 @@ def jitter(images: Tensor, drawn: Drawn) -> Tensor:
     Hue is by far the dearest. It is computed once, between what comes before it in an image's order and what comes after.
     """
     colour = images.shape[1] == 3
-    one = torch.ones_like(drawn.brightness)  # a factor of 1 changes nothing
-    factors = [drawn.brightness, drawn.contrast, drawn.saturation if colour else one, one]
-    ordered = torch.stack(factors, dim=1).gather(1, drawn.order)  # (B, 4)
-    hue_place = drawn.order.argsort(dim=1)[:, HUE]  # (B,)
-    for place in (0, 1, 2):
-        active = drawn.jittered & (place < hue_place)
-        images = enhance(images, drawn.order[:, place], torch.where(active, ordered[:, place], one))
-    if colour:
-        images = torch.where(_per_image(drawn.jittered), shift_hue(images, drawn.hue), images)
-    for place in (1, 2, 3):
-        active = drawn.jittered & (place > hue_place)
-        images = enhance(images, drawn.order[:, place], torch.where(active, ordered[:, place], one))
+    changes = 3 if colour else 2  # besides hue; where there is no colour, it has no saturation
+    last = (drawn.order >= changes).int().argsort(dim=1, stable=True)
+    order = drawn.order.gather(1, last)[:, :changes]  # (B, changes)
+    factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation], dim=1).gather(1, order)
+    factors = torch.where(drawn.jittered[:, None], factors, 1.0)  # a factor of 1 changes nothing
+    if not colour:
+        return enhance_in_turn(images, order, factors)
+    place = drawn.order.argsort(dim=1)  # (B, 4), of each change
+    before = place.gather(1, order) < place[:, HUE:]
+    images = enhance_in_turn(images, order, torch.where(before, factors, 1.0))
+    images = torch.where(_per_image(drawn.jittered), shift_hue(images, drawn.hue), images)
+    return enhance_in_turn(images, order, torch.where(before, 1.0, factors))
+
+
+def enhance_in_turn(images: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
+    """Make the changes `operations` (B, n) of images (B, C, H, W) by `factors` (B, n), one after the other."""
+    for operation, factor in zip(operations.T, factors.T, strict=True):
+        images = enhance(images, operation, factor)
     return images
 
 
@@ -164,7 +176,7 @@ def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
 def luma(images: Tensor) -> Tensor:
     """Return the grey images (B, 1, H, W) of (B, C, H, W): the mean over channels unless they are red, green and blue."""
     if images.shape[1] != 3:
-        return images.mean(dim=1, keepdim=True)
+        return images if images.shape[1] == 1 else images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
     return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
 

@@ -1,5 +1,6 @@
 """The loader: the same crops whichever way, unreadable images stood in for, and the statistics of the pixels."""
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -9,11 +10,12 @@ from PIL import Image
 
 from sslvision.data.base import Splits, UnreadableImage
 from sslvision.data.folder import open_folder
-from sslvision.data.loading import cut_crops, evaluation_loader, training_loader
+from sslvision.data.loading import TOGETHER, cut_crops, evaluation_loader, training_loader
 from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.data.sampler import EpochBatches
 from sslvision.errors import DataError, UsageError
-from sslvision.views.geometry import Crop
+from sslvision.nn.randomness import ImageRandom
+from sslvision.views.geometry import Crop, crop_one
 from sslvision.views.randaugment import RandAugment
 
 CROPS = (Crop(24, (0.3, 1.0)), Crop(12, (0.1, 0.3)))
@@ -84,6 +86,31 @@ def test_the_crops_of_an_image_do_not_depend_on_the_images_beside_it():
     for whole, other in zip(batches(Images(in_memory=False)), broken, strict=True):
         same = whole.places != 5
         assert torch.equal(whole.crops[0][same], other.crops[0][same])
+
+
+def test_crops_are_those_of_each_image_alone_however_many_are_decoded_together():
+    source = Images(in_memory=False)
+    sampler = EpochBatches(40, global_batch=40, seed=3)
+    (batch,) = training_loader(source, (*CROPS, CROPS[0]), sampler, workers=0, pin_memory=False)
+    for place, *cut in zip(batch.places, *batch.crops, strict=True):
+        rng = ImageRandom(3, torch.tensor([0]), place[None])
+        for view, crop in enumerate((*CROPS, CROPS[0])):
+            assert torch.equal(cut[view], crop_one(source.stack[place], rng, view, crop))
+
+
+def test_few_decoded_images_are_held_at_once():
+    class Counted(Images):
+        alive = most = 0
+
+        def read(self, index):
+            image = super().read(index).clone()
+            type(self).alive += 1
+            type(self).most = max(self.most, self.alive)
+            weakref.finalize(image, lambda: setattr(Counted, "alive", Counted.alive - 1))
+            return image
+
+    batches(Counted(200, in_memory=False), global_batch=200)
+    assert Counted.most <= TOGETHER + 1
 
 
 def test_an_unreadable_image_is_named_and_the_next_readable_one_stands_in():
@@ -184,7 +211,8 @@ def test_crops_are_cut_once_wherever_that_is(in_memory, augment):
     if in_memory and augment is None:
         assert first.crops[0].shape == (8, 3, 32, 32)
     else:
-        assert batch is first
+        assert all(torch.equal(one, other) for one, other in zip(batch.crops, first.crops, strict=True))
+    assert all(crop.is_contiguous() for crop in batch.crops)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

@@ -181,6 +181,15 @@ def test_how_files_are_decoded_and_which_of_them_change_the_key(folder_of_images
     assert data_digest(grey_source, range(10)) in digests
 
 
+def test_a_source_that_decodes_only_some_files_otherwise_has_another_key(
+    folder_of_images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_folder(folder_of_images, channels=1, holdout=0).train
+    before, read = data_digest(source, range(10)), source.read
+    monkeypatch.setattr(source, "read", lambda place: read(place).flip(2) if place == 5 else read(place))
+    assert data_digest(source, range(10)) != before
+
+
 def test_unreadable_files_are_left_out_when_the_cache_is_read_too(tmp_path: Path, folder_of_images: Path) -> None:
     (folder_of_images / "4.png").write_bytes(b"no image")
     source = open_folder(folder_of_images, channels=1, holdout=0).train

@@ -8,6 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sslvision.data.base import UnreadableImage
+from sslvision.data.cache import cached
 from sslvision.data.folder import open_folder
 from sslvision.data.loading import training_loader
 from sslvision.data.sampler import EpochBatches
@@ -120,3 +122,22 @@ def test_every_damaged_file_is_an_image_or_has_a_reason_and_no_worker_dies(damag
         named = {source.describe(place).rsplit("/", 1)[1] for place in reasons}
         assert not [name for name in named if name.startswith("sound")]
         assert 200 < len(reasons) < 900, "the damage is neither too slight nor too great to tell anything"
+
+
+def read(source, place):
+    """Return the image, or why there is none."""
+    try:
+        return source.read(place)
+    except UnreadableImage as error:
+        return str(error)
+
+
+def test_a_cache_of_damaged_files_has_the_same_images_and_the_same_reasons(damaged, tmp_path):
+    splits = open_folder(damaged, holdout=0)
+    kept = cached(splits, "disk", side=10_000, folder=str(tmp_path), workers=2).train
+    kinds = set()
+    for place in range(len(splits.train)):
+        expected, found = read(splits.train, place), read(kept, place)
+        assert torch.equal(found, expected) if isinstance(expected, torch.Tensor) else found == expected
+        kinds.add(type(expected))
+    assert kinds == {torch.Tensor, str}
