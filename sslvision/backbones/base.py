@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sslvision.errors import UsageError
+from sslvision.nn.recompute import count_batches_once
+
 
 class Backbone(nn.Module, ABC):
     """A timm model with its head off, seen as an encoder of tokens.
@@ -18,6 +21,7 @@ class Backbone(nn.Module, ABC):
         grid: rows and columns of output tokens for images of `image_size`.
         num_prefix: class and register tokens, which come first in the output of `encode`.
         hides: whether `encode` takes `keep`.
+        sparing: whether `spare_memory` was called.
         arguments: with which timm.create_model builds the model.
     """
 
@@ -29,6 +33,7 @@ class Backbone(nn.Module, ABC):
     grid: tuple[int, int]
     num_prefix: int
     hides: bool = False
+    sparing: bool = False
     arguments: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
@@ -46,6 +51,26 @@ class Backbone(nn.Module, ABC):
     def init_weights(self) -> None:
         """Initialise as the MAE paper does (appendix A.1); what `hides` can."""
         raise NotImplementedError
+
+    def spare_memory(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again there: the same numbers, slower.
+
+        Raises:
+            UsageError: timm cannot do so with this model.
+        """
+        try:
+            self.model.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise UsageError(
+                f"memory=low: timm cannot compute the activations of a {type(self.model).__name__} a second time. Leave it "
+                "out, and use fewer images at a time: trainer.accumulate_grad_batches=2 halves them, and batch_size stays."
+            ) from error
+        count_batches_once(self.model)
+        self.sparing = True
+
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Have what repeats compiled when it first runs, see nn/compiled.py. Names of parameters stay as they are."""
 
     def takes(self, size: int) -> bool:
         """Return whether square images of this side can be encoded, too, such as DINO's local crops."""

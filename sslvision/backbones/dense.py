@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sslvision.backbones.base import Backbone
 from sslvision.errors import UsageError
+from sslvision.nn.compiled import compiled
 
 # B images, L places of the output map, P class and register tokens, D channels of a token, F of a feature
 
@@ -41,6 +42,7 @@ class Dense(Backbone):
     def __init__(self, model: Any, *, image_size: int):
         super().__init__()
         self.model = model
+        self._compiled: Any = None
         self.image_size, self.channels = (image_size, image_size), model.in_chans
         # LeViT, EfficientFormer and others keep in eval mode what they made of their weights: see _forget.
         self._keeping: list[Any] = [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
@@ -66,7 +68,8 @@ class Dense(Backbone):
         """Return features (B, F): what timm's head makes of timm's features before it would classify them."""
         self._forget()
         with in_full_on_a_cpu(images):
-            return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+            features = self._compiled or self.model.forward_features
+            return self.model.forward_head(features(images), pre_logits=True)
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return timm's features before its head as tokens (B, P+L, D), the map row by row.
@@ -119,6 +122,11 @@ class Dense(Backbone):
         except Exception:  # timm refuses sizes by errors of many types
             return False
         return min(grid) > 0
+
+    def compile_blocks(self) -> None:
+        """See Backbone.compile_blocks: the network as a whole, up to its head, unless it is to spare memory."""
+        if not self.sparing:  # in one graph batch norms would count what is computed again
+            self._compiled = compiled(self.model.forward_features)
 
     def _survey(self, size: int) -> tuple[str, int, tuple[int, int], tuple[int, ...]]:
         """Return how timm lays out features of images of a side, P, rows and columns, and the shape of head's output."""

@@ -4,12 +4,13 @@ import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from sslvision.backbones.base import Backbone
 from sslvision.backbones.vit import init_transformer
 from sslvision.errors import UsageError
+from sslvision.nn.compiled import compile_module, compiled, share_graphs
 from sslvision.nn.patches import take_patches
+from sslvision.nn.recompute import run_sparingly
 from sslvision.nn.windows import Cut, Windows, cut_windows, nested_order, window_attention
 
 
@@ -50,6 +51,7 @@ class Swin(Backbone):
         self.stride = patch[0] * 2**self.levels
         self.grid = self.units_of(*self.image_size)
         self.num_prefix = 0
+        self._run_block, self._counts = run_block, True
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encode all units of images (B, C, H, W), of any size, or the visible ones `keep` alone. See Backbone.encode.
@@ -123,12 +125,18 @@ class Swin(Backbone):
         for block in stage.blocks:
             cut = cut_of(block, (grid[0] * unit, grid[1] * unit))
             if cut not in windows:
-                windows[cut] = cut_windows(y, x, unit, cut, count=keep.device.type == "cpu")
-            if stage.grad_checkpointing and self.training:
-                tokens = checkpoint(run_block, block, tokens, windows[cut], use_reentrant=False)
-            else:
-                tokens = run_block(block, tokens, windows[cut])
+                windows[cut] = cut_windows(y, x, unit, cut, count=self._counts and keep.device.type == "cpu")
+            sparing = stage.grad_checkpointing and self.training
+            tokens = run_sparingly(self._run_block, block, tokens, windows[cut], sparing=sparing)
         return tokens
+
+    def compile_blocks(self) -> None:
+        """See Backbone.compile_blocks. Shapes are to be static, so windows with tokens are not counted."""
+        share_graphs(self.model)
+        for stage in self.model.layers:
+            for block in stage.blocks:
+                compile_module(block)
+        self._run_block, self._counts = compiled(run_block), False
 
     def init_weights(self) -> None:
         """Initialise as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices; biases of attention near 0."""

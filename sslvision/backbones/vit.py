@@ -1,17 +1,20 @@
 """Vision transformers (Dosovitskiy et al. 2021): any timm `VisionTransformer`, encoding visible patches only if asked."""
 
+from collections.abc import Iterable
+
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint_sequential
 
 from sslvision.backbones.base import Backbone
 from sslvision.errors import UsageError
 from sslvision.nn.attention import attention_weights, block_part, divisible
-from sslvision.nn.patches import gather_tokens, take_patches
+from sslvision.nn.compiled import compile_module, compiled, share_graphs
+from sslvision.nn.patches import all_patches, gather_tokens, take_patches
 from sslvision.nn.position import sincos_position
+from sslvision.nn.recompute import run_sparingly
 
 
 class ViT(Backbone):
@@ -33,6 +36,7 @@ class ViT(Backbone):
         self.channels, self.width = model.in_chans, model.embed_dim
         self.stride = embed.patch_size[0]
         self.num_prefix = model.num_prefix_tokens
+        self._block_part = block_part
         if embed.patch_size[0] != embed.patch_size[1] or any(side % self.stride for side in self.image_size):
             raise UsageError(
                 f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be cut into patches of "
@@ -52,29 +56,37 @@ class ViT(Backbone):
         *blocks, last = self.model.blocks
         if self.model.global_pool != "token" or not divisible(last):
             return super().forward(images)
-        tokens = self._attend(nn.Sequential(*blocks), self._embed(images))  # (B, P+L, D)
-        return self.pool(self.model.norm(block_part(last, tokens, slice(0, 1))))
+        tokens = self._attend(blocks, self._embed(images))  # (B, P+L, D)
+        token = run_sparingly(
+            self._block_part, last, tokens, slice(0, 1), sparing=self.sparing and self.training
+        )  # (B, 1, D)
+        return self.pool(self.model.norm(token))
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return what the first block sees (B, P+L or P+K, D)."""
         model, projection = self.model, self.model.patch_embed.proj
-        if keep is None:
-            tokens = projection(images)  # (B, D, rows, columns)
-            grid = tokens.shape[2:]
-            tokens = tokens.flatten(2).transpose(1, 2)  # (B, L, D)
-        else:
-            grid = self.grid
-            patches = take_patches(images, keep, self.stride)  # (B, K, C, p, p)
-            # A convolution whose windows never overlap is a matrix product.
-            tokens = F.linear(patches.flatten(2), projection.weight.flatten(1), projection.bias)  # (B, K, D)
+        # (B, L or K, C * p * p)
+        patches = (
+            all_patches(images, self.stride) if keep is None else take_patches(images, keep, self.stride).flatten(2)
+        )
+        # A convolution whose windows never overlap is a matrix product.
+        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
+        grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
         return model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
 
-    def _attend(self, blocks: nn.Sequential, tokens: Tensor) -> Tensor:
+    def compile_blocks(self) -> None:
+        """See Backbone.compile_blocks."""
+        share_graphs(self.model)
+        for block in self.model.blocks:
+            compile_module(block)
+        self._block_part = compiled(block_part)
+
+    def _attend(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
         """Run some blocks (B, N, D) -> (B, N, D), keeping only their inputs for the backward pass if so set."""
-        if self.model.grad_checkpointing and self.training and len(blocks):
-            return checkpoint_sequential(blocks, len(blocks), tokens, use_reentrant=False)
-        return blocks(tokens)
+        for block in blocks:
+            tokens = run_sparingly(block, tokens, sparing=self.sparing and self.training)
+        return tokens
 
     def _add_prefix(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Add its position to every token and put class and register tokens in front, in timm's order."""
@@ -105,7 +117,7 @@ class ViT(Backbone):
         """
         assert self.has_attention_maps
         *blocks, last = self.model.blocks
-        tokens = self._attend(nn.Sequential(*blocks), self._embed(images))
+        tokens = self._attend(blocks, self._embed(images))
         return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
 
     def pool(self, tokens: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch.optim import AdamW, Optimizer
 from sslvision.backbones.base import Backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
+from sslvision.nn.compiled import compile_module, compiled
+from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import Normalize
 from sslvision.nn.randomness import ImageRandom, number
 from sslvision.optim.groups import decay_groups
@@ -64,6 +66,7 @@ class Method(L.LightningModule):
     logged: dict[str, float]  # the last written ones: means since the time before, over all processes
     losses_logged: list[float]  # those of the single updates in `logged`
     skipped: list[int]  # updates that were left out, as their gradients were not finite; known when the log is written
+    compilable: tuple[str, ...] = ()  # functions of the loss, attributes, that many small operations make
     shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
     def __init__(
@@ -104,11 +107,37 @@ class Method(L.LightningModule):
     def pretrained(self) -> Backbone:
         """Return the backbone that stage two uses."""
 
-    def before_update(self, clock: Clock) -> None:
-        """Do what is due between the gradients and the update, such as clipping. Called once per update."""
+    def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
+        """Do what is due between the gradients and the update, such as clipping. Called once per update.
+
+        Args:
+            clock: of the update.
+            gradients: all there are, to be changed in place.
+            norms: of each of them, scalars on the device.
+        """
 
     def after_update(self, clock: Clock) -> None:
         """Do what follows an optimizer update, such as moving a teacher. Called once per update."""
+
+    def spare_memory(self) -> None:
+        """Keep only the inputs of blocks for the backward pass, and compute the rest again there: the same numbers, slower.
+
+        Raises:
+            UsageError: the backbone cannot.
+        """
+        for module in self.modules():
+            if isinstance(module, Backbone) and any(parameter.requires_grad for parameter in module.parameters()):
+                module.spare_memory()
+
+    def compile_blocks(self) -> None:
+        """Have blocks, heads and `compilable` functions compiled when they first run. Before DDP wraps the method."""
+        for module in self.modules():
+            if isinstance(module, Backbone):
+                module.compile_blocks()
+            elif isinstance(module, DINOHead):
+                compile_module(module)
+        for name in self.compilable:
+            setattr(self, name, compiled(getattr(self, name)))
 
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
         """Return the faults that the logged metrics show, each with what it means, its causes and what to change."""
@@ -178,15 +207,20 @@ class Method(L.LightningModule):
             self._write_log(clock, rates)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Leave the update out if its gradients are not finite, and hand them to the method: those of the global batch."""
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = guard(optimizer, gradients)
+        """Look at the gradients of the global batch, before the update, and keep their norm for the log."""
+        norm = self.ready(optimizer, self.clock)
         if self.trainer.precision == "16-mixed":  # its scaler finds a scale by leaving updates out: no cause for alarm
             norm = norm.nan_to_num(0.0, 0.0)
         metrics = torch.stack(self._micro_batches).mean(dim=0)  # (M,)
         self._updates.append(torch.cat([metrics, norm[None]]))  # (M + 1,)
         self._micro_batches = []
-        self.before_update(self.clock)
+
+    def ready(self, optimizer: Optimizer, clock: Clock) -> Tensor:
+        """Do all that is due between the gradients and the update. Return the norm of all gradients, a scalar on the device."""
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm, norms = guard(optimizer, gradients)
+        self.before_update(clock, gradients, norms)
+        return norm
 
     def _write_log(self, clock: Clock, rates: dict[str, float]) -> None:
         """Write the means since the last time, over all processes: the one place where a step waits for the device."""

@@ -33,7 +33,7 @@ from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
+from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry, join_drawn
 
 # Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
 SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
@@ -70,6 +70,7 @@ class DINO(Method):
     # B images, S crops of each (the first 2 global), D features, K prototypes
 
     center: Tensor
+    compilable = ("pair_loss",)
     shown: Mapping[str, str] = SHOWN
 
     def __init__(
@@ -122,10 +123,10 @@ class DINO(Method):
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
         colour = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "grey_probability": grey}
         view = partial(Photometry, **colour, blur_sigma=blur_sigma)
-        self.photometry = [
-            view(blur_probability=blur[0]),
-            view(blur_probability=blur[1], solarize_probability=solarize),
-        ] + [view(blur_probability=blur[2])] * local_crops
+        first, second = view(blur_probability=blur[0]), view(blur_probability=blur[1], solarize_probability=solarize)
+        self.photometry = [[([0], first), ([1], second)]]  # by size: which crops are augmented how
+        if local_crops:
+            self.photometry += [[([*range(2, 2 + local_crops)], view(blur_probability=blur[2]))]]
         self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
@@ -144,6 +145,7 @@ class DINO(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, prototypes))
+        self.pair_loss = cross_entropy_of_pairs
         self._teacher_means: list[Tensor] = []  # of the micro-batches of the coming update
 
     def train(self, mode: bool = True) -> "DINO":
@@ -154,10 +156,12 @@ class DINO(Method):
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return S augmented, normalised crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
-        return [
-            self.normalize(apply_photometry(crop, draw_photometry(rng, view, photometry)))
-            for view, (crop, photometry) in enumerate(zip(batch.crops, self.photometry, strict=True))
-        ]
+        augmented: list[Tensor] = []
+        for of_one_size in self.photometry:  # together: this is many small operations
+            drawn = join_drawn(*(draw_photometry(rng, views, photometry) for views, photometry in of_one_size))
+            crops = [batch.crops[view] for views, _ in of_one_size for view in views]
+            augmented += self.normalize(apply_photometry(torch.cat(crops), drawn)).chunk(len(crops))
+        return augmented
 
     def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts.
@@ -168,11 +172,9 @@ class DINO(Method):
         with torch.no_grad(), own_statistics(self.teacher):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
             q = ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1)  # with the centre of before
-        z = embed(self.student, torch.cat(views[:2]))  # (2B, K); each resolution one forward
-        if len(views) > 2:
-            z = torch.cat([z, embed(self.student, torch.cat(views[2:]))])  # (SB, K)
+        z = embed(self.student, *(torch.cat(crops) for crops in (views[:2], views[2:]) if crops))  # (SB, K)
         z = (z.to(target.dtype) / self.student_temp).unflatten(0, (-1, B))  # (S, B, K)
-        loss = cross_entropy_of_pairs(q.unflatten(0, (2, B)), z)
+        loss = self.pair_loss(q.unflatten(0, (2, B)), z)
         self._teacher_means.append(target.mean(dim=0, keepdim=True))
         entropy = entropy_of(q).mean()
         return {
@@ -185,12 +187,10 @@ class DINO(Method):
             "center_norm": self.center.norm(),
         }
 
-    def before_update(self, clock: Clock) -> None:
+    def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
         """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
-        gradients = [p.grad for p in self.student.parameters() if p.grad is not None]
-        if self.clip_gradient and gradients:
-            norms = torch._foreach_norm(gradients)
-            torch._foreach_mul_(gradients, [(self.clip_gradient / (norm + 1e-6)).clamp(max=1) for norm in norms])
+        if self.clip_gradient:
+            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
         if clock.epoch < self.freeze_prototypes_epochs:
             head = self.student["head"]
             assert isinstance(head, DINOHead)
@@ -273,9 +273,9 @@ class DINO(Method):
         return method
 
 
-def embed(network: nn.ModuleDict, images: Tensor) -> Tensor:
-    """Return logits (N, K) of images (N, C, S, S)."""
-    return network["head"](network["backbone"](images))
+def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
+    """Return logits (N, K) of images (n, C, S, S), one forward of the backbone for each size, and one of the head for all."""
+    return network["head"](torch.cat([network["backbone"](one) for one in images]))
 
 
 def entropy_of(q: Tensor) -> Tensor:

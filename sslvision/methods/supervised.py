@@ -23,6 +23,7 @@ from sslvision.backbones.head import classify, put_head
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
+from sslvision.nn.compiled import eagerly
 from sslvision.nn.freezing import freeze_lowest, hold_still, layers
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import ImageRandom
@@ -199,6 +200,7 @@ class Supervised(Method):
     # Validation.
 
     @torch.no_grad()
+    @eagerly()
     def classify(self, images: Tensor) -> Tensor:
         """Return the logits (B, K) that `evaluated`, in eval mode, gives uint8 images (B, C, S, S)."""
         was_training = self.training
@@ -207,6 +209,7 @@ class Supervised(Method):
         self.train(was_training)
         return logits
 
+    @eagerly()
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take note of how well (places (B,), uint8 images (B, C, S, S)) of the validation source are classified."""
         places, images = batch
@@ -227,9 +230,8 @@ class Supervised(Method):
         metrics = {"val_top1": 100 * right / count, "val_loss": loss / count}
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
-        epoch = (
-            0.0 if self.trainer.sanity_checking else self.clock.epoch
-        )  # Lightning calls it so before the first update
+        # Lightning calls it so before the first update.
+        epoch = 0.0 if self.trainer.sanity_checking else self.clock.epoch
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": epoch}, step=self.trainer.global_step)
 
@@ -243,21 +245,16 @@ class Supervised(Method):
             *body, _ = layers(self.backbone.model, stages=self.frozen_unit == "stages")
             held = sum(name in set(self.frozen) for name, *_ in body) - 1  # less the stem
             rows["trained"] += f"; stem and lowest {held} of {len(body) - 1} {self.frozen_unit} frozen"
-        rows["optimizer"] = ", ".join(
-            [self.optimizer, *(f"{key} {value}" for key, value in self.optimizer_options.items())]
-        )
+        options = [f"{key} {value}" for key, value in self.optimizer_options.items()]
+        rows["optimizer"] = ", ".join([self.optimizer, *options])
         if self.layer_decay < 1:
             lowest = min(group["lr_scale"] for group in self.groups())
             rows["layer-wise rates"] = (
                 f"{self.lr * lowest:.2g} (lowest) to {self.lr:.2g} (head), x {self.layer_decay:g} a layer"
             )
-        settings = {
-            "Mixup": self.mixup,
-            "CutMix": self.cutmix,
-            "erase": self.erasing,
-            "label smoothing": self.label_smoothing,
-        }
-        settings |= {"weight decay": self.weight_decay, "mean of weights": self.ema.decay if self.ema else 0}
+        settings = {"Mixup": self.mixup, "CutMix": self.cutmix, "erase": self.erasing}
+        settings |= {"label smoothing": self.label_smoothing, "weight decay": self.weight_decay}
+        settings["mean of weights"] = self.ema.decay if self.ema else 0
         rows["regularisation"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
         return rows
 

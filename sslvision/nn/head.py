@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -24,7 +25,37 @@ class Prototypes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, K) of (B, width)."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        product: Tensor = NormalisedRows.apply(x, self.weight_v, self.weight_g)
+        return product
+
+
+class NormalisedRows(torch.autograd.Function):
+    """x (B, D), v (K, D), g (K, 1) -> x @ (g v / |v|).T, (B, K), without ever building that second matrix of K x D.
+
+    Each product with a row is scaled by g / |v|, and the gradient of v is one product and one sum in place, where autograd
+    would pass over several matrices of its size: with K = 65,536 they cost more than the product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        """Multiply in the type of the autocast, if there is one; scale in that of the weights."""
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x, low = x.to(dtype), v.to(dtype)
+        norm = v.norm(dim=1)  # (K,)
+        product = x @ low.T  # (B, K)
+        ctx.save_for_backward(x, low, v, g, norm, product)
+        return product * (g[:, 0] / norm)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """With s = g / |v| and dg the gradient of g: dv = s (d.T @ x) - v g dg / |v|^2."""
+        x, low, v, g, norm, product = ctx.saved_tensors
+        of_g = (gradient * product).sum(dim=0) / norm  # (K,)
+        scaled = (gradient * (g[:, 0] / norm)).to(x.dtype)  # (B, K)
+        of_v = (scaled.T @ x).to(v.dtype).addcmul_(v, (g[:, 0] * of_g / norm.square())[:, None], value=-1)
+        return scaled @ low, of_v, of_g[:, None]
 
 
 class DINOHead(nn.Module):

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 
 @torch.no_grad()
-def guard(optimizer: Optimizer, gradients: Sequence[Tensor]) -> Tensor:
+def guard(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Make the next `optimizer.step()` do nothing if a gradient is not finite.
 
     Fused Adam and AdamW read the flag on the device and leave weights and state untouched. Optimizers without such a kernel
@@ -19,13 +19,14 @@ def guard(optimizer: Optimizer, gradients: Sequence[Tensor]) -> Tensor:
         gradients: of all its parameters, averaged over processes, so that all processes decide alike.
 
     Returns:
-        The norm of all gradients together, a scalar on their device; not finite if the update is left out.
+        The norm of all gradients together, not finite if the update is left out, and that of each: scalars on their device.
     """
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norms = torch._foreach_norm(gradients)
+    norm = torch.linalg.vector_norm(torch.stack(norms))
     broken = ~norm.isfinite()
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = broken.float()  # type: ignore[attr-defined]  # what torch.amp.GradScaler sets
     else:
         for gradient in gradients:
             gradient.masked_fill_(broken, 0.0)
-    return norm
+    return norm, norms

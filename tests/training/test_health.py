@@ -24,7 +24,8 @@ QUICK = [
 
 def test_without_centring_the_run_ends_with_a_single_prototype_collapse(run_tiny, tmp_path):
     with pytest.raises(Diverged, match="Single-prototype collapse") as raised:
-        run_tiny(tmp_path / "run", *QUICK, "centre_momentum=1.0", "health=stop", recipe="dino")
+        # With seed 0 two prototypes share the images for long, and which way that ends, rounding decides.
+        run_tiny(tmp_path / "run", *QUICK, "centre_momentum=1.0", "health=stop", "seed=2", recipe="dino")
     assert "centre_momentum=0.9" in str(raised.value)
 
 
