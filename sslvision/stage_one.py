@@ -16,9 +16,11 @@ from rich.markup import escape
 
 from sslvision.backbones.build import build_backbone
 from sslvision.data.base import Splits
+from sslvision.data.cache import cached
 from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.methods.base import Method
+from sslvision.nn.compiled import wanted
 from sslvision.schema import locate
 from sslvision.settings import Pretrain
 from sslvision.training import run_folder
@@ -29,11 +31,12 @@ from sslvision.training.loggers import build_loggers, close_loggers
 from sslvision.training.metrics import read_metrics
 from sslvision.training.pictures import health_figure, learning_curve_figure
 from sslvision.training.progress import Progress
-from sslvision.training.report import print_configuration, print_scores
+from sslvision.training.report import findings_of, print_configuration, print_scores, waiting_of
 from sslvision.training.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder, train_from
 from sslvision.training.signals import StopOnSignal
 from sslvision.training.skipped import SkippedUpdates
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.waiting import DataWaits
 from sslvision.training.weights import export_backbone, load_weights
 
 
@@ -75,6 +78,8 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         options=config.trainer,
         checkpoints=checkpoints,
     )
+    if wanted(config.compile, trainer.strategy.root_device):
+        method.compile_blocks()
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:
         check_same(resume, checkpoints.record)
@@ -102,6 +107,7 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     results = finish(config, folder, data, trainer, console)
     results |= {
         "findings": findings,
+        **waiting_of(trainer),
         "training_seconds": round(seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -110,17 +116,6 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         console.print(left)
     console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
     return results
-
-
-def findings_of(trainer: L.Trainer) -> list[str]:
-    """Return what a person should know about how training went."""
-    findings: list[str] = []
-    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(watcher, UnreadableImages | SkippedUpdates) and watcher.found:
-            findings.append(watcher.summary())
-        elif isinstance(watcher, Health):
-            findings += watcher.found.values()
-    return findings
 
 
 def hush_lightning() -> None:
@@ -150,6 +145,8 @@ def build_method(config: Pretrain) -> Method:
         target = locate("method", config.method["_target_"])
         method = target(backbone, lr=config.peak_lr, mean=neutral, std=neutral, seed=config.seed, **settings)
     assert isinstance(method, Method)
+    if config.memory == "low":
+        method.spare_memory()
     return method
 
 
@@ -162,9 +159,12 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     Raises:
         UsageError, DataError: whatever the source says.
     """
-    loader = ("workers", "normalize", "max_unreadable")  # the loader's keys, not the source's
+    cache = ("cache", "cache_size", "cache_dir")
+    loader = ("workers", "normalize", "max_unreadable", *cache)  # the loader's keys, not the source's
     target = locate("data", data["_target_"])
-    return target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
+    splits = target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
+    side, workers = data.get("cache_size", 320), data.get("workers")
+    return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
 
 
 def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
@@ -186,10 +186,15 @@ def watchers(config: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
         found.append(OnlineEvaluation(splits, labelled=labelled, every_epochs=every, workers=data.workers))
     if every and splits.test is not None:
         found.append(Pictures(splits.test, folder / "figures", every_epochs=every))
+    waits = None
+    if splits.train.images is None:  # those in memory need no loader
+        found.append(waits := DataWaits(workers=data.workers, cached=config.data.get("cache") in ("ram", "disk")))
     if config.trainer.get("enable_progress_bar", True):
         steps_per_epoch = len(splits.train) // config.batch_size
         steps = 2 if config.dry_run else config.epochs * steps_per_epoch
-        found.append(Progress(images_per_step=config.batch_size, total_steps=steps, steps_per_epoch=steps_per_epoch))
+        found.append(
+            Progress(images_per_step=config.batch_size, total_steps=steps, steps_per_epoch=steps_per_epoch, waits=waits)
+        )
     return found
 
 
@@ -222,6 +227,8 @@ def effective_configuration(
         **method.describe(),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
     }
+    if wanted(config.compile, device):
+        rows["kernels"] = "blocks and loss are compiled in the first steps"
     return rows | ({"reference": config.reference} if config.reference else {})
 
 

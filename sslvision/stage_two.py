@@ -29,11 +29,12 @@ from sslvision.training.loggers import build_loggers, close_loggers
 from sslvision.training.metrics import read_metrics
 from sslvision.training.pictures import learning_curve_figure
 from sslvision.training.progress import Progress
-from sslvision.training.report import print_configuration, print_probe
+from sslvision.training.report import findings_of, print_configuration, print_probe, waiting_of
 from sslvision.training.resume import Resume, check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
 from sslvision.training.score_pictures import confusion_figure
 from sslvision.training.signals import StopOnSignal
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.waiting import DataWaits
 from sslvision.training.weights import export_backbone
 from sslvision.transfer import (
     Fitted,
@@ -126,7 +127,8 @@ def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[
     if not tuned.trainer.is_global_zero:
         return {}
     results = finish(config, folder, task, tuned, scores, rates, console)
-    results |= {"findings": findings} if findings else {}
+    findings += findings_of(tuned.trainer)
+    results |= ({"findings": findings} if findings else {}) | waiting_of(tuned.trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
     run_folder.write_json(folder / "results.json", results)
     console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
@@ -187,10 +189,13 @@ def train(
         ),
         StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=config.resume == "auto"),
     ]
+    waits = None
+    if task.train.images is None or config.randaugment:  # those in memory need no loader, unless it augments them
+        cached = task.train.images is not None or config.data.get("cache") in ("ram", "disk")
+        watchers.append(waits := DataWaits(workers=task.workers, cached=cached))
     if config.trainer.get("enable_progress_bar", True):
-        watchers.append(
-            Progress(images_per_step=batch, total_steps=updates, steps_per_epoch=max(1, len(task.train) // batch))
-        )
+        per_epoch = max(1, len(task.train) // batch)
+        watchers.append(Progress(images_per_step=batch, total_steps=updates, steps_per_epoch=per_epoch, waits=waits))
     folder.mkdir(parents=True, exist_ok=True)
     loggers = build_loggers(config.logger, folder, dataclasses.asdict(config))
     rewind_metrics(loggers, resume)
@@ -254,9 +259,8 @@ def finish(
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
             figure.savefig(figures / f"learning_curve_{name.replace(' ', '_').replace('-', '_')}.png")
-    for watcher in tuned.trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(watcher, UnreadableImages) and watcher.found:
-            console.print(f"[yellow]{escape(watcher.summary())}[/]")
+    for finding in findings_of(tuned.trainer):
+        console.print(f"[yellow]{escape(finding)}[/]")
     if tuned.best.get("step") == 0:
         console.print(
             "[yellow]No update did better on the validation images than the fitted head on frozen features, so these are what "

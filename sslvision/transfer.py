@@ -22,6 +22,7 @@ from sslvision.data.module import ImageData
 from sslvision.downstream.linear import linear_probe
 from sslvision.downstream.scores import Scores, score
 from sslvision.methods.supervised import Supervised
+from sslvision.nn.compiled import wanted
 from sslvision.nn.normalize import Normalize
 from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
@@ -76,7 +77,7 @@ def classifier(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)  # of the head's weights
-        return Supervised(
+        method = Supervised(
             backbone,
             classes=task.classes,
             labels=labels_of(task.train),
@@ -87,6 +88,9 @@ def classifier(
             seed=seed,
             **config.method,
         )
+    if config.memory == "low":
+        method.spare_memory()
+    return method
 
 
 def fit_head(task: Task, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
@@ -191,6 +195,8 @@ def fit(
             **{key: value for key, value in config.trainer.items() if key != "enable_progress_bar"},
         },
     )
+    if wanted(config.compile, trainer.strategy.root_device):
+        method.compile_blocks()
     train_from(resume_from, trainer, method, data)
     method.float()  # whatever precision it was trained in
     return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)

@@ -18,6 +18,7 @@ from sslvision.downstream.knn import knn_top
 from sslvision.downstream.rankme import rankme
 from sslvision.errors import DataError
 from sslvision.methods.base import Method
+from sslvision.nn.compiled import eagerly
 from sslvision.training.pictures import picture_figure
 from sslvision.training.trainer import compute_dtype
 
@@ -162,7 +163,8 @@ def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[An
         return
     was_training = method.training
     method.eval()
-    pictures = method.pictures(images.to(method.device))
+    with eagerly():
+        pictures = method.pictures(images.to(method.device))
     method.train(was_training)
     for name, columns in pictures.items():
         file = folder / f"{name}.png"

@@ -18,6 +18,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from sslvision.training.waiting import WORTH_TELLING, DataWaits
+
 WINDOW = 120  # samples of the clock, at least a quarter of a second apart: the last half minute or more
 SAMPLE_EVERY_S = 0.25
 
@@ -28,6 +30,7 @@ class Progress(ProgressBar):
     The module keeps its last metrics as detached tensors in `pl_module.latest`, of which those in `pl_module.shown`
     (default: "loss") are displayed under its labels; `knn_top1` and `rankme` come from the trainer's callback metrics.
     They are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
+    Where training waits for images, `waits` tells how much of the time, and it is shown above a tenth.
     Without a terminal a line is printed at most every `plain_every_s` seconds, and one at the end.
 
     `total_steps` are the optimizer steps of the whole run, `images_per_step` the images of one, over all processes and
@@ -40,12 +43,13 @@ class Progress(ProgressBar):
         total_steps: int,
         steps_per_epoch: int,
         images_per_step: int,
+        waits: DataWaits | None = None,
         plain_every_s: float = 10.0,
         console: Console | None = None,
     ) -> None:
         super().__init__()
         self.total_steps, self.steps_per_epoch, self.images_per_step = total_steps, steps_per_epoch, images_per_step
-        self.plain_every_s = plain_every_s
+        self.waits, self.plain_every_s = waits, plain_every_s
         self.console = console or Console()
         self.is_enabled = True  # LightningModule.print asks
         self._bar: Bar | None = None
@@ -137,6 +141,8 @@ class Progress(ProgressBar):
         for name, label in (("knn_top1", "k-NN"), ("rankme", "RankMe"), ("val_top1", "validation")):
             if (value := trainer.callback_metrics.get(name)) is not None:
                 parts.append(f"{label} {float(value):.1f}")
+        if self.waits is not None and (share := self.waits.recent or 0) > WORTH_TELLING:
+            parts.append(f"waiting for data {share:.0f} %")
         text = "  ".join([*parts, time])
         if self._bar is None:
             self.console.print(f"{self._epoch(step)}  {text}", soft_wrap=True, markup=False, highlight=False)

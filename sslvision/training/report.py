@@ -1,13 +1,18 @@
-"""What a person reads in the terminal: the effective configuration before the first step, the table after the last."""
+"""What a person reads in the terminal: the effective configuration before the first step, findings and tables at the end."""
 
 from collections.abc import Mapping, Sequence
 
+import pytorch_lightning as L
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 
 from sslvision.downstream.scores import Cell, Scores
+from sslvision.training.callbacks import UnreadableImages
+from sslvision.training.health import Health
+from sslvision.training.skipped import SkippedUpdates
+from sslvision.training.waiting import DataWaits
 
 
 def print_configuration(console: Console, rows: Mapping[str, str], title: str) -> None:
@@ -16,6 +21,25 @@ def print_configuration(console: Console, rows: Mapping[str, str], title: str) -
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)
     console.print(Panel(table, title=title, title_align="left", box=box.ROUNDED, expand=False))
+
+
+def findings_of(trainer: L.Trainer) -> list[str]:
+    """Return what a person should know about how training went."""
+    findings: list[str] = []
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, UnreadableImages | SkippedUpdates | DataWaits) and watcher.found:
+            findings.append(watcher.summary())
+        elif isinstance(watcher, Health):
+            findings += watcher.found.values()
+    return findings
+
+
+def waiting_of(trainer: L.Trainer) -> dict[str, float]:
+    """Return how much of the time went into waiting for images, if it was measured."""
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, DataWaits) and watcher.share is not None:
+            return {"waiting_for_data_percent": round(watcher.share, 1)}
+    return {}
 
 
 def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -18,13 +18,16 @@ from sslvision.training.redact import redact
 # Settings that may differ when a run goes on, and why. All others say what is computed, and must be the same.
 MAY_DIFFER = {
     "where the run lies and how it is begun": ("name", "output_dir", "overwrite", "resume"),
+    "how the same numbers are computed, but for rounding": ("memory", "compile"),
     "read before the first update only; the checkpoint has its outcome": ("init_from",),
     "what is said of the run": ("about", "reference", "logger"),
     "what looks on, and when it gives up": (
         *("health", "max_skipped", "knn_every_epochs", "evaluate_images"),
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
-    "where and how the images are read; their number is compared": ("data.root", "data.workers", "data.max_unreadable"),
+    "where and how the images are read; their number is compared": (
+        *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir"),
+    ),
     "the machine; the images of every update are the same on any": tuple(
         f"trainer.{key}"
         for key in (
