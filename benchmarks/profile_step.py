@@ -111,7 +111,7 @@ def by_hand(method, data, *, device, dtype):
         at = lap("forward", at)
         loss.backward()
         at = lap("backward", at)
-        method.before_update(clock)
+        method.ready(optimizer, clock)
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(clock)

@@ -1,0 +1,67 @@
+"""Levels above the step: the loader alone, and a run from files through our Trainer."""
+
+import numpy as np
+from loader import Keys, rate
+from PIL import Image
+from profile_step import StepTimes
+
+from sslvision.data.loading import training_loader
+from sslvision.data.module import ImageData, pixel_statistics
+from sslvision.stage_one import build_method, open_splits
+from sslvision.training.trainer import build_trainer
+
+
+def loader_level(settings, arguments):
+    """Return images per second of our loader alone, with the processes it would have; benchmarks/loader.py compares it."""
+    splits, method = open_splits(settings.data), build_method(settings)
+    workers = ImageData(splits, method.crops, batch_size=1, workers=settings.data.get("workers")).workers
+    ahead = 2 * workers  # batches that they make while nobody asks
+    batches = [range(n, n + settings.batch_size) for n in range(ahead + arguments.trainer_steps)]
+    keys = Keys([(0, index % len(splits.train)) for index in batch] for batch in batches)
+    loader = training_loader(splits.train, method.crops, keys, workers=workers, pin_memory=False)
+    return {"images_per_second": rate(loader, settings.batch_size, ahead + 1), "workers": workers}
+
+
+def trainer_level(settings, arguments, accelerator, folder):
+    """Return images per second of a run: files, loader, views, step, callbacks-free Trainer."""
+    splits = open_splits(settings.data)
+    method = build_method(settings)
+    method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
+    data = ImageData(splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers"))
+    times, warm_up = StepTimes(), arguments.trainer_steps // 3
+    precision = {"bf16": "bf16-mixed", "fp32": "32-true"}[arguments.precision]
+    trainer = build_trainer(
+        folder=folder,
+        epochs=-1,
+        steps=arguments.trainer_steps,
+        max_steps=arguments.trainer_steps,
+        dry_run=False,
+        loggers=[],
+        callbacks=[times],
+        options={
+            **settings.trainer,
+            "accelerator": accelerator,
+            "devices": 1,
+            "precision": precision,
+            "enable_progress_bar": False,
+            "enable_checkpointing": False,
+        },
+    )
+    trainer.fit(method, datamodule=data)
+    ends = times.ends[warm_up:]
+    rate = (len(ends) - 1) * settings.batch_size / (ends[-1] - ends[0])
+    return {"images_per_second": rate, "workers": data.workers, "steps": len(ends) - 1}
+
+
+def draw_photographs(folder, count):
+    """Write JPEGs of 500x400 with the spectrum of photographs, roughly, and return their folder."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for number in range(count):
+        image = np.zeros((400, 500, 3))
+        for scale in (4, 16, 64, 250):  # blobs of falling strength
+            noise = generator.integers(0, 256, (400 // scale + 2, 500 // scale + 2, 3), dtype=np.uint8)
+            image += np.asarray(Image.fromarray(noise).resize((500, 400), Image.Resampling.BICUBIC)) * scale**0.5
+        image = 255 * (image - image.min()) / (image.max() - image.min())
+        Image.fromarray(image.astype(np.uint8)).save(folder / f"{number:04}.jpg", quality=90)
+    return folder
