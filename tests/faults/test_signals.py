@@ -44,6 +44,17 @@ def undisturbed(run_tiny, tmp_path_factory):
     return weights
 
 
+@pytest.fixture(autouse=True)
+def handled():
+    """Signals do what they usually do: started with nohup or in the background of a script, a program ignores some."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
 @pytest.fixture
 def send(monkeypatch):
     """Have a signal come, once, while a batch is under way: send(signal.SIGTERM, batch=3), counted from 1."""
