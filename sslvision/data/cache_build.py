@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from sslvision.data.base import UnreadableImage
 from sslvision.data.decode import image_size
 from sslvision.data.folder import FileSource
-from sslvision.data.workers import leave_signals_to_trainer
+from sslvision.data.workers import begin_worker
 from sslvision.errors import StorageError
 from sslvision.views.geometry import resize
 
@@ -128,7 +128,7 @@ def _each(images: Dataset[Any], workers: int, what: str) -> Iterator[Any]:
         batch_size=32,
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=leave_signals_to_trainer,
+        worker_init_fn=begin_worker,
     )
     for batch in track(loader, description=what, transient=True, disable=not Console().is_terminal):
         yield from batch

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from sslvision.data.base import Source, UnreadableImage
 from sslvision.data.batch import Batch
 from sslvision.data.sampler import EpochBatches, Key
-from sslvision.data.workers import leave_signals_to_trainer
+from sslvision.data.workers import begin_worker
 from sslvision.nn.randomness import ImageRandom
 from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_each, crop_noise, views_by_kind
 
@@ -130,7 +130,7 @@ def evaluation_loader(
         batch_size=batch_size,
         num_workers=0 if source.images is not None else workers,
         collate_fn=_collate_readable,
-        worker_init_fn=leave_signals_to_trainer,
+        worker_init_fn=begin_worker,
     )
 
 
@@ -152,7 +152,7 @@ def training_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_trainer,
+        worker_init_fn=begin_worker,
     )
 
 

@@ -1,4 +1,4 @@
-"""The loader's processes leave signals, and words, to the process that trains."""
+"""The loader's processes: they leave signals, and words, to the process that trains."""
 
 import os
 import signal
@@ -6,8 +6,16 @@ import sys
 import threading
 from types import TracebackType
 
+from sslvision.nn.allocator import keep_freed_memory
 
-def leave_signals_to_trainer(worker: int) -> None:
+
+def begin_worker(worker: int) -> None:
+    """Prepare a process of the loader, whatever its number; for torch's `worker_init_fn`."""
+    leave_signals_to_trainer()
+    keep_freed_memory()
+
+
+def leave_signals_to_trainer() -> None:
     """Go on when a signal goes to all processes of a run: a Ctrl-C, a scheduler's or a service manager's SIGTERM.
 
     The process that trains needs images until it has saved. One of the loader ends when that one says so, by its queue

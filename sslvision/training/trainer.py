@@ -1,7 +1,5 @@
 """The Lightning trainer: everything of it can be set; what is not set follows the machine."""
 
-import ctypes
-import platform
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +11,8 @@ from pytorch_lightning.loggers import Logger
 from timm.layers import set_fused_attn
 
 from sslvision.errors import UsageError
+from sslvision.nn.allocator import keep_freed_memory
 from sslvision.training.checkpoint import AtomicCheckpoints
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 
 
 def build_trainer(
@@ -103,19 +100,6 @@ def choose_kernels(accelerator: str) -> None:
     torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if exact else "medium")
     if on_cpu:
         keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next ones, if it is glibc.
-
-    It gives large pieces back to the system, which has to find, clear and map them again in every step: about a tenth of
-    its time. What a step needs at most stays the same.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # none
-        libc.mallopt(M_TOP_PAD, 64 << 20)  # bytes asked for beyond what is needed
 
 
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslvision.data.workers import leave_signals_to_trainer
+from sslvision.data.workers import begin_worker
 
 
 class Slow(Dataset):
@@ -24,7 +24,7 @@ class Slow(Dataset):
 
 @pytest.fixture
 def loader():
-    loader = DataLoader(Slow(), num_workers=1, worker_init_fn=leave_signals_to_trainer)
+    loader = DataLoader(Slow(), num_workers=1, worker_init_fn=begin_worker)
     batches = iter(loader)
     next(batches)  # its process has begun
     yield batches, multiprocessing.active_children()[-1]
@@ -49,9 +49,9 @@ BREAKS_OFF = """
 import sys, time
 from multiprocessing import resource_sharer
 from multiprocessing.connection import SocketClient
-from sslvision.data.workers import leave_signals_to_trainer
+from sslvision.data.workers import begin_worker
 
-leave_signals_to_trainer(0)
+begin_worker(0)
 SocketClient(resource_sharer.DupFd(1)._id[0]).close()
 time.sleep(0.5)
 raise ValueError("an error of ours")
