@@ -10,6 +10,7 @@ autograd keeps for the backward pass. Writes OUT.png and OUT.json; `--draw` draw
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -66,6 +67,8 @@ METHODS = {"MAE": "masked", "DINO": "dense"}
 
 
 def main():
+    # All points' shapes at once are more than oneDNN keeps; a training run has few. Read when it is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=GRIDS)
     parser.add_argument("--compile", action="store_true")
