@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from sslvision.data.base import Source, UnreadableImage
 from sslvision.data.batch import Batch
+from sslvision.data.rooms import Rooms
 from sslvision.data.sampler import EpochBatches, Key
 from sslvision.data.workers import begin_worker
 from sslvision.nn.randomness import ImageRandom
@@ -34,17 +35,20 @@ class TrainingImages(Dataset[Batch]):
 
     def __init__(self, source: Source, crops: tuple[Crop, ...], seed: int, augment: Augment | None = None):
         self.source, self.crops, self.seed, self.augment = source, crops, seed, augment
+        self.rooms = Rooms()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """Return the batch of `keys`; an unreadable image is replaced by the next readable one of the source."""
         epoch, index = torch.tensor(keys).T.contiguous()  # (B,), (B,)
         if self.source.images is not None:
             whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
-            return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
+            if self.augment is None:
+                return whole
+            return self._augmented(cut_crops(whole, self.crops, self.seed))
         rng = ImageRandom(self.seed, epoch, index)
         kinds = views_by_kind(self.crops)
         noise = {crop: crop_noise(rng, views) for crop, views in kinds.items()}
-        crops = [_room(len(keys), self.source.channels, crop.size) for crop in self.crops]
+        crops = self._take_rooms(len(keys))
         unreadable: list[tuple[int, str]] = []
         shown = index.clone()
         for start in range(0, len(keys), TOGETHER):
@@ -78,20 +82,14 @@ class TrainingImages(Dataset[Batch]):
             return batch
         images = zip(batch.epoch.split(1), batch.places.split(1), strict=True)
         rngs = [ImageRandom(self.seed, epoch, place) for epoch, place in images]
-        return batch._replace(
-            crops=[
-                torch.stack([self.augment(crop.contiguous(), rng) for crop, rng in zip(view, rngs, strict=True)])
-                for view in batch.crops
-            ]
-        )
+        rooms = batch.crops if self.source.images is None else self._take_rooms(len(rngs))
+        for view, room in zip(batch.crops, rooms, strict=True):
+            for crop, place, rng in zip(view, room, rngs, strict=True):
+                place.copy_(self.augment(crop.contiguous(), rng))
+        return batch._replace(crops=rooms)
 
-
-def _room(images: int, channels: int, size: int) -> Tensor:
-    """Return room for crops, (B, C, S, S) uint8, in memory (B, S, S, C), as they are cut; in a worker that of all processes."""
-    room = torch.empty(images, size, size, channels, dtype=torch.uint8)
-    if get_worker_info() is not None:
-        room.share_memory_()  # or they would be copied there
-    return room.permute(0, 3, 1, 2)
+    def _take_rooms(self, images: int) -> list[Tensor]:
+        return self.rooms.take([(images, self.source.channels, crop.size, crop.size) for crop in self.crops])
 
 
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
