@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sslvision.errors import UsageError
@@ -76,6 +77,6 @@ class Backbone(nn.Module, ABC):
         """Return whether square images of this side can be encoded, too, such as DINO's local crops."""
         return size > 0 and size % self.stride == 0
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, D) of images (B, C, H, W), normalised as in pretraining."""
-        return self.pool(self.encode(images))
+    def forward(self, *images: Tensor) -> Tensor:
+        """Return features (B, D) of images (B, C, H, W), normalised as in pretraining; of several sizes one after the other."""
+        return torch.cat([self.pool(self.encode(one)) for one in images])

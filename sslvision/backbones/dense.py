@@ -64,8 +64,11 @@ class Dense(Backbone):
         config = getattr(self.model, "pretrained_cfg", None) or {}
         return config.get("architecture") or type(self.model).__name__
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, *images: Tensor) -> Tensor:
         """Return features (B, F): what timm's head makes of timm's features before it would classify them."""
+        return torch.cat([self._features(one) for one in images])
+
+    def _features(self, images: Tensor) -> Tensor:
         self._forget()
         with in_full_on_a_cpu(images):
             features = self._compiled or self.model.forward_features

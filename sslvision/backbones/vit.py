@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sslvision.backbones.base import Backbone
 from sslvision.errors import UsageError
-from sslvision.nn.attention import attention_weights, block_part, divisible
+from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
 from sslvision.nn.compiled import compile_module, compiled, share_graphs
 from sslvision.nn.patches import all_patches, gather_tokens, take_patches
 from sslvision.nn.position import sincos_position
@@ -36,7 +36,7 @@ class ViT(Backbone):
         self.channels, self.width = model.in_chans, model.embed_dim
         self.stride = embed.patch_size[0]
         self.num_prefix = model.num_prefix_tokens
-        self._block_part = block_part
+        self._block_part, self._block_joined = block_part, block_joined
         if embed.patch_size[0] != embed.patch_size[1] or any(side % self.stride for side in self.image_size):
             raise UsageError(
                 f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be cut into patches of "
@@ -51,16 +51,23 @@ class ViT(Backbone):
         """
         return self.model.norm(self._attend(self.model.blocks, self._embed(images, keep)))  # (B, P+L or P+K, D)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return features (B, D). If they are the class token, the last block computes no other token."""
+    def forward(self, *images: Tensor) -> Tensor:
+        """Return features (B, D), of images of several sizes at once. The last block computes no token but the features'."""
         *blocks, last = self.model.blocks
-        if self.model.global_pool != "token" or not divisible(last):
-            return super().forward(images)
-        tokens = self._attend(blocks, self._embed(images))  # (B, P+L, D)
-        token = run_sparingly(
-            self._block_part, last, tokens, slice(0, 1), sparing=self.sparing and self.training
-        )  # (B, 1, D)
-        return self.pool(self.model.norm(token))
+        if self.model.global_pool != "token" or not all(map(divisible, self.model.blocks)):
+            return super().forward(*images)
+        embedded = [self._embed(one) for one in images]  # each (B, P+L, D)
+        sizes = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
+        sparing = self.sparing and self.training
+        joined = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # (T, D)
+        for block in blocks:
+            joined = run_sparingly(self._block_joined, block, joined, sizes, sparing=sparing)
+        of_size = joined.split([B * N for B, N in sizes])
+        features = [
+            run_sparingly(self._block_part, last, tokens.view(B, N, -1), slice(0, 1), sparing=sparing)  # (B, 1, D)
+            for tokens, (B, N) in zip(of_size, sizes, strict=True)
+        ]
+        return self.pool(self.model.norm(torch.cat(features)))
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return what the first block sees (B, P+L or P+K, D)."""
@@ -80,7 +87,7 @@ class ViT(Backbone):
         share_graphs(self.model)
         for block in self.model.blocks:
             compile_module(block)
-        self._block_part = compiled(block_part)
+        self._block_part, self._block_joined = compiled(block_part), compiled(block_joined)
 
     def _attend(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
         """Run some blocks (B, N, D) -> (B, N, D), keeping only their inputs for the backward pass if so set."""

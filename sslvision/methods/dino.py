@@ -274,8 +274,8 @@ class DINO(Method):
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
-    """Return logits (N, K) of images (n, C, S, S), one forward of the backbone for each size, and one of the head for all."""
-    return network["head"](torch.cat([network["backbone"](one) for one in images]))
+    """Return logits (N, K) of images (n, C, S, S), those of several sizes together."""
+    return network["head"](network["backbone"](*images))
 
 
 def entropy_of(q: Tensor) -> Tensor:
