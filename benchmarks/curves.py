@@ -25,6 +25,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
+from sslvision.nn.packed import pack_linears
 from sslvision.training.trainer import choose_kernels
 
 matplotlib.use("Agg")
@@ -104,6 +105,8 @@ def measure(arguments):
         runs[cell] = Run(*cell, device=device, grid=grid)
         if arguments.compile:
             runs[cell].method.compile_blocks()
+        elif device.type == "cpu":
+            pack_linears(runs[cell].method)
         runs[cell].timed()
     for number in track(range(arguments.rounds), description="measuring"):
         for cell in sorted(runs, reverse=number % 2 == 1):

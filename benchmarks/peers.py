@@ -15,6 +15,7 @@ from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.nn.masking import random_keep
+from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.groups import decay_groups
 
@@ -78,6 +79,8 @@ class Ours(Contestant):
         self.method, self.batch = method, batch
         if compiled:
             compile_blocks(method)
+        elif method.device.type == "cpu":
+            pack_linears(method)
         self.optimizer = method.configure_optimizers()
         for group in self.optimizer.param_groups:
             group["lr"] = RATES["lr"]

@@ -22,6 +22,7 @@ from sslvision import config
 from sslvision.data.loading import cut_crops, training_loader
 from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.methods.base import Clock
+from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import ImageRandom
 from sslvision.stage_one import build_method, hush_lightning, open_splits
 from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
@@ -52,6 +53,8 @@ def main():
 
     def build():
         method = build_method(settings)
+        if not torch.cuda.is_available():
+            pack_linears(method)
         method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
         return method, ImageData(
             splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers")

@@ -21,6 +21,7 @@ from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.methods.base import Method
 from sslvision.nn.compiled import wanted
+from sslvision.nn.packed import pack_linears
 from sslvision.schema import locate
 from sslvision.settings import Pretrain
 from sslvision.training import run_folder
@@ -80,6 +81,8 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
     )
     if wanted(config.compile, trainer.strategy.root_device):
         method.compile_blocks()
+    elif trainer.strategy.root_device.type == "cpu":
+        pack_linears(method)
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:
         check_same(resume, checkpoints.record)

@@ -24,6 +24,7 @@ from sslvision.downstream.scores import Scores, score
 from sslvision.methods.supervised import Supervised
 from sslvision.nn.compiled import wanted
 from sslvision.nn.normalize import Normalize
+from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
 from sslvision.task import Task, encode, labels_of, untrained
@@ -197,6 +198,8 @@ def fit(
     )
     if wanted(config.compile, trainer.strategy.root_device):
         method.compile_blocks()
+    elif trainer.strategy.root_device.type == "cpu":
+        pack_linears(method)
     train_from(resume_from, trainer, method, data)
     method.float()  # whatever precision it was trained in
     return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)

@@ -30,6 +30,7 @@ from sslvision.nn.collapse import name_collapse
 from sslvision.nn.ema import follow, own_statistics
 from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
+from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
@@ -173,8 +174,8 @@ class DINO(Method):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
             q = ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1)  # with the centre of before
         z = embed(self.student, *(torch.cat(crops) for crops in (views[:2], views[2:]) if crops))  # (SB, K)
-        z = (z.to(target.dtype) / self.student_temp).unflatten(0, (-1, B))  # (S, B, K)
-        loss = self.pair_loss(q.unflatten(0, (2, B)), z)
+        z = z.to(target.dtype).unflatten(0, (-1, B))  # (S, B, K)
+        loss = self.pair_loss(q.unflatten(0, (2, B)), z, self.student_temp)
         self._teacher_means.append(target.mean(dim=0, keepdim=True))
         entropy = entropy_of(q).mean()
         return {
@@ -190,7 +191,9 @@ class DINO(Method):
     def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
         """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
         if self.clip_gradient:
-            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
+            shares = (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1)
+            if shares.device.type != "cpu" or bool((shares < 1).any()):  # only a CPU knows without waiting
+                torch._foreach_mul_(gradients, shares.unbind())
         if clock.epoch < self.freeze_prototypes_epochs:
             head = self.student["head"]
             assert isinstance(head, DINOHead)
@@ -281,20 +284,3 @@ def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
 def entropy_of(q: Tensor) -> Tensor:
     """Return the entropy in nats of distributions (..., K)."""
     return torch.special.entr(q).sum(dim=-1)
-
-
-def cross_entropy_of_pairs(q: Tensor, z: Tensor) -> Tensor:
-    """Mean cross-entropy H(q_t, softmax(z_s)) over t and s != t (Eq. 3), without the log-softmax of every pair.
-
-    As q sums to 1, H(q, softmax(z)) = logsumexp(z) - q.z, which is linear in q and z but for the first term: all pairs are
-    the sum of the q's against the sum of the z's, less the same-view ones. No matrix product, which autocast would round.
-
-    Args:
-        q: (2, B, K), the teacher's distributions of the global crops.
-        z: (S, B, K), the student's logits; crops 0 and 1 are the teacher's.
-    """
-    S = len(z)
-    logsumexp = z.logsumexp(dim=-1)  # (S, B)
-    everything = 2 * logsumexp.sum(dim=0) - (q.sum(dim=0) * z.sum(dim=0)).sum(dim=-1)  # (B,)
-    same_view = (logsumexp[:2] - (q * z[:2]).sum(dim=-1)).sum(dim=0)
-    return (everything - same_view).mean() / (2 * S - 2)

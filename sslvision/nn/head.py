@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+FEW = 64  # rows; see DINOHead.forward
+
 
 class Prototypes(nn.Module):
     """A linear layer without bias whose rows are weight-normalised: g v / |v| (Salimans and Kingma 2016).
@@ -94,8 +96,15 @@ class DINOHead(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, K) of features (B, width)."""
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+        """Return logits (B, K) of features (B, width).
+
+        Few rows are not worth an autocast: rounding the weights first takes longer than their products as they are.
+        """
+        kind = x.device.type
+        with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and len(x) >= FEW):
+            if len(x) < FEW:
+                x = x.to(self.last_layer.weight_v.dtype)
+            return self.last_layer(F.normalize(self.mlp(x), dim=-1))
 
     @staticmethod
     def settings_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
