@@ -25,8 +25,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.nn.packed import pack_linears
-from sslvision.training.trainer import choose_kernels
+from sslvision.training.trainer import choose_kernels, choose_layers
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -103,10 +102,7 @@ def measure(arguments):
     runs = {}
     for cell in track(sorted(cells), description="building, first steps"):
         runs[cell] = Run(*cell, device=device, grid=grid)
-        if arguments.compile:
-            runs[cell].method.compile_blocks()
-        elif device.type == "cpu":
-            pack_linears(runs[cell].method)
+        choose_layers(runs[cell].method, device, compiled=bool(arguments.compile))
         runs[cell].timed()
     for number in track(range(arguments.rounds), description="measuring"):
         for cell in sorted(runs, reverse=number % 2 == 1):

@@ -15,9 +15,9 @@ from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.nn.masking import random_keep
-from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.groups import decay_groups
+from sslvision.training.trainer import choose_layers
 
 CLOCK = Clock(step=20_000, steps=100_000, steps_per_epoch=1_000)  # past warm-up and frozen prototypes
 RATES = {"lr": 1e-5, "weight_decay": 0.04}
@@ -79,8 +79,8 @@ class Ours(Contestant):
         self.method, self.batch = method, batch
         if compiled:
             compile_blocks(method)
-        elif method.device.type == "cpu":
-            pack_linears(method)
+        else:
+            choose_layers(method, method.device, compiled=False)
         self.optimizer = method.configure_optimizers()
         for group in self.optimizer.param_groups:
             group["lr"] = RATES["lr"]

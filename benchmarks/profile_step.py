@@ -22,10 +22,9 @@ from sslvision import config
 from sslvision.data.loading import cut_crops, training_loader
 from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.methods.base import Clock
-from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import ImageRandom
 from sslvision.stage_one import build_method, hush_lightning, open_splits
-from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers, compute_dtype
 
 STEPS, WARM_UP = 60, 10
 
@@ -53,8 +52,7 @@ def main():
 
     def build():
         method = build_method(settings)
-        if not torch.cuda.is_available():
-            pack_linears(method)
+        choose_layers(method, trainer.strategy.root_device, compiled=settings.compile)
         method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
         return method, ImageData(
             splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers")

@@ -21,7 +21,6 @@ from sslvision.data.module import ImageData, pixel_statistics
 from sslvision.downstream.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.methods.base import Method
 from sslvision.nn.compiled import wanted
-from sslvision.nn.packed import pack_linears
 from sslvision.schema import locate
 from sslvision.settings import Pretrain
 from sslvision.training import run_folder
@@ -36,7 +35,7 @@ from sslvision.training.report import findings_of, print_configuration, print_sc
 from sslvision.training.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder, train_from
 from sslvision.training.signals import StopOnSignal
 from sslvision.training.skipped import SkippedUpdates
-from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
+from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers, compute_dtype
 from sslvision.training.waiting import DataWaits
 from sslvision.training.weights import export_backbone, load_weights
 
@@ -79,10 +78,7 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         options=config.trainer,
         checkpoints=checkpoints,
     )
-    if wanted(config.compile, trainer.strategy.root_device):
-        method.compile_blocks()
-    elif trainer.strategy.root_device.type == "cpu":
-        pack_linears(method)
+    choose_layers(method, trainer.strategy.root_device, compiled=config.compile)
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:
         check_same(resume, checkpoints.record)
@@ -232,6 +228,8 @@ def effective_configuration(
     }
     if wanted(config.compile, device):
         rows["kernels"] = "blocks and loss are compiled in the first steps"
+    if config.memory == "low":
+        rows["memory"] = "low: activations are computed a second time in place of being kept"
     return rows | ({"reference": config.reference} if config.reference else {})
 
 

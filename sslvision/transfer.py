@@ -22,9 +22,7 @@ from sslvision.data.module import ImageData
 from sslvision.downstream.linear import linear_probe
 from sslvision.downstream.scores import Scores, score
 from sslvision.methods.supervised import Supervised
-from sslvision.nn.compiled import wanted
 from sslvision.nn.normalize import Normalize
-from sslvision.nn.packed import pack_linears
 from sslvision.nn.randomness import permutation
 from sslvision.settings import Finetune
 from sslvision.task import Task, encode, labels_of, untrained
@@ -32,7 +30,7 @@ from sslvision.training.best import KeepBest
 from sslvision.training.checkpoint import AtomicCheckpoints
 from sslvision.training.resume import train_from
 from sslvision.training.skipped import SkippedUpdates
-from sslvision.training.trainer import build_trainer
+from sslvision.training.trainer import build_trainer, choose_layers
 from sslvision.views.randaugment import RandAugment
 
 ADAPT_TO = 10_000  # images, at most
@@ -196,10 +194,7 @@ def fit(
             **{key: value for key, value in config.trainer.items() if key != "enable_progress_bar"},
         },
     )
-    if wanted(config.compile, trainer.strategy.root_device):
-        method.compile_blocks()
-    elif trainer.strategy.root_device.type == "cpu":
-        pack_linears(method)
+    choose_layers(method, trainer.strategy.root_device, compiled=config.compile)
     train_from(resume_from, trainer, method, data)
     method.float()  # whatever precision it was trained in
     return Fitted(method, dict(best.best), updates, time.perf_counter() - started, trainer)

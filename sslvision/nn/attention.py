@@ -1,28 +1,26 @@
 """Blocks for images of several sizes at once, attention of some tokens only, and what a token attends to."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Sizes = tuple[tuple[int, int], ...]  # (B, N) of the images of each size
+from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
 
 # B images, N tokens, n of them asked for, D width, d width of a head
 
 
 def divisible(block: Any) -> bool:
     """Return whether `block_part` can run the block: a pre-norm timm Block with plain multi-head attention."""
-    return type(block) is Block and type(block.attn) is Attention and block.attn.gate is None
+    return type(block) is Block and type(block.attn) in (Attention, FewerCopies) and block.attn.gate is None
 
 
 def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
-    """Run a pre-norm timm Block on images of several sizes at once: all but attention is the same for every token.
+    """Run a pre-norm timm Block on images of several sizes at once, as all but attention is the same for every token.
 
-    Equals running it on those of each size, but for the draws of drop-path. Fewer and larger products are faster.
+    Equals running it on those of each size, but for the draws of drop-path; fewer and larger products are faster.
 
     Args:
         block: see `divisible`.
@@ -34,17 +32,15 @@ def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
     """
     attention = block.attn
     qkv = attention.qkv(block.norm1(tokens))  # (T, 3 * heads * d)
-    attended = attention.norm(_attend(attention, qkv, sizes))  # (T, heads * d)
+    attended = attention.norm(_attend_by_size(attention, qkv, sizes))  # (T, heads * d)
     attended = block.ls1(attention.proj_drop(attention.proj(attended)))
     tokens = tokens + _by_image(block.drop_path1, attended, sizes)
     return tokens + _by_image(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), sizes)
 
 
-def _attend(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
+def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
     """Return what the tokens of each image get of one another (T, heads * d), from queries, keys and values."""
-    plain = isinstance(attention.q_norm, nn.Identity) and isinstance(attention.k_norm, nn.Identity)
-    dropped = attention.attn_drop.p if attention.training else 0.0
-    if plain and not dropped and not attention.fused_attn:
+    if plain(attention):
         attended: Tensor = PlainAttention.apply(qkv, sizes, attention.num_heads, attention.scale)
         return attended
     parts = []
@@ -65,54 +61,12 @@ def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> T
     return attended.transpose(1, 2).flatten(2)
 
 
-def _by_image(drop: Callable[[Tensor], Tensor], tokens: Tensor, sizes: Sizes) -> Tensor:
+def _by_image(drop: nn.Module, tokens: Tensor, sizes: Sizes) -> Tensor:
     """Drop whole images, not tokens."""
-    if isinstance(drop, nn.Identity):
+    if isinstance(drop, nn.Identity) or not drop.training:
         return tokens
     parts = tokens.split([B * N for B, N in sizes])
     return torch.cat([drop(part.view(B, N, -1)).flatten(0, 1) for part, (B, N) in zip(parts, sizes, strict=True)])
-
-
-class PlainAttention(torch.autograd.Function):
-    """softmax(scale x q @ k.T) @ v of each image and head, without fused kernels, which on a CPU are slower.
-
-    What autograd would do in the same products, with fewer copies in between: gradients go where they are needed.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, sizes: Sizes, heads: int, scale: float) -> Tensor:
-        """Return (T, heads * d) of queries, keys and values (T, 3 * heads * d)."""
-        T, d = len(qkv), qkv.shape[1] // (3 * heads)
-        attended, kept, start = qkv.new_empty(T, heads * d), [], 0
-        for B, N in sizes:
-            rows = slice(start, start := start + B * N)
-            by_head = qkv[rows].view(B, N, 3, heads, d).permute(2, 0, 3, 1, 4).contiguous()  # (3, B, heads, N, d)
-            q, k, v = by_head.flatten(1, 2).unbind()  # (B * heads, N, d)
-            p = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=scale).softmax(dim=-1)  # (B * heads, N, N)
-            attended[rows].view(B, N, heads, d).copy_((p @ v).view(B, heads, N, d).transpose(1, 2))
-            kept += [q, k, v, p]
-        ctx.save_for_backward(*kept)
-        ctx.sizes, ctx.heads, ctx.scale = sizes, heads, scale
-        return attended
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of queries, keys and values."""
-        T, d = len(gradient), gradient.shape[1] // ctx.heads
-        of_qkv, kept, start = gradient.new_empty(T, 3 * ctx.heads * d), iter(ctx.saved_tensors), 0
-        for B, N in ctx.sizes:
-            q, k, v, p = next(kept), next(kept), next(kept), next(kept)
-            rows = slice(start, start := start + B * N)
-            of_out = gradient[rows].view(B, N, ctx.heads, d).transpose(1, 2).flatten(0, 1)  # (B * heads, N, d)
-            of_logits = torch._softmax_backward_data(of_out @ v.mT, p, -1, p.dtype)  # (B * heads, N, N)
-            by_head, none = q.new_empty(3, *q.shape), q.new_empty(1, 1, 1)
-            torch.baddbmm(none, of_logits, k, beta=0, alpha=ctx.scale, out=by_head[0])
-            torch.baddbmm(none, of_logits.mT, q, beta=0, alpha=ctx.scale, out=by_head[1])
-            torch.bmm(p.mT, of_out, out=by_head[2])
-            by_image = by_head.view(3, B, ctx.heads, N, d).permute(1, 3, 0, 2, 4)  # (B, N, 3, heads, d)
-            of_qkv[rows].view(by_image.shape).copy_(by_image)
-        return of_qkv, None, None, None
 
 
 def block_part(block: Block, tokens: Tensor, some: slice) -> Tensor:

@@ -11,7 +11,10 @@ from pytorch_lightning.loggers import Logger
 from timm.layers import set_fused_attn
 
 from sslvision.errors import UsageError
+from sslvision.methods.base import Method
 from sslvision.nn.allocator import keep_freed_memory
+from sslvision.nn.compiled import wanted
+from sslvision.nn.cpu import suit_cpu
 from sslvision.training.checkpoint import AtomicCheckpoints
 
 
@@ -100,6 +103,14 @@ def choose_kernels(accelerator: str) -> None:
     torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if exact else "medium")
     if on_cpu:
         keep_freed_memory()
+
+
+def choose_layers(method: Method, device: torch.device, *, compiled: bool | None = None) -> None:
+    """Have the blocks of a method compiled if so set (None: where it pays); else have a CPU compute them its own way."""
+    if wanted(compiled, device):
+        method.compile_blocks()
+    elif device.type == "cpu":
+        suit_cpu(method)
 
 
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:

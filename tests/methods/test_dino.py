@@ -110,6 +110,19 @@ def test_the_loss_is_the_mean_over_all_pairs_of_different_crops():
         assert torch.allclose(cross_entropy_of_pairs(q, z), torch.stack(pairs).mean(), atol=1e-6)
 
 
+@pytest.mark.parametrize("crops", [2, 3, 10])
+def test_the_gradient_of_the_loss_is_that_of_all_pairs(crops):
+    torch.manual_seed(0)
+    q = torch.rand(2, 5, 7, dtype=torch.float64).softmax(-1)
+    logits = torch.randn(crops, 5, 7, dtype=torch.float64, requires_grad=True)
+    pairs = [
+        -(q[t] * F.log_softmax(logits[s] / 0.1, -1)).sum(-1).mean() for t in range(2) for s in range(crops) if s != t
+    ]
+    ours, theirs = 3 * cross_entropy_of_pairs(q, logits, 0.1), 3 * torch.stack(pairs).mean()
+    assert torch.allclose(ours, theirs, rtol=1e-12)
+    assert torch.allclose(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)), rtol=1e-9, atol=1e-12)
+
+
 def test_the_teacher_never_trains_and_is_never_in_train_mode():
     method = tiny().train()
     assert method.student.training

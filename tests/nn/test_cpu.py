@@ -1,12 +1,16 @@
-"""Linear layers with weights laid out beforehand: the same numbers, and only where they are meant to be."""
+"""What a CPU computes another way: the same numbers, and only where it is meant to."""
 
 import copy
 
 import pytest
+import pytorch_lightning as L
 import torch
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Attention
 from torch import nn
 
-from sslvision.nn.packed import FEWEST_ROWS, PackedLinear, _Product, pack_linears
+from sslvision import stage_one
+from sslvision.nn.cpu import FEWEST_ROWS, FewerCopies, PackedLinear, PlainAttention, _Product, suit_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def both(inside, outside, *, bias=True):
     torch.manual_seed(0)
     stock = nn.Linear(inside, outside, bias=bias)
     packed = nn.Sequential(copy.deepcopy(stock))
-    pack_linears(packed)
+    suit_cpu(packed)
     return stock, packed[0]
 
 
@@ -69,10 +73,73 @@ def test_few_rows_and_other_types_are_left_to_torch(rows, dtype, used, monkeypat
     assert bool(calls) == used
 
 
+def attention(**options):
+    torch.manual_seed(0)
+    stock = Attention(24, 3, qkv_bias=True, **options).double()
+    stock.fused_attn = False
+    other = copy.deepcopy(nn.Sequential(stock))
+    suit_cpu(other)
+    assert type(other[0]) is FewerCopies
+    return stock, other[0]
+
+
+def test_attention_and_its_gradients_are_those_of_timm():
+    stock, other = attention()
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    assert all(
+        torch.allclose(*pair, atol=1e-12) for pair in zip(run(other, x, False), run(stock, x, False), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "fused", "used"),
+    [
+        ({}, False, True),
+        ({}, True, False),
+        ({"attn_drop": 0.5}, False, False),
+        ({"qk_norm": True, "norm_layer": nn.LayerNorm}, False, False),
+        ({"gated": True}, False, False),
+    ],
+    ids=str,
+)
+def test_attention_that_does_more_is_left_to_timm(options, fused, used, monkeypatch):
+    calls, apply = [], PlainAttention.apply
+    monkeypatch.setattr(PlainAttention, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    stock, other = attention(**options)
+    other.fused_attn = fused
+    x = torch.randn(2, 7, 24, dtype=torch.float64)
+    answers = []
+    for layer in (stock, other):
+        torch.manual_seed(2)
+        answers.append(layer(x))
+    assert torch.allclose(*answers, atol=1e-12)
+    assert bool(calls) == used
+
+
+class Kinds(L.Callback):
+    """What the layers of a method in training are."""
+
+    found = frozenset()
+
+    def on_train_start(self, trainer, method):
+        self.found = {type(module) for module in method.modules()}
+
+
+@pytest.mark.parametrize("recipe", ["mae", "dino"])
+def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, tmp_path, monkeypatch, recipe):
+    kinds, watchers = Kinds(), stage_one.watchers
+    monkeypatch.setattr(stage_one, "watchers", lambda *about: [kinds, *watchers(*about)])
+    run_tiny(tmp_path / "run", recipe=recipe)
+    assert {PackedLinear, FewerCopies} <= kinds.found
+    assert not {nn.Linear, Attention} & kinds.found
+    names = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert "blocks.0.attn.qkv.weight" in names
+
+
 def test_packing_leaves_names_weights_and_other_layers_as_they_are():
     network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Bilinear(4, 4, 2))
     before = copy.deepcopy(network.state_dict())
-    pack_linears(network)
+    suit_cpu(network)
     assert [type(module) for module in network] == [PackedLinear, nn.LayerNorm, nn.Bilinear]
     after = network.state_dict()
     assert list(after) == list(before)
