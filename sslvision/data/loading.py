@@ -47,7 +47,7 @@ class TrainingImages(Dataset[Batch]):
             return self._augmented(cut_crops(whole, self.crops, self.seed))
         rng = ImageRandom(self.seed, epoch, index)
         kinds = views_by_kind(self.crops)
-        noise = {crop: crop_noise(rng, views) for crop, views in kinds.items()}
+        noise = crop_noise(rng, range(len(self.crops)))  # (V, B, ...)
         crops = self._take_rooms(len(keys))
         unreadable: list[tuple[int, str]] = []
         shown = index.clone()
@@ -63,7 +63,7 @@ class TrainingImages(Dataset[Batch]):
                 images.append(image)
             for crop, views in kinds.items():
                 rooms = [room for view in views for room in crops[view][part]]
-                for room, cut in zip(rooms, crop_each(images, noise[crop][:, part], crop), strict=True):
+                for room, cut in zip(rooms, crop_each(images, noise[views, part], crop), strict=True):
                     room.copy_(cut)
         return self._augmented(Batch(crops, index, epoch, unreadable, shown))
 
@@ -94,10 +94,10 @@ class TrainingImages(Dataset[Batch]):
 
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
     """Cut the crops of whole images (B, C, H, W) on the device they are on."""
-    rng = ImageRandom(seed, batch.epoch, batch.places)
+    noise = crop_noise(ImageRandom(seed, batch.epoch, batch.places), range(len(crops)))  # (V, B, ...)
     cut: dict[int, Tensor] = {}
     for crop, views in views_by_kind(crops).items():
-        cut |= zip(views, crop_batch(batch.crops[0], rng, views, crop), strict=True)
+        cut |= zip(views, crop_batch(batch.crops[0], torch.stack([noise[view] for view in views]), crop), strict=True)
     return batch._replace(crops=[cut[view] for view in range(len(crops))])
 
 

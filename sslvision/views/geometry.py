@@ -4,6 +4,7 @@ Both ways draw the same box for the same image, epoch and seed, and resample wit
 Pillow (Keys, a = -0.5), which the authors of MAE and DINO used.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from sslvision.errors import UsageError
 from sslvision.nn.randomness import ImageRandom
 
+KEPT = 4 << 20  # weights, 16 MB; those of 32 x 32 pixels for crops as large are 1.1 million
 ATTEMPTS = 10  # boxes tried before the central one is taken, as in torchvision's RandomResizedCrop
 
 
@@ -120,26 +122,26 @@ def crop_one(image: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
     return next(crop_each([image], crop_noise(rng, [view]), crop))
 
 
-def crop_batch(images: Tensor, rng: ImageRandom, views: Sequence[int], crop: Crop) -> Tensor:
-    """Cut V views of one kind of every image of a batch, each by its own box, in two matrix products.
+def crop_batch(images: Tensor, noise: Tensor, crop: Crop) -> Tensor:
+    """Cut V crops of one kind of every image of a batch, each by its own box, in two matrix products.
 
     Args:
         images: (B, C, H, W) uint8.
-        rng: of these images.
-        views: which of an image's crops they are.
+        noise: (V, B, 2 * ATTEMPTS + 3) of `crop_noise`.
         crop: their kind.
 
     Returns:
         (V, B, C, size, size) uint8.
     """
-    V, B = len(views), len(images)
+    V, B = noise.shape[:2]
     height, width = images.shape[2:]
     if crop.scale[0] == 1 and height == width == crop.size and not crop.flip:
         return images.expand(V, *images.shape)  # every box is the whole image, and resampling the identity
     heights, widths = (torch.full((V * B,), side, device=images.device) for side in (height, width))
-    boxes, flipped = draw(crop_noise(rng, views).flatten(0, 1), heights, widths, crop)
-    rows = resampling_matrix(boxes[:, 0], boxes[:, 2], height, crop.size).unflatten(0, (V, B))  # (V, B, size, H)
-    columns = resampling_matrix(boxes[:, 1], boxes[:, 3], width, crop.size, mirrored=flipped)  # (V * B, size, W)
+    boxes, flipped = draw(noise.flatten(0, 1), heights, widths, crop)
+    rows = matrices(boxes[:, 0], boxes[:, 2], height, crop.size).unflatten(0, (V, B))  # (V, B, size, H)
+    columns = matrices(boxes[:, 1], boxes[:, 3], width, crop.size)  # (V * B, size, W)
+    columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
     with torch.autocast(images.device.type, enabled=False):
         # Pillow's order: columns first, and bytes in between.
         columns = (
@@ -151,16 +153,27 @@ def crop_batch(images: Tensor, rng: ImageRandom, views: Sequence[int], crop: Cro
     return cut.byte()
 
 
-def resampling_matrix(
-    start: Tensor, extent: Tensor, length: int, size: int, *, mirrored: Tensor | None = None
-) -> Tensor:
+def matrices(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
+    """Return what `resampling_matrix` does, looked up where images are so small that it can be kept for all intervals."""
+    if (length + 1) ** 2 * length * size > KEPT:
+        return resampling_matrix(start, extent, length, size)
+    return _every_matrix(length, size, start.device)[start * (length + 1) + extent]
+
+
+@functools.cache
+def _every_matrix(length: int, size: int, device: torch.device) -> Tensor:
+    """Return the matrices of all starts and extents, (length + 1) ** 2 of them; those of no extent are not a number."""
+    places = torch.arange(length + 1, device=device)
+    return resampling_matrix(places.repeat_interleave(length + 1), places.repeat(length + 1), length, size)
+
+
+def resampling_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
     """Antialiased bicubic weights of a 1-D crop and resize.
 
     Args:
         start, extent: (B,) the interval of each image, in pixels; pixels outside have no weight.
         length: of the axis in pixels.
         size: of the result in pixels.
-        mirrored: (B,) bool, which results run backwards.
 
     Returns:
         (B, size, length); rows sum to 1.
@@ -169,8 +182,6 @@ def resampling_matrix(
     scale = extent / size  # source pixels per result pixel
     result = torch.arange(size, device=start.device)[:, None] + 0.5  # (size, 1)
     source = torch.arange(length, device=start.device)[None] + 0.5  # (1, length)
-    if mirrored is not None:
-        result = torch.where(mirrored[:, None, None], size - result, result)  # (B, size, 1)
     inside = ((source > start) & (source < start + extent)).float()  # (B, 1, length)
     # In place where it can be: this is most of the work.
     distance = ((source - start) - result * scale).abs_().div_(scale.clamp(min=1)).clamp_(max=2)  # (B, size, length)

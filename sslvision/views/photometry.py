@@ -79,8 +79,12 @@ class Drawn(NamedTuple):
     grey: Tensor  # bool
     blurred: Tensor  # bool
     sigma: Tensor  # pixels
-    solarized: Tensor  # bool
-    threshold: Tensor  # grey levels
+    threshold: Tensor  # grey levels from which pixels are inverted; infinite where none are
+
+    @property
+    def solarized(self) -> Tensor:
+        """Return which images lose their bright pixels, bool."""
+        return self.threshold.isfinite()
 
 
 def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Photometry) -> Drawn:
@@ -106,8 +110,7 @@ def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Photomet
         grey=noise[9] < photometry.grey_probability,
         blurred=noise[10] < photometry.blur_probability,
         sigma=between(*photometry.blur_sigma, noise[11]),
-        solarized=noise[12] < photometry.solarize_probability,
-        threshold=torch.full_like(noise[0], photometry.solarize_threshold),
+        threshold=torch.where(noise[12] < photometry.solarize_probability, photometry.solarize_threshold, torch.inf),
     )
 
 
@@ -125,7 +128,7 @@ def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
     if images.shape[1] == 3:
         result = torch.where(_per_image(drawn.grey), luma(result), result)
     result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0))
-    return torch.where(_per_image(drawn.solarized), solarize(result, drawn.threshold), result)
+    return solarize(result, drawn.threshold)
 
 
 def jitter(images: Tensor, drawn: Drawn) -> Tensor:

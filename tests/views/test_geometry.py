@@ -9,7 +9,9 @@ from torchvision.transforms import RandomResizedCrop
 from sslvision.nn.randomness import ImageRandom
 from sslvision.views.geometry import (
     ATTEMPTS,
+    KEPT,
     Crop,
+    _every_matrix,
     center_crop,
     crop_batch,
     crop_boxes,
@@ -17,6 +19,7 @@ from sslvision.views.geometry import (
     crop_noise,
     crop_one,
     draw,
+    matrices,
     resampling_matrix,
     resize,
 )
@@ -85,7 +88,7 @@ def test_a_crop_is_pillows_bicubic_resize_of_its_box():
 def test_a_batch_is_cropped_as_its_images_one_by_one(size):
     images = torch.stack([photograph(40, 52).roll(shift, dims=2) for shift in range(40)])
     crop = Crop(size, (0.2, 1.0))
-    (together,) = crop_batch(images, rng(40), [1], crop)
+    (together,) = crop_batch(images, crop_noise(rng(40), [1]), crop)
     assert together.dtype == torch.uint8
     for one in range(40):
         alone = crop_one(images[one], ImageRandom(0, torch.tensor([0]), torch.tensor([one])), 1, crop)
@@ -139,12 +142,12 @@ def test_images_in_either_order_of_memory_are_resized_to_the_same_bytes():
 def test_a_whole_image_at_its_own_size_stays_as_it_is():
     images = torch.stack([photograph(32, 32, 1)] * 4)
     whole = Crop(32, (1.0, 1.0), ratio=(1.0, 1.0), flip=False)
-    assert torch.equal(*crop_batch(images, rng(4), [0], whole), images)
+    assert torch.equal(*crop_batch(images, crop_noise(rng(4), [0]), whole), images)
 
 
 def test_half_of_the_images_are_mirrored_if_asked():
     images = photograph(16, 16, 1)[None].repeat(600, 1, 1, 1)
-    (cut,) = crop_batch(images, rng(600), [0], Crop(16, (1.0, 1.0), ratio=(1.0, 1.0)))
+    (cut,) = crop_batch(images, crop_noise(rng(600), [0]), Crop(16, (1.0, 1.0), ratio=(1.0, 1.0)))
     mirrored = (cut == images.flip(3)).flatten(1).all(1)
     straight = (cut == images).flatten(1).all(1)
     assert (mirrored ^ straight).all()
@@ -154,7 +157,21 @@ def test_half_of_the_images_are_mirrored_if_asked():
 def test_views_of_an_image_differ():
     images = photograph(40, 40)[None]
     crop = Crop(24, (0.3, 0.6))
-    assert not torch.equal(*crop_batch(images, rng(1), [0, 1], crop))
+    assert not torch.equal(*crop_batch(images, crop_noise(rng(1), [0, 1]), crop))
+
+
+@pytest.mark.parametrize(("length", "size"), [(28, 32), (32, 16), (7, 9)])
+def test_matrices_that_are_looked_up_are_those_that_are_computed(length, size):
+    intervals = [(start, extent) for start in range(length) for extent in range(1, length - start + 1)]
+    start, extent = torch.tensor(intervals).unbind(1)
+    assert (length + 1) ** 2 * length * size <= KEPT
+    assert torch.equal(matrices(start, extent, length, size), resampling_matrix(start, extent, length, size))
+
+
+def test_matrices_of_larger_images_are_not_kept():
+    before = _every_matrix.cache_info().currsize
+    matrices(torch.tensor([3]), torch.tensor([90]), 100, 96)
+    assert _every_matrix.cache_info().currsize == before
 
 
 def test_pixels_outside_the_box_have_no_weight():
@@ -177,6 +194,6 @@ def test_evaluation_sees_the_centre_of_seven_eighths():
 
 def test_views_cut_together_are_those_cut_one_by_one():
     images, crop = torch.stack([photograph(40, 52).roll(shift, dims=2) for shift in range(5)]), Crop(24, (0.1, 0.7))
-    together = crop_batch(images, rng(5), [0, 3, 4], crop)
+    together = crop_batch(images, crop_noise(rng(5), [0, 3, 4]), crop)
     for cut, view in zip(together, (0, 3, 4), strict=True):
-        assert (cut.int() - crop_batch(images, rng(5), [view], crop)[0].int()).abs().max() <= 1
+        assert (cut.int() - crop_batch(images, crop_noise(rng(5), [view]), crop)[0].int()).abs().max() <= 1

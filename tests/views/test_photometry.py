@@ -63,7 +63,8 @@ def pillow_blur(image, sigma):
 def nothing(images):
     """A `Drawn` that leaves every image alone."""
     no = torch.zeros(images, dtype=torch.bool)
-    return draw_photometry(rng(images), [0], EVERYTHING)._replace(jittered=no, grey=no, blurred=no, solarized=no)
+    never = torch.full((images,), torch.inf)
+    return draw_photometry(rng(images), [0], EVERYTHING)._replace(jittered=no, grey=no, blurred=no, threshold=never)
 
 
 @pytest.mark.parametrize(
