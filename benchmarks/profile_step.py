@@ -2,8 +2,8 @@
 
 python benchmarks/profile_step.py recipe=mae [key=value ...]
 
-Runs the recipe's own loader, crops, views, losses and optimizer without a Trainer, and then with one; what the second
-takes more is the Trainer's. Times are medians over steps, on whatever device the recipe would train on.
+Runs the recipe under its Trainer with a clock around each phase. What no phase takes is the loader's, Lightning's and the
+callbacks'. Times are medians over steps, on whatever device the recipe would train on.
 """
 
 import statistics
@@ -19,29 +19,90 @@ from rich.console import Console
 from rich.table import Table
 
 from sslvision import config
-from sslvision.data.loading import cut_crops, training_loader
 from sslvision.data.module import ImageData, pixel_statistics
-from sslvision.methods.base import Clock
-from sslvision.nn.randomness import ImageRandom
 from sslvision.stage_one import build_method, hush_lightning, open_splits
-from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers, compute_dtype
+from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers
 
-STEPS, WARM_UP = 60, 10
+STEPS, WARM_UP = 200, 20
+CROPS, VIEWS, FORWARD, BACKWARD = (
+    "crops (on the device)",
+    "views: augment, normalise, mask noise",
+    "forward",
+    "backward",
+)
+UPDATE, REST = "update: norms, clip, optimizer, teacher", "loader, Trainer, logging"
 
 
 class StepTimes(L.Callback):
     """Wall time from one step's end to the next one's, everything between included."""
 
-    def __init__(self):
-        self.ends = []
+    def __init__(self, steps=60):
+        self.steps, self.ends = steps, []
 
     def on_train_batch_end(self, trainer, *_):
         self.ends.append(time.perf_counter())
-        trainer.should_stop = len(self.ends) >= STEPS
+        trainer.should_stop = len(self.ends) >= self.steps
 
     def median(self):
         gaps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
-        return statistics.median(gaps[WARM_UP:])
+        return statistics.median(gaps[10:])
+
+
+class Phases(StepTimes):
+    """Seconds of each phase of each step."""
+
+    def __init__(self, device):
+        super().__init__(STEPS)
+        self.device, self.current, self.of_steps = device, defaultdict(float), []
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def around(self, owner, name, phase):
+        """Have a clock run while the owner's method does."""
+        function = getattr(owner, name)
+
+        def timed(*arguments, **keywords):
+            start = self.now()
+            result = function(*arguments, **keywords)
+            self.current[phase] += self.now() - start
+            return result
+
+        owner.__dict__[name] = timed
+
+    def on_train_start(self, trainer, method):
+        self.around(trainer.datamodule, "on_after_batch_transfer", CROPS)
+        self.around(method, "views", VIEWS)
+        self.around(method, "losses", FORWARD)
+        self.around(trainer.strategy, "backward", BACKWARD)
+        self.around(method, "after_update", UPDATE)
+        (optimizer,) = trainer.optimizers
+        self.around(optimizer, "zero_grad", UPDATE)
+        step = optimizer.step
+
+        def timed(*arguments, **keywords):  # it calls forward and backward itself, and then `on_before_optimizer_step`
+            result = step(*arguments, **keywords)
+            self.current[UPDATE] += self.now() - self.began
+            return result
+
+        optimizer.step = timed
+
+    def on_before_optimizer_step(self, *_):
+        self.began = self.now()
+
+    def on_train_batch_end(self, trainer, *_):
+        super().on_train_batch_end(trainer)
+        self.of_steps.append(dict(self.current))
+        self.current.clear()
+
+    def medians(self):
+        """Return the seconds of each phase and of a step."""
+        gaps = [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)]
+        steps = [{**step, REST: gap - sum(step.values())} for step, gap in zip(self.of_steps[1:], gaps, strict=True)]
+        found = {phase: statistics.median(step[phase] for step in steps[WARM_UP:]) for phase in steps[-1]}
+        return {phase: found[phase] for phase in (REST, CROPS, VIEWS, FORWARD, BACKWARD, UPDATE)}
 
 
 def main():
@@ -49,16 +110,9 @@ def main():
     hush_lightning()
     choose_kernels(settings.trainer.get("accelerator", "auto"))
     splits = open_splits(settings.data)
-
-    def build():
-        method = build_method(settings)
-        choose_layers(method, trainer.strategy.root_device, compiled=settings.compile)
-        method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
-        return method, ImageData(
-            splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers")
-        )
-
-    times = StepTimes()
+    method = build_method(settings)
+    method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
+    data = ImageData(splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(
             folder=Path(folder),
@@ -66,70 +120,28 @@ def main():
             steps=settings.epochs * (len(splits.train) // settings.batch_size),
             dry_run=False,
             loggers=[],
-            callbacks=[times],
+            callbacks=[],
             options={**settings.trainer, "enable_progress_bar": False},
         )
-        phases = by_hand(*build(), device=trainer.strategy.root_device, dtype=compute_dtype(trainer))
-        method, data = build()
+        phases = Phases(trainer.strategy.root_device)
+        trainer.callbacks.append(phases)
+        choose_layers(method, phases.device, compiled=settings.compile)
         trainer.fit(method, datamodule=data)
-    report(phases, times.median(), settings.batch_size)
+    report(phases.medians(), settings.batch_size)
 
 
-def by_hand(method, data, *, device, dtype):
-    """Return seconds per phase."""
-    method.to(device).train()
-    optimizer = method.configure_optimizers()
-    clock = Clock(0, 1000, len(data.batches(0, 1, 1)))
-    loader = training_loader(
-        data.splits.train, method.crops, data.batches(0, 1, 1), workers=data.workers, pin_memory=device.type == "cuda"
-    )
-    taken = defaultdict(list)
-
-    def lap(phase, since):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        taken[phase].append(now - since)
-        return now
-
-    batches = iter(loader)
-    for _ in range(min(STEPS, len(loader))):
-        at = time.perf_counter()
-        batch = next(batches)
-        batch = batch._replace(
-            crops=[crop.to(device) for crop in batch.crops],
-            places=batch.places.to(device),
-            epoch=batch.epoch.to(device),
-        )
-        at = lap("loader and transfer", at)
-        if data.splits.train.images is not None:
-            batch = cut_crops(batch, method.crops, data.seed)
-        at = lap("crops (on the device)", at)
-        views = method.views(batch, ImageRandom(method.seed, batch.epoch, batch.places))
-        at = lap("views: augment, normalise, mask noise", at)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = method.losses(views, clock)["loss"]
-        at = lap("forward", at)
-        loss.backward()
-        at = lap("backward", at)
-        method.ready(optimizer, clock)
-        optimizer.step()
-        optimizer.zero_grad()
-        method.after_update(clock)
-        lap("update: clip, optimizer, teacher", at)
-    return {phase: statistics.median(seconds[WARM_UP:]) for phase, seconds in taken.items()}
-
-
-def report(phases, whole, batch_size):
+def report(phases, batch_size):
+    whole = sum(phases.values())
     table = Table(title=f"One step of {batch_size} images, {torch.get_num_threads()} CPU threads", title_justify="left")
     table.add_column("phase")
     table.add_column("ms", justify="right")
     table.add_column("share of a step %", justify="right")
-    phases = {**phases, "trainer, logging, callbacks": whole - sum(phases.values())}
     for phase, seconds in phases.items():
         table.add_row(phase, f"{1e3 * seconds:.2f}", f"{100 * seconds / whole:.1f}")
     table.add_section()
-    table.add_row("a step under the Trainer", f"{1e3 * whole:.2f}", f"{batch_size / whole:,.0f} img/s")
+    other = sum(phases[phase] for phase in (REST, CROPS, VIEWS))
+    table.add_row("all but forward, backward, update", f"{1e3 * other:.2f}", f"{100 * other / whole:.1f}")
+    table.add_row("a step", f"{1e3 * whole:.2f}", f"{batch_size / whole:,.0f} img/s")
     Console().print(table)
 
 

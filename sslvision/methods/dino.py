@@ -34,7 +34,7 @@ from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry, join_drawn
+from sslvision.views.photometry import Drawn, Photometry, apply_photometry, draw_photometry
 
 # Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
 SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
@@ -125,9 +125,7 @@ class DINO(Method):
         colour = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "grey_probability": grey}
         view = partial(Photometry, **colour, blur_sigma=blur_sigma)
         first, second = view(blur_probability=blur[0]), view(blur_probability=blur[1], solarize_probability=solarize)
-        self.photometry = [[([0], first), ([1], second)]]  # by size: which crops are augmented how
-        if local_crops:
-            self.photometry += [[([*range(2, 2 + local_crops)], view(blur_probability=blur[2]))]]
+        self.photometry = [first, second, *[view(blur_probability=blur[2])] * local_crops]  # of each crop
         self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
@@ -157,11 +155,12 @@ class DINO(Method):
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return S augmented, normalised crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
-        augmented: list[Tensor] = []
-        for of_one_size in self.photometry:  # together: this is many small operations
-            drawn = join_drawn(*(draw_photometry(rng, views, photometry) for views, photometry in of_one_size))
-            crops = [batch.crops[view] for views, _ in of_one_size for view in views]
-            augmented += self.normalize(apply_photometry(torch.cat(crops), drawn)).chunk(len(crops))
+        augmented, B = list[Tensor](), len(batch.places)
+        drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
+        for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
+            if crops := batch.crops[first:end]:
+                drawn_here = Drawn(*(parameter[first * B : end * B] for parameter in drawn))
+                augmented += self.normalize(apply_photometry(torch.cat(crops), drawn_here)).chunk(len(crops))
         return augmented
 
     def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:

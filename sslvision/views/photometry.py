@@ -8,6 +8,7 @@ Deviation: the authors' code rounds to bytes after every operation, mostly downw
 image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -87,36 +88,46 @@ class Drawn(NamedTuple):
         return self.threshold.isfinite()
 
 
-def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Photometry) -> Drawn:
-    """Draw the parameters of a batch for some of its views, V of them: V * B images, the first view's first."""
-    noise = rng.uniforms([f"photometry {view}" for view in views], 13).flatten(0, 1).T  # (13, V * B)
-
-    def between(low: float, high: float, noise: Tensor) -> Tensor:
-        return low + noise * (high - low)
-
-    def factor(spread: float, noise: Tensor) -> Tensor:
-        spread *= photometry.jitter_strength
-        return between(max(0.0, 1 - spread), 1 + spread, noise)
-
-    hue = min(0.5, photometry.hue * photometry.jitter_strength)
-
+def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence[Photometry]) -> Drawn:
+    """Draw the parameters of V views of B images, each view by ranges of its own: V * B, the first view's first."""
+    noise = rng.uniforms([f"photometry {view}" for view in views], 13).permute(2, 0, 1)  # (13, V, B)
+    probability, low, span = _ranges(tuple(photometry), noise.device)  # each (13, V, 1)
+    happens = (noise < probability).flatten(1)  # (13, V * B)
+    amount = (low + noise * span).flatten(1)
     return Drawn(
-        jittered=noise[0] < photometry.jitter_probability,
-        brightness=factor(photometry.brightness, noise[1]),
-        contrast=factor(photometry.contrast, noise[2]),
-        saturation=factor(photometry.saturation, noise[3]),
-        hue=between(-hue, hue, noise[4]),
-        order=noise[5:9].T.argsort(dim=1, stable=True),
-        grey=noise[9] < photometry.grey_probability,
-        blurred=noise[10] < photometry.blur_probability,
-        sigma=between(*photometry.blur_sigma, noise[11]),
-        threshold=torch.where(noise[12] < photometry.solarize_probability, photometry.solarize_threshold, torch.inf),
+        jittered=happens[0],
+        brightness=amount[1],
+        contrast=amount[2],
+        saturation=amount[3],
+        hue=amount[4],
+        order=amount[5:9].T.argsort(dim=1, stable=True),
+        grey=happens[9],
+        blurred=happens[10],
+        sigma=amount[11],
+        threshold=amount[12].masked_fill(~happens[12], torch.inf),
     )
 
 
-def join_drawn(*drawn: Drawn) -> Drawn:
-    """Return the parameters of several batches as those of one."""
-    return Drawn(*(torch.cat(parameter) for parameter in zip(*drawn, strict=True)))
+@functools.cache  # what goes to the device does so once: it would wait for it
+def _ranges(photometry: tuple[Photometry, ...], device: torch.device) -> Tensor:
+    """Return (3, 13, V, 1): probabilities, smallest amounts and their spans of what `draw_photometry` draws."""
+    return torch.tensor([_ranges_of(one) for one in photometry], device=device).permute(2, 1, 0)[..., None]
+
+
+def _ranges_of(one: Photometry) -> list[tuple[float, float, float]]:
+    """Return (probability, smallest amount, span) of all that is drawn for a view."""
+    strengths = [one.jitter_strength * most for most in (one.brightness, one.contrast, one.saturation)]
+    hue = min(0.5, one.jitter_strength * one.hue)
+    return [
+        (one.jitter_probability, 0, 0),
+        *((0, low, 1 + most - low) for most in strengths for low in (max(0.0, 1 - most),)),
+        (0, -hue, 2 * hue),
+        *[(0, 0, 1)] * 4,  # the order of the four changes: that of these numbers
+        (one.grey_probability, 0, 0),
+        (one.blur_probability, 0, 0),
+        (0, one.blur_sigma[0], one.blur_sigma[1] - one.blur_sigma[0]),
+        (one.solarize_probability, one.solarize_threshold, 0),
+    ]
 
 
 def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 
 from sslvision import stage_one
-from sslvision.nn.cpu import FEWEST_ROWS, FewerCopies, PackedLinear, PlainAttention, _Product, suit_cpu
+from sslvision.nn.cpu import FewerCopies, PackedLinear, PlainAttention, _Product, suit_cpu
 
 
 @pytest.fixture(autouse=True)
@@ -39,38 +39,57 @@ def run(layer, x, autocast):
     return [answer, *torch.autograd.grad(answer, wanted, torch.randn_like(answer))]
 
 
+@pytest.fixture
+def always(monkeypatch):
+    """Lay weights out however small the product is."""
+    monkeypatch.setattr("sslvision.nn.cpu.PAYS", 0)
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """A list that grows whenever weights are laid out."""
+    calls, apply = [], _Product.apply
+    monkeypatch.setattr(_Product, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    return calls
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sizes", [(384, 1536), (1536, 384), (33, 17)])
-def test_answers_and_gradients_are_those_of_torchs_layer_to_the_bit(sizes, bias, autocast):
+@pytest.mark.parametrize(("sizes", "rows"), [((384, 1536), 200), ((64, 192), 33), ((17, 37), 5)])
+def test_answers_and_gradients_are_those_of_torchs_layer_to_the_bit(always, laid_out, sizes, rows, bias, autocast):
     stock, packed = both(*sizes, bias=bias)
-    x = torch.randn(8, 200, sizes[0])
-    assert x.shape[:2].numel() >= FEWEST_ROWS
+    x = torch.randn(8, rows, sizes[0])
     for own, other in zip(run(packed, x, autocast), run(stock, x, autocast), strict=True):
         assert own.dtype == other.dtype
         assert own.shape == other.shape
         assert torch.equal(own, other)
+    assert laid_out
 
 
-def test_a_frozen_layer_hands_gradients_on_and_gets_none():
+def test_a_frozen_layer_hands_gradients_on_and_gets_none(always, laid_out):
     stock, packed = both(48, 96)
     for layer in (stock, packed):
         layer.requires_grad_(False)
-    x = torch.randn(FEWEST_ROWS, 48)
+    x = torch.randn(70, 48)
     assert all(torch.equal(*pair) for pair in zip(run(packed, x, False), run(stock, x, False), strict=True))
+    assert laid_out
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "used"),
-    [(FEWEST_ROWS, torch.float32, True), (FEWEST_ROWS - 1, torch.float32, False), (FEWEST_ROWS, torch.float64, False)],
+    ("rows", "outside", "dtype", "used"),
+    [
+        (64, 128, torch.float32, True),
+        (63, 128, torch.float32, False),  # too little work
+        (100, 127, torch.float32, False),  # does not widen
+        (64, 128, torch.float64, False),  # not oneDNN's
+    ],
 )
-def test_few_rows_and_other_types_are_left_to_torch(rows, dtype, used, monkeypatch):
-    calls, apply = [], _Product.apply
-    monkeypatch.setattr(_Product, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
-    stock, packed = (layer.to(dtype) for layer in both(8, 8))
-    x = torch.randn(rows, 8, dtype=dtype)
+def test_only_large_products_that_widen_are_not_left_to_torch(laid_out, monkeypatch, rows, outside, dtype, used):
+    monkeypatch.setattr("sslvision.nn.cpu.PAYS", 64 * 64 * 128)
+    stock, packed = (layer.to(dtype) for layer in both(64, outside))
+    x = torch.randn(rows, 64, dtype=dtype)
     assert torch.equal(packed(x), stock(x))
-    assert bool(calls) == used
+    assert bool(laid_out) == used
 
 
 def attention(**options):

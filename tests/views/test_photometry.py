@@ -64,7 +64,7 @@ def nothing(images):
     """A `Drawn` that leaves every image alone."""
     no = torch.zeros(images, dtype=torch.bool)
     never = torch.full((images,), torch.inf)
-    return draw_photometry(rng(images), [0], EVERYTHING)._replace(jittered=no, grey=no, blurred=no, threshold=never)
+    return draw_photometry(rng(images), [0], [EVERYTHING])._replace(jittered=no, grey=no, blurred=no, threshold=never)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_solarising_inverts_every_level_from_the_threshold_up():
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_batch_is_augmented_as_by_torchvision_one_image_at_a_time(channels):
     images = photographs(96, channels=channels)
-    drawn = draw_photometry(rng(96), [0], EVERYTHING)
+    drawn = draw_photometry(rng(96), [0], [EVERYTHING])
     ours = apply_photometry(images, drawn)
     assert ours.dtype == torch.float32
     for i, image in enumerate(images):
@@ -192,10 +192,10 @@ def test_images_without_red_green_and_blue_keep_what_colour_they_have(channels):
 
 def test_the_result_for_an_image_does_not_depend_on_its_batch():
     images = photographs(24)
-    drawn = draw_photometry(rng(24), [0], EVERYTHING)
+    drawn = draw_photometry(rng(24), [0], [EVERYTHING])
     together = apply_photometry(images, drawn)
     for i in range(24):
-        alone = draw_photometry(ImageRandom(0, torch.tensor([0]), torch.tensor([i])), [0], EVERYTHING)
+        alone = draw_photometry(ImageRandom(0, torch.tensor([0]), torch.tensor([i])), [0], [EVERYTHING])
         assert all(torch.equal(mine[0], theirs[i]) for mine, theirs in zip(alone, drawn, strict=True))
         assert torch.allclose(apply_photometry(images[i : i + 1], alone)[0], together[i], atol=1e-3)
 
@@ -204,12 +204,12 @@ def test_no_value_is_looked_at_so_a_gpu_is_never_waited_for(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know tensors without values
     blind = ImageRandom(0, torch.zeros(4, dtype=torch.int64, device="meta"), torch.arange(4, device="meta"))
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8, device="meta")
-    assert apply_photometry(images, draw_photometry(blind, [0], EVERYTHING)).shape == (4, 3, 16, 16)
+    assert apply_photometry(images, draw_photometry(blind, [0], [EVERYTHING])).shape == (4, 3, 16, 16)
 
 
 def test_autocast_does_not_lower_the_precision():
     images = photographs(4)
-    drawn = draw_photometry(rng(4), [0], Photometry())
+    drawn = draw_photometry(rng(4), [0], [Photometry()])
     with torch.autocast("cpu", torch.bfloat16):
         result = apply_photometry(images, drawn)
     assert torch.equal(result, apply_photometry(images, drawn))
@@ -217,7 +217,7 @@ def test_autocast_does_not_lower_the_precision():
 
 def test_the_parameters_have_the_distributions_asked_for():
     n = 24_000
-    drawn = draw_photometry(rng(n), [0], SECOND_VIEW)
+    drawn = draw_photometry(rng(n), [0], [SECOND_VIEW])
     for parameter, low, high in (
         (drawn.brightness, 0.6, 1.4),
         (drawn.contrast, 0.6, 1.4),
@@ -244,10 +244,10 @@ def test_the_parameters_have_the_distributions_asked_for():
 
 def test_certain_things_always_happen_and_impossible_ones_never():
     always = draw_photometry(
-        rng(1000), [0], Photometry(1.0, grey_probability=1, blur_probability=1, solarize_probability=1)
+        rng(1000), [0], [Photometry(1.0, grey_probability=1, blur_probability=1, solarize_probability=1)]
     )
     never = draw_photometry(
-        rng(1000), [0], Photometry(0.0, grey_probability=0, blur_probability=0, solarize_probability=0)
+        rng(1000), [0], [Photometry(0.0, grey_probability=0, blur_probability=0, solarize_probability=0)]
     )
     for name in ("jittered", "grey", "blurred", "solarized"):
         assert getattr(always, name).all()
@@ -255,12 +255,12 @@ def test_certain_things_always_happen_and_impossible_ones_never():
 
 
 def test_a_factor_is_never_negative():
-    assert draw_photometry(rng(1000), [0], Photometry(brightness=1.5)).brightness.min() >= 0
+    assert draw_photometry(rng(1000), [0], [Photometry(brightness=1.5)]).brightness.min() >= 0
 
 
 def test_parameters_views_and_neighbouring_images_are_independent():
     n = 20_000
-    first, second = (draw_photometry(rng(n), [view], SECOND_VIEW) for view in (0, 1))
+    first, second = (draw_photometry(rng(n), [view], [SECOND_VIEW]) for view in (0, 1))
     columns = [parameter.double().view(n, -1)[:, 0] for drawn in (first, second) for parameter in drawn[:-1]]
     columns += [column.roll(1) for column in columns]
     correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(len(columns))
@@ -271,7 +271,7 @@ def test_parameters_views_and_neighbouring_images_are_independent():
 def test_augmented_images_have_the_statistics_of_torchvisions_pipeline(photometry):
     n = 4800
     images = photographs(16, 24, 24).repeat(n // 16, 1, 1, 1)
-    ours = apply_photometry(images, draw_photometry(rng(n), [0], photometry))
+    ours = apply_photometry(images, draw_photometry(rng(n), [0], [photometry]))
     theirs = torch.stack(
         [v2.functional.pil_to_tensor(picture) for picture in pillow_pipeline(images, photometry)]
     ).float()
