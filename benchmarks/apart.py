@@ -1,18 +1,40 @@
-"""Contestants in processes of their own that take turns: each process as its library starts it.
+"""Contestants in a process set up as their library sets it up: one process set up anew for each turn, or one for each.
 
-In one process all share what the first of them sets: torch's kernels, the C library's allocator. Ours sets both for the
-training it is about to do (sslvision/training/trainer.py, choose_kernels); the others leave them to torch.
+Ours chooses torch's kernels and the C library's allocator for the training it is about to do (choose_kernels of
+sslvision/training/trainer.py); the others leave both as they are.
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import platform
 
 import torch
 from measure import autocast, timed
 from peers import PEERS, Ours
 
+from sslvision.nn.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from sslvision.training.trainer import choose_kernels
+
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+
+
+def set_up_for(contestant):
+    """Set this process up as the contestant's library does. All memory that is free goes back, so let it make a step first."""
+    kind = contestant.views[0].device.type
+    if isinstance(contestant, Ours):
+        choose_kernels({"cuda": "gpu"}.get(kind, kind))
+        return
+    torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 65_536)
+        # Where glibc's own thresholds, which follow what a program frees, can get to at most.
+        libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(M_TRIM_THRESHOLD, 64 << 20)
+        libc.mallopt(M_TOP_PAD, 128 << 10)
+        libc.malloc_trim(0)
 
 
 def race_apart(arguments, overrides, entries):

@@ -58,8 +58,11 @@ def quickest(candidates, precision):
     return min(candidates, key=lambda candidate: min(timed(candidate, precision, 2) for _ in range(2)))
 
 
-def race(contestants, precision, *, rounds, steps):
-    """Return ms per step of every round; each round has another order."""
+def race(contestants, precision, *, rounds, steps, before=None):
+    """Return ms per step of every round; each round has another order.
+
+    With `before`, it is called with each contestant before its turn, and a step that is not timed follows.
+    """
     times = {contestant.name: [] for contestant in contestants}
     for contestant in contestants:
         timed(contestant, precision, 2)
@@ -67,6 +70,9 @@ def race(contestants, precision, *, rounds, steps):
         first = number % len(contestants)
         order = contestants[first:] + contestants[:first]
         for contestant in order if number % 2 else order[::-1]:
+            if before is not None:
+                before(contestant)
+                timed(contestant, precision, 1)
             times[contestant.name].append(timed(contestant, precision, steps))
     return times
 

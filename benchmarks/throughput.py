@@ -7,8 +7,8 @@ Before anything is timed all must give the paper's loss and gradients on the sam
 
 1. The step on data that lie on the device: forward, backward, optimizer, teacher. Peers get ready-made views; ours is timed
    with those, for the comparison, and from bytes with its own augmentation, for what a run will do. All share one process,
-   and so our choice of torch's kernels and of the C library's allocator. "apart" has each in a process of its own, as its
-   library starts it: what people get.
+   and our choice of torch's kernels and of the C library's allocator is lent to the peers. "turns" sets the process up anew for
+   each turn, as the contestant's own library does; "apart" has each in a process of its own: what people get.
 2. The loader alone.
 3. End to end, JPEG files through our Trainer.
 """
@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from apart import race_apart
+from apart import race_apart, set_up_for
 from measure import autocast, datasheet, host_syncs, matrix_product, peak_memory, phases, quickest, race
 from peers import PEERS, Ours
 from reference import gate, reference_flops
@@ -91,7 +91,7 @@ def read_arguments():
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=2, help="of each contestant in a round")
     parser.add_argument("--trainer-steps", type=int, default=30)
-    parser.add_argument("--levels", default="step,apart,loader,trainer")
+    parser.add_argument("--levels", default="step,turns,apart,loader,trainer")
     parser.add_argument("--data", help="a folder of images for levels 2 and 3; default: 500x400 JPEGs drawn for it")
     parser.add_argument("--json", type=Path, help="where to; default: outputs/throughput_....json")
     arguments, overrides = parser.parse_known_args()
@@ -167,6 +167,9 @@ def step_level(settings, arguments, overrides, device):
             "settings": contestant.chosen,
         }
     found = {"gate": checked, "gflop_per_image": flops / 1e9, "matrix_product_tflops": multiplied / 1e12, "step": rows}
+    if "turns" in arguments.levels:
+        rounds = race(chosen, precision, rounds=arguments.rounds, steps=arguments.steps, before=set_up_for)
+        found["turns"] = compared(rounds, settings.batch_size)
     if "apart" in arguments.levels:
         entries = {"ours": (None, {"compiled": device.type == "cuda"})} | {
             name: (name.split()[0], {**rows[name]["settings"]}) for name in rows if not name.startswith("ours")
@@ -257,7 +260,8 @@ def report(figures):
     if "step" in figures:
         print_gate(console, figures["gate"])
         print_steps(console, figures)
-        print_apart(console, figures.get("apart", {}))
+        print_ratios(console, "turns", figures.get("turns", {}))
+        print_ratios(console, "apart", figures.get("apart", {}))
         rates["the step, from bytes"] = figures["step"]["ours, from bytes"]["images_per_second"]
     if figures.get("loader"):
         rates["the loader alone"] = figures["loader"]["images_per_second"]
@@ -311,11 +315,11 @@ def print_steps(console, figures):
     console.print(table)
 
 
-def print_apart(console, rows):
+def print_ratios(console, level, rows):
     for name, row in rows.items():
         low, high = row["times_ours"]["quartiles"]
         console.print(
-            f"apart, {name}: {row['images_per_second']:,.1f} images/s, median {row['ms_median']:.1f} ms, "
+            f"{level}, {name}: {row['images_per_second']:,.1f} images/s, median {row['ms_median']:.1f} ms, "
             f"{row['times_ours']['median']:.3f} [{low:.3f}, {high:.3f}] times ours"
         )
 

@@ -17,11 +17,17 @@ from torch import Tensor
 GOLDEN_GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
 
 
+# Shifts, masks that make them logical, and factors. As tensors: torch would make one of a Python number each time.
+S30, M30, F30 = torch.tensor([30, (1 << 34) - 1, -4658895280553007687])
+S27, M27, F27 = torch.tensor([27, (1 << 37) - 1, -7723592293110705685])
+S31, M31 = torch.tensor([31, (1 << 33) - 1])
+
+
 def mix(x: Tensor) -> Tensor:
     """Return the splitmix64 finaliser of every int64 in `x`: wrapping products, logical shifts."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
+    x = (x ^ ((x >> S30) & M30)) * F30
+    x = (x ^ ((x >> S27) & M27)) * F27
+    return x ^ ((x >> S31) & M31)
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,9 @@ def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """
     operation = _per_image(operation)
     grey = luma(images)  # (B, 1, H, W)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    without = torch.where(operation == SATURATION, grey, mean * (operation == CONTRAST))
+    without = grey.mean(dim=(1, 2, 3), keepdim=True) * (operation == CONTRAST)  # (B, 1, 1, 1)
+    if images.shape[1] == 3:  # others have no saturation
+        without = torch.where(operation == SATURATION, grey, without)
     return torch.lerp(without, images, _per_image(factor)).clamp_(0, 255)
 
 

@@ -148,11 +148,14 @@ def test_a_model_that_timm_cannot_spare_is_refused_in_words():
 
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
-def test_a_run_that_spares_memory_ends_with_the_same_weights(run_tiny, tmp_path, monkeypatch, recipe):
+def test_a_run_that_spares_memory_ends_with_the_same_weights_and_says_so(
+    run_tiny, tmp_path, monkeypatch, capsys, recipe
+):
     monkeypatch.setattr(stage_one, "finish", lambda *_: {})
     words = ["backbone.depth=3", "backbone.drop_path_rate=0.2", "knn_every_epochs=0", "dry_run=true"]
     for memory in ("normal", "low"):
         run_tiny(tmp_path / memory, *words, f"memory={memory}", recipe=recipe)
+        assert ("computed a second time" in capsys.readouterr().out) == (memory == "low")
     assert_same(weights_of(tmp_path / "normal"), weights_of(tmp_path / "low"))
 
 
