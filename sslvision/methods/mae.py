@@ -26,7 +26,7 @@ from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.nn.attention import block_part
+from sslvision.nn.attention import block_of_shared, block_part
 from sslvision.nn.compiled import compile_module, compiled
 from sslvision.nn.masking import random_keep, visible_count
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -104,7 +104,7 @@ class MAE(Method):
         )
         self.decoder_norm = norm(decoder_width)
         self.decoder_pred = nn.Linear(decoder_width, patch**2 * backbone.channels)
-        self.sparing, self.block_part = False, block_part
+        self.sparing, self.block_part, self.block_of_shared = False, block_part, block_of_shared
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -126,7 +126,7 @@ class MAE(Method):
         super().compile_blocks()
         for block in self.decoder_blocks:
             compile_module(block)
-        self.block_part = compiled(block_part)
+        self.block_part, self.block_of_shared = compiled(block_part), compiled(block_of_shared)
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return normalised images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
@@ -152,10 +152,16 @@ class MAE(Method):
         prefix = self.backbone.num_prefix
         position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
         visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
-        masked = self.mask_token + gather_tokens(position, hidden)  # (B, H, E)
-        tokens = torch.cat([tokens[:, :prefix], visible, masked.to(tokens.dtype)], dim=1)  # (B, P+K+H, E)
+        tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P+K, E)
+        masked = (self.mask_token + position).to(
+            tokens.dtype
+        )  # (1, L, E): before the first block all images have the same
         *blocks, last = self.decoder_blocks
-        for block in blocks:
+        if blocks:
+            tokens = run_sparingly(self.block_of_shared, blocks[0], tokens, masked, hidden, sparing=self.sparing)
+        else:
+            tokens = torch.cat([tokens, gather_tokens(masked, hidden)], dim=1)  # (B, P+K+H, E)
+        for block in blocks[1:]:
             tokens = run_sparingly(block, tokens, sparing=self.sparing)
         unseen = slice(prefix + keep.shape[1], None)
         tokens = run_sparingly(self.block_part, last, tokens, unseen, sparing=self.sparing)  # (B, H, E)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
+from sslvision.nn.patches import gather_tokens
 
 # B images, N tokens, n of them asked for, D width, d width of a head
 
@@ -30,8 +31,37 @@ def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
     Returns:
         (T, D).
     """
+    return _rest_of_block(block, tokens, block.attn.qkv(block.norm1(tokens)), sizes)
+
+
+def block_of_shared(block: Block, own: Tensor, shared: Tensor, places: Tensor) -> Tensor:
+    """Run a pre-norm timm Block on tokens of each image, and then on such as images have in common.
+
+    What a token of those asks and answers is computed once, not for every image that has it.
+
+    Args:
+        block: see `divisible`.
+        own: (B, n, D).
+        shared: (1, L, D).
+        places: (B, H), those of the L that each image has.
+
+    Returns:
+        (B, n + H, D).
+    """
+    B, n = own.shape[:2]
+    qkv = block.attn.qkv(block.norm1(torch.cat([own.flatten(0, 1), shared[0]])))  # (B * n + L, 3 * heads * d)
+    of_own, of_shared = qkv.split([B * n, shared.shape[1]])
+    qkv = torch.cat(
+        [of_own.unflatten(0, (B, n)), gather_tokens(of_shared[None], places)], dim=1
+    )  # (B, n + H, 3 * heads * d)
+    tokens = torch.cat([own, gather_tokens(shared, places)], dim=1)  # (B, n + H, D)
+    after = _rest_of_block(block, tokens.flatten(0, 1), qkv.flatten(0, 1), ((B, tokens.shape[1]),))
+    return after.view(tokens.shape)
+
+
+def _rest_of_block(block: Block, tokens: Tensor, qkv: Tensor, sizes: Sizes) -> Tensor:
+    """Return (T, D) of tokens (T, D) and their queries, keys and values (T, 3 * heads * d)."""
     attention = block.attn
-    qkv = attention.qkv(block.norm1(tokens))  # (T, 3 * heads * d)
     attended = attention.norm(_attend_by_size(attention, qkv, sizes))  # (T, heads * d)
     attended = block.ls1(attention.proj_drop(attention.proj(attended)))
     tokens = tokens + _by_image(block.drop_path1, attended, sizes)

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def all_patches(images: Tensor, patch: int) -> Tensor:
@@ -43,5 +44,5 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Return rows `index` (B, K) of `tokens`: (B, L, D) or, shared by the batch, (1, L, D) -> (B, K, D)."""
     B, K = index.shape
     if tokens.shape[0] == 1:
-        return tokens[0][index]
+        return F.embedding(index, tokens[0])  # on a CPU, its gradient is summed in parallel and that of indexing is not
     return tokens.gather(1, index[..., None].expand(B, K, tokens.shape[-1]))

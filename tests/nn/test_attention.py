@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
+from sslvision.nn.attention import attention_weights, block_joined, block_of_shared, block_part, divisible
 
 OPTIONS = [{}, {"qkv_bias": False}, {"init_values": 0.1}, {"qk_norm": True}, {"scale_attn_norm": True}]
 PARTS = [slice(0, None), slice(4, None), slice(10, None), slice(0, 1)]
@@ -74,3 +74,18 @@ def test_stochastic_depth_drops_whole_images_of_every_size():
         untouched = (part == before).all(dim=1).view(B, N)  # both branches dropped, which a quarter of the images are
         assert (untouched.all(dim=1) == untouched.any(dim=1)).all()
         assert 0.05 < untouched.all(dim=1).double().mean() < 0.5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options), "plain"))
+def test_a_block_of_tokens_that_images_share_equals_that_of_each_images_own_and_so_do_its_gradients(fused, options):
+    block = random_block(**options)
+    block.attn.fused_attn = fused
+    own, shared = (torch.randn(*shape, 32, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (1, 9)))
+    places = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
+    whole = block(torch.cat([own, shared[0][places]], dim=1))
+    once = block_of_shared(block, own, shared, places)
+    assert torch.allclose(once, whole, atol=1e-12)
+    above, everything = torch.randn_like(whole), [own, shared, *block.parameters()]
+    gradients = zip(*(torch.autograd.grad(out, everything, above) for out in (once, whole)), strict=True)
+    assert all(torch.allclose(one, other, atol=1e-11) for one, other in gradients)
