@@ -42,9 +42,7 @@ class TrainingImages(Dataset[Batch]):
         epoch, index = torch.tensor(keys).T.contiguous()  # (B,), (B,)
         if self.source.images is not None:
             whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
-            if self.augment is None:
-                return whole
-            return self._augmented(cut_crops(whole, self.crops, self.seed))
+            return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
         rng = ImageRandom(self.seed, epoch, index)
         kinds = views_by_kind(self.crops)
         noise = crop_noise(rng, range(len(self.crops)))  # (V, B, ...)

@@ -153,9 +153,7 @@ class MAE(Method):
         position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
         visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
         tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P+K, E)
-        masked = (self.mask_token + position).to(
-            tokens.dtype
-        )  # (1, L, E): before the first block all images have the same
+        masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
         *blocks, last = self.decoder_blocks
         if blocks:
             tokens = run_sparingly(self.block_of_shared, blocks[0], tokens, masked, hidden, sparing=self.sparing)

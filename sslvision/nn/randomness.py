@@ -16,7 +16,6 @@ from torch import Tensor
 
 GOLDEN_GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
 
-
 # Shifts, masks that make them logical, and factors. As tensors: torch would make one of a Python number each time.
 S30, M30, F30 = torch.tensor([30, (1 << 34) - 1, -4658895280553007687])
 S27, M27, F27 = torch.tensor([27, (1 << 37) - 1, -7723592293110705685])
