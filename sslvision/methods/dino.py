@@ -190,9 +190,7 @@ class DINO(Method):
     def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
         """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
         if self.clip_gradient:
-            shares = (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1)
-            if shares.device.type != "cpu" or bool((shares < 1).any()):  # only a CPU knows without waiting
-                torch._foreach_mul_(gradients, shares.unbind())
+            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
         if clock.epoch < self.freeze_prototypes_epochs:
             head = self.student["head"]
             assert isinstance(head, DINOHead)

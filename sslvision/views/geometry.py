@@ -180,8 +180,9 @@ def resampling_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> 
     """
     start, extent = start[:, None, None].float(), extent[:, None, None].float()
     scale = extent / size  # source pixels per result pixel
-    result = torch.arange(size, device=start.device)[:, None] + 0.5  # (size, 1)
-    source = torch.arange(length, device=start.device)[None] + 0.5  # (1, length)
+    # fp32 whatever torch's default is: matrices may be kept.
+    result = torch.arange(size, dtype=torch.float32, device=start.device)[:, None] + 0.5  # (size, 1)
+    source = torch.arange(length, dtype=torch.float32, device=start.device)[None] + 0.5  # (1, length)
     inside = ((source > start) & (source < start + extent)).float()  # (B, 1, length)
     # In place where it can be: this is most of the work.
     distance = ((source - start) - result * scale).abs_().div_(scale.clamp(min=1)).clamp_(max=2)  # (B, size, length)

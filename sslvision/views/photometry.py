@@ -111,7 +111,8 @@ def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence
 @functools.cache  # what goes to the device does so once: it would wait for it
 def _ranges(photometry: tuple[Photometry, ...], device: torch.device) -> Tensor:
     """Return (3, 13, V, 1): probabilities, smallest amounts and their spans of what `draw_photometry` draws."""
-    return torch.tensor([_ranges_of(one) for one in photometry], device=device).permute(2, 1, 0)[..., None]
+    ranges = torch.tensor([_ranges_of(one) for one in photometry], dtype=torch.float32, device=device)  # (V, 13, 3)
+    return ranges.permute(2, 1, 0)[..., None]
 
 
 def _ranges_of(one: Photometry) -> list[tuple[float, float, float]]:
@@ -182,9 +183,8 @@ def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """
     operation = _per_image(operation)
     grey = luma(images)  # (B, 1, H, W)
-    without = grey.mean(dim=(1, 2, 3), keepdim=True) * (operation == CONTRAST)  # (B, 1, 1, 1)
-    if images.shape[1] == 3:  # others have no saturation
-        without = torch.where(operation == SATURATION, grey, without)
+    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
+    without = torch.where(operation == SATURATION, grey, mean * (operation == CONTRAST))
     return torch.lerp(without, images, _per_image(factor)).clamp_(0, 255)
 
 
