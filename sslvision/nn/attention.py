@@ -1,4 +1,4 @@
-"""Blocks for images of several sizes at once, attention of some tokens only, and what a token attends to."""
+"""Blocks run for images of several sizes at once, tokens that images share, or some tokens only; what a token attends to."""
 
 from typing import Any
 
@@ -51,9 +51,8 @@ def block_of_shared(block: Block, own: Tensor, shared: Tensor, places: Tensor) -
     B, n = own.shape[:2]
     qkv = block.attn.qkv(block.norm1(torch.cat([own.flatten(0, 1), shared[0]])))  # (B * n + L, 3 * heads * d)
     of_own, of_shared = qkv.split([B * n, shared.shape[1]])
-    qkv = torch.cat(
-        [of_own.unflatten(0, (B, n)), gather_tokens(of_shared[None], places)], dim=1
-    )  # (B, n + H, 3 * heads * d)
+    of_own = of_own.unflatten(0, (B, n))  # (B, n, 3 * heads * d)
+    qkv = torch.cat([of_own, gather_tokens(of_shared[None], places)], dim=1)  # (B, n + H, 3 * heads * d)
     tokens = torch.cat([own, gather_tokens(shared, places)], dim=1)  # (B, n + H, D)
     after = _rest_of_block(block, tokens.flatten(0, 1), qkv.flatten(0, 1), ((B, tokens.shape[1]),))
     return after.view(tokens.shape)
