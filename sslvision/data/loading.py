@@ -18,7 +18,7 @@ from sslvision.data.rooms import Rooms
 from sslvision.data.sampler import EpochBatches, Key
 from sslvision.data.workers import begin_worker
 from sslvision.nn.randomness import ImageRandom
-from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_each, crop_noise, views_by_kind
+from sslvision.views.geometry import Crop, center_crop, crop_batch, crop_each, crop_noise
 
 STAND_INS = 100  # images tried in place of an unreadable one
 TOGETHER = 16  # decoded images held at once: enough for drawing their boxes together to cost nothing
@@ -44,7 +44,6 @@ class TrainingImages(Dataset[Batch]):
             whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
             return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
         rng = ImageRandom(self.seed, epoch, index)
-        kinds = views_by_kind(self.crops)
         noise = crop_noise(rng, range(len(self.crops)))  # (V, B, ...)
         crops = self._take_rooms(len(keys))
         unreadable: list[tuple[int, str]] = []
@@ -59,10 +58,9 @@ class TrainingImages(Dataset[Batch]):
                     return Batch([], index, epoch, unreadable, shown)
                 image, shown[position] = found
                 images.append(image)
-            for crop, views in kinds.items():
-                rooms = [room for view in views for room in crops[view][part]]
-                for room, cut in zip(rooms, crop_each(images, noise[views, part], crop), strict=True):
-                    room.copy_(cut)
+            rooms = [room for of_view in crops for room in of_view[part]]
+            for room, cut in zip(rooms, crop_each(images, noise[:, part], self.crops), strict=True):
+                room.copy_(cut)
         return self._augmented(Batch(crops, index, epoch, unreadable, shown))
 
     def _read(self, number: int, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
@@ -93,10 +91,7 @@ class TrainingImages(Dataset[Batch]):
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
     """Cut the crops of whole images (B, C, H, W) on the device they are on."""
     noise = crop_noise(ImageRandom(seed, batch.epoch, batch.places), range(len(crops)))  # (V, B, ...)
-    cut: dict[int, Tensor] = {}
-    for crop, views in views_by_kind(crops).items():
-        cut |= zip(views, crop_batch(batch.crops[0], torch.stack([noise[view] for view in views]), crop), strict=True)
-    return batch._replace(crops=[cut[view] for view in range(len(crops))])
+    return batch._replace(crops=crop_batch(batch.crops[0], noise, crops))
 
 
 class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):

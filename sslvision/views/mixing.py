@@ -109,7 +109,7 @@ def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
     B, channels, height, width = images.shape
     chosen = rng.uniform("erase", 1) < probability  # (B, 1)
     heights, widths = (torch.full_like(rng.index, side) for side in (height, width))  # (B,), (B,)
-    boxes = crop_boxes(rng.uniform("erase box", 2 * ATTEMPTS + 2), heights, widths, ERASED)  # (B, 4)
+    (boxes,) = crop_boxes(rng.uniforms(["erase box"], 2 * ATTEMPTS + 2), heights, widths, [ERASED])  # (B, 4)
     top, left, rows, columns = boxes.T[..., None]
     y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     inside_y, inside_x = (y >= top) & (y < top + rows) & chosen, (x >= left) & (x < left + columns)  # (B, H), (B, W)
