@@ -1,5 +1,6 @@
 """The Lightning trainer: everything of it can be set; what is not set follows the machine."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +104,10 @@ def choose_kernels(accelerator: str) -> None:
     torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if exact else "medium")
     if on_cpu:
         keep_freed_memory()
+        if not torch.cuda.is_available():
+            # Optimizers ask in every step whether there is a GPU. Lightning has torch look for its driver then, which takes
+            # as long as ten small operations; the usual way to ask is quick where there is none.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
 def choose_layers(method: Method, device: torch.device, *, compiled: bool | None = None) -> None:

@@ -2,7 +2,8 @@
 
 Colour jitter, greyscale, blur and solarisation as in BYOL (Grill et al. 2020, appendix B), in that order and with the
 settings of DINO (Caron et al. 2021). Each image has parameters of its own, and every operation runs on the whole batch with
-those of the images it is not meant for set to do nothing, so a GPU is never waited for.
+those of the images it is not meant for set to do nothing, so a GPU is never waited for. What is chosen is chosen by factors
+of 0 and 1, which on a CPU is quicker than torch.where.
 
 Deviation: the authors' code rounds to bytes after every operation, mostly downwards. Nothing is rounded here, and a jittered
 image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
@@ -138,7 +139,7 @@ def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
     """
     result = jitter(images.float(), drawn)
     if images.shape[1] == 3:
-        result = torch.where(_per_image(drawn.grey), luma(result), result)
+        result = blend(result, luma(result), ~drawn.grey)
     result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0))
     return solarize(result, drawn.threshold)
 
@@ -159,7 +160,7 @@ def jitter(images: Tensor, drawn: Drawn) -> Tensor:
     place = drawn.order.argsort(dim=1)  # (B, 4), of each change
     before = place.gather(1, order) < place[:, HUE:]
     images = enhance_in_turn(images, order, torch.where(before, factors, 1.0))
-    images = torch.where(_per_image(drawn.jittered), shift_hue(images, drawn.hue), images)
+    images = blend(images, shift_hue(images, drawn.hue), ~drawn.jittered)
     return enhance_in_turn(images, order, torch.where(before, 1.0, factors))
 
 
@@ -181,11 +182,22 @@ def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
         operation: (B,) BRIGHTNESS, CONTRAST or SATURATION.
         factor: (B,).
     """
-    operation = _per_image(operation)
     grey = luma(images)  # (B, 1, H, W)
-    mean = grey.mean(dim=(1, 2, 3), keepdim=True)
-    without = torch.where(operation == SATURATION, grey, mean * (operation == CONTRAST))
-    return torch.lerp(without, images, _per_image(factor)).clamp_(0, 255)
+    without = grey.mean(dim=(1, 2, 3), keepdim=True) * _per_image(operation == CONTRAST)  # (B, 1, 1, 1)
+    if images.shape[1] == 3:
+        without = without + grey * _per_image(operation == SATURATION)
+    else:
+        factor = factor.masked_fill(operation == SATURATION, 1)
+    return blend(images, without, factor).clamp_(0, 255)
+
+
+def blend(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
+    """Return images x share + others x (1 - share), exactly one of the two where share (B,) is 1 or 0.
+
+    The others may have a single channel, or a single pixel.
+    """
+    share = _per_image(share).float()
+    return (images * share).add_(others * (1 - share))
 
 
 def luma(images: Tensor) -> Tensor:
@@ -203,12 +215,15 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     chroma = value - images.amin(dim=1, keepdim=True)
     # The hue in sixths of a turn, counted from the primary colour that is strongest.
     from_red, from_green, from_blue = (green - blue), (blue - red) + 2 * chroma, (red - green) + 4 * chroma
-    hue = torch.where(red == value, from_red, torch.where(green == value, from_green, from_blue))
-    hue = hue / chroma.clamp(min=1e-6) + 6 * _per_image(shift)  # grey pixels have no hue: any will do
+    not_red, not_green = value.clone().gt_(red), value.clone().gt_(green)  # 0 and 1
+    hue = from_red.lerp_(from_green.lerp_(from_blue, not_green), not_red)
+    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * _per_image(shift))  # grey pixels have no hue: any will do
     # How far below the value a channel lies, in chromas, is a trapezium of the hue that is 0 around the channel's colour.
     channel = (5 - 2 * torch.arange(3, device=images.device))[:, None, None]  # (3, 1, 1): 5, 3, 1
-    below = (hue + channel).remainder_(6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)  # (B, 3, H, W)
-    return torch.addcmul(value, below, chroma, value=-1)
+    turned = hue + channel  # (B, 3, H, W)
+    turned.sub_((turned / 6).floor_(), alpha=6)  # from 0 to 6
+    below = turned.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return value - below.mul_(chroma)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
@@ -245,7 +260,8 @@ def blur_matrix(sigma: Tensor, length: int) -> Tensor:
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert the pixels of images (B, C, H, W) from 0 to 255 that are at or above `threshold` (B,)."""
-    return torch.where(images >= _per_image(threshold), 255 - images, images)
+    bright = images.clone().ge_(_per_image(threshold))  # 0 and 1
+    return (255 - 2 * images).mul_(bright).add_(images)
 
 
 def _per_image(parameter: Tensor) -> Tensor:

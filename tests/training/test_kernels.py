@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 FAULTS = """
 import resource, torch
@@ -33,6 +34,16 @@ a, b = torch.randn(2, 300, 300)
 print(((a @ b).double() - a.double() @ b.double()).abs().max().item())
 """
 
+ASKED = """
+import torch
+from sslvision.training.trainer import choose_kernels
+choose_kernels("cpu")
+torch.cuda.device_count = lambda: print("NVIDIA's driver is looked for") or 0
+weight = torch.nn.Parameter(torch.ones(3))
+weight.grad = torch.ones(3)
+torch.optim.AdamW([weight]).step()
+"""
+
 
 def told(script):
     return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
@@ -48,3 +59,8 @@ def test_a_step_finds_the_memory_that_the_one_before_it_freed():
 
 def test_products_of_fp32_numbers_stay_fp32():
     assert float(told(PRODUCT)) < 1e-3  # bf16 would be off by 0.1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and torch remembers it")
+def test_an_update_on_a_cpu_does_not_look_for_a_gpus_driver():
+    assert told(ASKED) == ""

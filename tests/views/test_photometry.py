@@ -20,6 +20,7 @@ from sslvision.views.photometry import (
     Drawn,
     Photometry,
     apply_photometry,
+    blend,
     blur_matrix,
     draw_photometry,
     enhance,
@@ -97,6 +98,15 @@ def test_a_shift_of_hue_is_that_of_torchvision():
     for image, shift, result in zip(images, shifts.tolist(), ours, strict=True):
         assert (result - tv.adjust_hue(image, shift)).abs().max() <= 1.01
         assert (result - 255 * tv.adjust_hue(image / 255, shift)).abs().max() <= 0.01
+
+
+def test_a_blend_of_all_or_nothing_is_one_of_the_two_to_the_bit():
+    images, others = photographs(3).float() / 7, photographs(3).flip(3).float() / 7
+    for other in (others, others[:, :1], others[:, :1, :1, :1]):
+        blended = blend(images, other, torch.tensor([1.0, 0.0, 0.5]))
+        assert torch.equal(blended[0], images[0])
+        assert torch.equal(blended[1], other[1].expand(images[1].shape))
+        assert torch.allclose(blended[2], (images[2] + other[2]) / 2)
 
 
 def test_grey_is_that_of_torchvision():
