@@ -34,7 +34,7 @@ from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Drawn, Photometry, apply_photometry, draw_photometry
+from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
 
 # Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
 SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
@@ -159,8 +159,8 @@ class DINO(Method):
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
         for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
             if crops := batch.crops[first:end]:
-                drawn_here = Drawn(*(parameter[first * B : end * B] for parameter in drawn))
-                augmented += self.normalize(apply_photometry(torch.cat(crops), drawn_here)).chunk(len(crops))
+                of_size = apply_photometry(torch.cat(crops), drawn.part(first * B, end * B))
+                augmented += self.normalize(of_size).chunk(len(crops))
         return augmented
 
     def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:

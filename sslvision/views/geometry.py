@@ -182,20 +182,20 @@ def matrices(start: Tensor, extent: Tensor, length: int, size: int, mirrored: Te
     if 2 * (length + 1) ** 2 * length * size <= KEPT:
         interval = start * (length + 1) + extent
         interval = interval if mirrored is None else interval + mirrored * (length + 1) ** 2
-        return _every_matrix(length, size, start.device)[interval]
+        return F.embedding(interval, _every_matrix(length, size, start.device)).unflatten(-1, (size, length))
     computed = resampling_matrix(start, extent, length, size)
     return computed if mirrored is None else torch.where(mirrored[..., None, None], computed.flip(-2), computed)
 
 
 @functools.cache
 def _every_matrix(length: int, size: int, device: torch.device) -> Tensor:
-    """Return the matrices of all starts and extents, (length + 1) ** 2 of them, and then these mirrored.
+    """Return the matrices (size * length) of all starts and extents, (length + 1) ** 2 of them, and then these mirrored.
 
     Those of no extent are not a number.
     """
     places = torch.arange(length + 1, device=device)
     computed = resampling_matrix(places.repeat_interleave(length + 1), places.repeat(length + 1), length, size)
-    return torch.cat([computed, computed.flip(1)])
+    return torch.cat([computed, computed.flip(1)]).flatten(1)
 
 
 def resampling_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:

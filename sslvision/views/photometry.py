@@ -10,18 +10,22 @@ image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sslvision.errors import UsageError
 from sslvision.nn.randomness import ImageRandom
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as in torchvision
+SIGMAS = 256  # blurs that are told apart, to a pixel of standard deviation
+KEPT = 2 << 20  # weights, 8 MB; those of all blurs up to 2 pixels for 32 x 32 pixels are half a million
 BOXES = 3  # box filters in a row that stand for a Gaussian, as in Pillow
 
 
@@ -70,7 +74,7 @@ class Photometry:
 
 
 class Drawn(NamedTuple):
-    """What happens to each image of a batch; tensors of shape (B,) but for `order`."""
+    """What happens to each image of a batch; tensors of shape (B,) but for `order` and `strongest`."""
 
     jittered: Tensor  # bool
     brightness: Tensor  # factor, as the next two
@@ -80,13 +84,18 @@ class Drawn(NamedTuple):
     order: Tensor  # (B, 4) int64: BRIGHTNESS, CONTRAST, SATURATION and HUE, the first to be applied first
     grey: Tensor  # bool
     blurred: Tensor  # bool
-    sigma: Tensor  # pixels
+    sigma: Tensor  # pixels, a multiple of 1 / SIGMAS
     threshold: Tensor  # grey levels from which pixels are inverted; infinite where none are
+    strongest: float  # blur that can be drawn, in pixels
 
     @property
     def solarized(self) -> Tensor:
         """Return which images lose their bright pixels, bool."""
         return self.threshold.isfinite()
+
+    def part(self, first: int, end: int) -> "Drawn":
+        """Return what happens to the images from `first` to before `end`."""
+        return Drawn._make(drawn[first:end] if isinstance(drawn, Tensor) else drawn for drawn in self)
 
 
 def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence[Photometry]) -> Drawn:
@@ -104,8 +113,9 @@ def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence
         order=amount[5:9].T.argsort(dim=1, stable=True),
         grey=happens[9],
         blurred=happens[10],
-        sigma=amount[11],
+        sigma=(amount[11] * SIGMAS).round_() / SIGMAS,
         threshold=amount[12].masked_fill(~happens[12], torch.inf),
+        strongest=max(one.blur_sigma[1] for one in photometry),
     )
 
 
@@ -140,7 +150,7 @@ def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
     result = jitter(images.float(), drawn)
     if images.shape[1] == 3:
         result = blend(result, luma(result), ~drawn.grey)
-    result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0))
+    result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0), drawn.strongest)
     return solarize(result, drawn.threshold)
 
 
@@ -226,13 +236,34 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return value - below.mul_(chroma)
 
 
-def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur images (B, C, H, W) by `sigma` (B,) pixels, as Pillow's GaussianBlur does; 0 gives the image back, exactly."""
+def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) -> Tensor:
+    """Blur images (B, C, H, W) as Pillow's GaussianBlur does.
+
+    Args:
+        images: of any range.
+        sigma: (B,) standard deviation in pixels; 0 gives the image back, exactly.
+        strongest: if given, every sigma is a multiple of 1 / SIGMAS and at most this.
+    """
     height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False):
-        rows = blur_matrix(sigma, height)[:, None]  # (B, 1, H, H)
-        columns = rows if height == width else blur_matrix(sigma, width)[:, None]  # (B, 1, W, W)
+        rows = blur_matrices(sigma, height, strongest)[:, None]  # (B, 1, H, H)
+        columns = rows if height == width else blur_matrices(sigma, width, strongest)[:, None]  # (B, 1, W, W)
         return rows @ (images @ columns.transpose(2, 3))
+
+
+def blur_matrices(sigma: Tensor, length: int, strongest: float) -> Tensor:
+    """Return what `blur_matrix` does, looked up where images are so small that those of all blurs can be kept."""
+    if (strongest * SIGMAS + 2) * length**2 > KEPT:
+        return blur_matrix(sigma, length)
+    every = _every_blur_matrix(length, math.ceil(strongest * SIGMAS), sigma.device)
+    return F.embedding((sigma * SIGMAS).long(), every).unflatten(1, (length, length))
+
+
+@functools.cache
+def _every_blur_matrix(length: int, strongest: int, device: torch.device) -> Tensor:
+    """Return the matrices (length * length) of all blurs, from none to `strongest` / SIGMAS pixels."""
+    sigmas = torch.arange(strongest + 1, dtype=torch.float32, device=device) / SIGMAS
+    return blur_matrix(sigmas, length).flatten(1)
 
 
 def blur_matrix(sigma: Tensor, length: int) -> Tensor:

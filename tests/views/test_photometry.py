@@ -17,8 +17,9 @@ from sslvision.views.photometry import (
     CONTRAST,
     HUE,
     SATURATION,
-    Drawn,
+    SIGMAS,
     Photometry,
+    _every_blur_matrix,
     apply_photometry,
     blend,
     blur_matrix,
@@ -145,6 +146,28 @@ def test_a_blur_of_zero_changes_nothing():
     assert torch.equal(gaussian_blur(images, torch.zeros(2)), images)
 
 
+def test_blurs_that_are_looked_up_are_those_that_are_computed():
+    images = photographs(513, 12, 16).float()
+    sigmas = torch.arange(513) / SIGMAS
+    _every_blur_matrix.cache_clear()
+    assert torch.equal(gaussian_blur(images, sigmas, 2.0), gaussian_blur(images, sigmas))
+    assert _every_blur_matrix.cache_info().currsize == 2  # those of 12 and of 16 pixels
+
+
+def test_the_matrices_of_larger_images_are_not_kept():
+    before = _every_blur_matrix.cache_info().currsize
+    gaussian_blur(torch.zeros(1, 1, 96, 96), torch.tensor([1.0]), 2.0)
+    assert _every_blur_matrix.cache_info().currsize == before
+
+
+def test_blurs_are_drawn_in_steps_and_none_is_beyond_the_strongest():
+    drawn = draw_photometry(rng(2000), [0, 1], [Photometry(), Photometry(blur_sigma=(0.3, 2.999))])
+    assert torch.equal((drawn.sigma * SIGMAS).round() / SIGMAS, drawn.sigma)
+    assert len(drawn.sigma[:2000].unique()) > 450  # of 487
+    assert drawn.strongest == 2.999
+    assert drawn.part(3, 7).sigma.tolist() == drawn.sigma[3:7].tolist()
+
+
 def test_solarising_inverts_every_level_from_the_threshold_up():
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     for threshold in (0, 127, 128, 255):
@@ -159,7 +182,7 @@ def test_a_batch_is_augmented_as_by_torchvision_one_image_at_a_time(channels):
     ours = apply_photometry(images, drawn)
     assert ours.dtype == torch.float32
     for i, image in enumerate(images):
-        expected = one_at_a_time(image, Drawn(*(parameter[i] for parameter in drawn)))
+        expected = one_at_a_time(image, drawn.part(i, i + 1))
         difference = (ours[i] - expected).abs()
         limit = 3.6 if drawn.blurred[i] else 0.02  # Pillow's blur rounds to bytes before and in each of its six passes
         jump = 1 if drawn.solarized[i] else 0  # from 128 - tiny to 255 - 128
@@ -170,7 +193,7 @@ def test_a_batch_is_augmented_as_by_torchvision_one_image_at_a_time(channels):
 def one_at_a_time(image, drawn):
     """Augment one image by the functions of torchvision and Pillow's blur -> float, 0 to 255."""
     image = image / 255
-    for operation in drawn.order.tolist() if drawn.jittered else []:
+    for operation in drawn.order[0].tolist() if drawn.jittered else []:
         adjust, amount = {
             BRIGHTNESS: (tv.adjust_brightness, drawn.brightness),
             CONTRAST: (tv.adjust_contrast, drawn.contrast),
@@ -206,7 +229,8 @@ def test_the_result_for_an_image_does_not_depend_on_its_batch():
     together = apply_photometry(images, drawn)
     for i in range(24):
         alone = draw_photometry(ImageRandom(0, torch.tensor([0]), torch.tensor([i])), [0], [EVERYTHING])
-        assert all(torch.equal(mine[0], theirs[i]) for mine, theirs in zip(alone, drawn, strict=True))
+        for mine, theirs in zip(alone[:-1], drawn.part(i, i + 1)[:-1], strict=True):
+            assert torch.equal(mine, theirs)
         assert torch.allclose(apply_photometry(images[i : i + 1], alone)[0], together[i], atol=1e-3)
 
 
@@ -271,7 +295,7 @@ def test_a_factor_is_never_negative():
 def test_parameters_views_and_neighbouring_images_are_independent():
     n = 20_000
     first, second = (draw_photometry(rng(n), [view], [SECOND_VIEW]) for view in (0, 1))
-    columns = [parameter.double().view(n, -1)[:, 0] for drawn in (first, second) for parameter in drawn[:-1]]
+    columns = [parameter.double().view(n, -1)[:, 0] for drawn in (first, second) for parameter in drawn[:-2]]
     columns += [column.roll(1) for column in columns]
     correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(len(columns))
     assert correlation.abs().max() <= 4.5 / math.sqrt(n)
