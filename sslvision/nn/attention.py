@@ -63,8 +63,13 @@ def _rest_of_block(block: Block, tokens: Tensor, qkv: Tensor, sizes: Sizes) -> T
     attention = block.attn
     attended = attention.norm(_attend_by_size(attention, qkv, sizes))  # (T, heads * d)
     attended = block.ls1(attention.proj_drop(attention.proj(attended)))
-    tokens = tokens + _by_image(block.drop_path1, attended, sizes)
-    return tokens + _by_image(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), sizes)
+    tokens = _add(tokens, _by_image(block.drop_path1, attended, sizes))
+    return _add(tokens, _by_image(block.drop_path2, block.ls2(block.mlp(block.norm2(tokens))), sizes))
+
+
+def _add(tokens: Tensor, branch: Tensor) -> Tensor:
+    """Return tokens + branch; on a CPU in the branch's place, once that has the type of the tokens, as torch would copy it."""
+    return branch.to(tokens.dtype).add_(tokens) if tokens.device.type == "cpu" else tokens + branch
 
 
 def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
