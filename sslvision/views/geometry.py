@@ -5,6 +5,7 @@ Pillow (Keys, a = -0.5), which the authors of MAE and DINO used.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,11 +46,6 @@ class Crop:
                 f"A crop scale of {list(self.scale)} cannot be: it is two shares of the image's area, "
                 "0 < smallest <= largest <= 1."
             )
-
-
-def views_by_kind(crops: Sequence[Crop]) -> dict[Crop, list[int]]:
-    """Return which of the crops are of each kind: those are cut together."""
-    return {kind: [view for view, crop in enumerate(crops) if crop == kind] for kind in crops}
 
 
 def crop_noise(rng: ImageRandom, views: Sequence[int]) -> Tensor:
@@ -129,7 +125,7 @@ def crop_one(image: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
 
 
 def crop_batch(images: Tensor, noise: Tensor, crops: Sequence[Crop]) -> list[Tensor]:
-    """Cut V crops of every image of a batch, each by its own box, those of a kind together.
+    """Cut V crops of every image of a batch, each by its own box; neighbours of a kind are cut together.
 
     Args:
         images: (B, C, H, W) uint8.
@@ -144,11 +140,11 @@ def crop_batch(images: Tensor, noise: Tensor, crops: Sequence[Crop]) -> list[Ten
         return [images] * len(crops)  # every box is the whole image, and resampling the identity
     heights, widths = (torch.full((len(images),), side, device=images.device) for side in (height, width))
     boxes, flipped = draw(noise, heights, widths, crops)
-    cut: dict[int, Tensor] = {}
-    for crop, views in views_by_kind(crops).items():
-        of_kind = [torch.stack([drawn[view] for view in views]) for drawn in (boxes, flipped)]
-        cut |= zip(views, cut_boxes(images, of_kind[0], of_kind[1], crop.size), strict=True)
-    return [cut[view] for view in range(len(crops))]
+    cut, first = list[Tensor](), 0
+    for crop, alike in itertools.groupby(crops):
+        here = slice(first, first := first + len(list(alike)))
+        cut += cut_boxes(images, boxes[here], flipped[here], crop.size)
+    return cut
 
 
 def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:

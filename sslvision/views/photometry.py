@@ -10,23 +10,20 @@ image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sslvision.errors import UsageError
 from sslvision.nn.randomness import ImageRandom
+from sslvision.views.blur import SIGMAS, gaussian_blur
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as in torchvision
-SIGMAS = 256  # blurs that are told apart, to a pixel of standard deviation
-KEPT = 2 << 20  # weights, 8 MB; those of all blurs up to 2 pixels for 32 x 32 pixels are half a million
-BOXES = 3  # box filters in a row that stand for a Gaussian, as in Pillow
+PIECE = 1 << 20  # numbers, 4 MB, that a CPU augments at a time: its caches hold them from one operation to the next
 
 
 @dataclass(frozen=True)
@@ -147,6 +144,13 @@ def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
 
     Saturation, hue and greyscale need red, green and blue: images of another number of channels go without them.
     """
+    at_a_time = max(1, PIECE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    starts = range(0, len(images), at_a_time)
+    pieces = [_augment(images[at : at + at_a_time], drawn.part(at, at + at_a_time)) for at in starts]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _augment(images: Tensor, drawn: Drawn) -> Tensor:
     result = jitter(images.float(), drawn)
     if images.shape[1] == 3:
         result = blend(result, luma(result), ~drawn.grey)
@@ -234,59 +238,6 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     turned.sub_((turned / 6).floor_(), alpha=6)  # from 0 to 6
     below = turned.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
     return value - below.mul_(chroma)
-
-
-def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) -> Tensor:
-    """Blur images (B, C, H, W) as Pillow's GaussianBlur does.
-
-    Args:
-        images: of any range.
-        sigma: (B,) standard deviation in pixels; 0 gives the image back, exactly.
-        strongest: if given, every sigma is a multiple of 1 / SIGMAS and at most this.
-    """
-    height, width = images.shape[2:]
-    with torch.autocast(images.device.type, enabled=False):
-        rows = blur_matrices(sigma, height, strongest)[:, None]  # (B, 1, H, H)
-        columns = rows if height == width else blur_matrices(sigma, width, strongest)[:, None]  # (B, 1, W, W)
-        return rows @ (images @ columns.transpose(2, 3))
-
-
-def blur_matrices(sigma: Tensor, length: int, strongest: float) -> Tensor:
-    """Return what `blur_matrix` does, looked up where images are so small that those of all blurs can be kept."""
-    if (strongest * SIGMAS + 2) * length**2 > KEPT:
-        return blur_matrix(sigma, length)
-    every = _every_blur_matrix(length, math.ceil(strongest * SIGMAS), sigma.device)
-    return F.embedding((sigma * SIGMAS).long(), every).unflatten(1, (length, length))
-
-
-@functools.cache
-def _every_blur_matrix(length: int, strongest: int, device: torch.device) -> Tensor:
-    """Return the matrices (length * length) of all blurs, from none to `strongest` / SIGMAS pixels."""
-    sigmas = torch.arange(strongest + 1, dtype=torch.float32, device=device) / SIGMAS
-    return blur_matrix(sigmas, length).flatten(1)
-
-
-def blur_matrix(sigma: Tensor, length: int) -> Tensor:
-    """Weights of a 1-D blur by three box filters in a row, whose variance is that of the Gaussian.
-
-    The boxes end between pixels ("extended box filters", Gwosdek et al. 2011), and the border pixels go on for ever.
-
-    Args:
-        sigma: (B,) standard deviation in pixels.
-        length: of the axis in pixels.
-
-    Returns:
-        (B, length, length); rows sum to 1.
-    """
-    variance = sigma[:, None, None] ** 2 / BOXES  # of one box
-    whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()  # pixels wholly inside on either side
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    reach = whole + part + 0.5  # (B, 1, 1)
-    pixel = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
-    left, right = pixel - 0.5, pixel + 0.5
-    left[0], right[-1] = -torch.inf, torch.inf
-    overlap = torch.minimum(pixel[:, None] + reach, right) - torch.maximum(pixel[:, None] - reach, left)
-    return torch.linalg.matrix_power(overlap.clamp_(min=0) / (2 * reach), BOXES)
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:

@@ -12,20 +12,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
 from sslvision.nn.randomness import ImageRandom
+from sslvision.views.blur import SIGMAS, _every_blur_matrix, blur_matrix, gaussian_blur
 from sslvision.views.photometry import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
+    PIECE,
     SATURATION,
-    SIGMAS,
     Photometry,
-    _every_blur_matrix,
     apply_photometry,
     blend,
-    blur_matrix,
     draw_photometry,
     enhance,
-    gaussian_blur,
     luma,
     shift_hue,
     solarize,
@@ -232,6 +230,16 @@ def test_the_result_for_an_image_does_not_depend_on_its_batch():
         for mine, theirs in zip(alone[:-1], drawn.part(i, i + 1)[:-1], strict=True):
             assert torch.equal(mine, theirs)
         assert torch.allclose(apply_photometry(images[i : i + 1], alone)[0], together[i], atol=1e-3)
+
+
+def test_many_images_are_augmented_as_few():
+    images = photographs(5, 200, 300).repeat(3, 1, 1, 1)
+    assert images.numel() > 2 * PIECE
+    drawn = draw_photometry(rng(15), [0], [EVERYTHING])
+    together = apply_photometry(images, drawn)
+    for i in range(15):
+        alone = apply_photometry(images[i : i + 1], drawn.part(i, i + 1))
+        assert torch.allclose(alone[0], together[i], atol=1e-3)
 
 
 def test_no_value_is_looked_at_so_a_gpu_is_never_waited_for(monkeypatch):
