@@ -3,15 +3,12 @@
 import os
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from caches import KINDS, built
 from PIL import Image
 
 from sslvision.data import cache as cache_module
@@ -22,51 +19,9 @@ from sslvision.data.embedded import open_embedded
 from sslvision.data.folder import open_folder
 from sslvision.data.loading import training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.errors import DataError, StorageError, UsageError
+from sslvision.errors import StorageError, UsageError
 from sslvision.stage_one import open_splits
 from sslvision.views.geometry import Crop, resize
-
-KINDS = ["disk", pytest.param("ram", marks=pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here"))]
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Return a folder of photographs of many sizes in two classes, one of them grey, one on its side."""
-    rng = np.random.default_rng(0)
-    for number, (height, width) in enumerate([(40, 60), (90, 50), (64, 64), (20, 200), (31, 77), (48, 48), (128, 96)]):
-        folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")
-        folder.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        exif = Image.Exif()
-        exif[0x0112] = 6 if number == 1 else 1
-        image = small.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.convert("L") if number == 3 else image
-        image.save(folder / f"{number}.{'png' if number == 2 else 'jpg'}", exif=exif)
-    return tmp_path / "photos"
-
-
-@pytest.fixture
-def cache_of(tmp_path, monkeypatch):
-    """Return a function that opens a source's cache in a folder of the test, of whichever kind."""
-    root = tmp_path / "caches"
-    root.mkdir()
-    monkeypatch.setattr(cache_module, "SHARED_MEMORY", root)
-    locks = []
-    monkeypatch.setattr(cache_module, "_in_use", locks)
-    monkeypatch.setattr(cache_module.atexit, "register", lambda *_: None)
-
-    def open_cache(source, kind="disk", *, side=48, workers=0):
-        return cached(Splits(source, None), kind, side=side, folder=root, workers=workers).train
-
-    open_cache.root = root
-    yield open_cache
-    for lock in locks:
-        lock.close()
-
-
-def built(root):
-    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock"))
-
 
 # The pixels
 
@@ -259,151 +214,6 @@ def test_a_folder_that_cannot_be_written_to_is_refused_in_words(photos, tmp_path
     splits = open_folder(photos, holdout=0)
     with pytest.raises(StorageError, match=r"cannot be written to .*data\.cache_dir"):
         cached(splits, "disk", folder=str(tmp_path / "file" / "caches"), workers=0)
-
-
-# Killed, damaged, several at once
-
-SCRIPT = """
-import sys, time
-from sslvision.data import cache, folder
-from sslvision.data.base import Splits
-
-def slow(self, index, read=folder.FileSource.read):
-    print("decoding", flush=True)
-    time.sleep(float(sys.argv[4]))
-    return read(self, index)
-
-folder.FileSource.read = slow
-cache.SHARED_MEMORY = cache.Path(sys.argv[2])
-splits = folder.open_folder(sys.argv[1], holdout=0)
-kept = cache.cached(splits, sys.argv[3], side=48, folder=sys.argv[2], workers=0).train
-print("sum", sum(int(kept.read(index).sum()) for index in range(len(kept))), flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def process(photos, cache_of):
-    """Return a function that opens the cache in a process of its own, which ends when its input does."""
-    started = []
-
-    def start(kind="disk", seconds=0.0):
-        words = [sys.executable, "-c", SCRIPT, str(photos), str(cache_of.root), kind, str(seconds)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(words, **pipes))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.kill()
-        one.communicate()
-
-
-def until(process, word):
-    """Return the lines that a process prints before one with a word in it, and that line."""
-    lines = []
-    for line in process.stdout:
-        lines.append(line.strip())
-        if word in line:
-            return lines
-    raise AssertionError(f"it ended without {word}")
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_while_it_is_built_a_cache_is_built_again_and_nothing_is_left_over(photos, cache_of, process, kind):
-    one = process(kind, seconds=0.3)
-    until(one, "decoding")
-    time.sleep(0.4)
-    (part,) = built(cache_of.root)
-    assert ".part" in part
-    one.send_signal(signal.SIGKILL)
-    one.wait()
-    kept = cache_of(open_folder(photos, holdout=0).train, kind)
-    assert built(cache_of.root) == [kept.folder.name]
-    assert kept.read(0).numel()
-
-
-def test_of_two_processes_one_builds_and_both_read(photos, cache_of, process):
-    one, other = process(seconds=0.1), process(seconds=0.1)
-    printed = [until(one, "sum"), until(other, "sum")]
-    assert sorted(sum(line == "decoding" for line in lines) for lines in printed) == [0, 7]
-    assert printed[0][-1] == printed[1][-1]
-    assert len(built(cache_of.root)) == 1
-
-
-def test_without_locks_the_process_that_builds_last_takes_what_is_there(photos, cache_of, monkeypatch):
-    source, reserve = open_folder(photos, holdout=0).train, cache_build._reserve
-    monkeypatch.setattr(cache_module, "fcntl", None)
-
-    def meanwhile(*settings):
-        monkeypatch.setattr(cache_build, "_reserve", reserve)
-        with monkeypatch.context() as other:
-            other.setattr(os, "getpid", lambda: 1)
-            other.setattr(cache_build.shutil, "rmtree", lambda *_, **__: None)  # it began a little later
-            meanwhile.built = cache_of(source)
-        reserve(*settings)
-
-    monkeypatch.setattr(cache_build, "_reserve", meanwhile)
-    kept = cache_of(source)
-    assert kept.folder == meanwhile.built.folder
-    assert built(cache_of.root) == [kept.folder.name]
-    assert torch.equal(kept.read(0), meanwhile.built.read(0))
-
-
-@pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
-def test_shared_memory_is_free_again_when_its_last_user_has_gone(photos, cache_of, process):
-    one, other = process("ram"), process("ram")
-    until(one, "sum"), until(other, "sum")
-    one.communicate("")
-    assert len(built(cache_of.root)) == 1
-    other.communicate("")
-    assert built(cache_of.root) == []
-
-
-@pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
-def test_of_two_processes_that_find_no_cache_one_builds_and_both_use_it(photos, cache_of, process, monkeypatch):
-    """Where the one that comes second to the lock waited to have it alone, it waited until the first one's run was over."""
-    take, quicker = cache_module._take, []
-
-    def late(lock, **words):
-        if not quicker:
-            cache_module.fcntl.flock(lock, cache_module.fcntl.LOCK_UN)
-            quicker.append(process("ram"))
-            until(quicker[0], "sum")  # it uses the cache now, for as long as it lives
-        return take(lock, **words)
-
-    monkeypatch.setattr(cache_module, "_take", late)
-    kept = cache_of(open_folder(photos, holdout=0).train, "ram")
-    assert built(cache_of.root) == [kept.folder.name]
-
-
-@pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
-def test_what_a_killed_process_left_in_shared_memory_is_freed_by_the_next(photos, cache_of, process):
-    one = process("ram")
-    until(one, "sum")
-    one.kill()
-    one.wait()
-    (left,) = built(cache_of.root)
-    kept = cache_of(open_folder(photos, holdout=0).train, "ram", side=40)
-    assert built(cache_of.root) == [kept.folder.name] != [left]
-
-
-def test_a_damaged_cache_is_named(photos, cache_of):
-    source = open_folder(photos, holdout=0).train
-    folder = cache_of(source).folder
-    os.truncate(folder / "pixels", 100)
-    with pytest.raises(DataError, match=r"damaged: 100 bytes instead of .* Delete that folder"):
-        cache_of(source)
-
-
-def test_a_cache_that_fails_while_it_is_built_leaves_nothing(photos, cache_of, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache_build, "_reserve", full)
-    with pytest.raises(OSError, match="No space left"):
-        cache_of(open_folder(photos, holdout=0).train)
-    assert built(cache_of.root) == []
 
 
 # Settings

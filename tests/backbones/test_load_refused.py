@@ -1,0 +1,135 @@
+"""What cannot be loaded is refused in words."""
+
+import json
+
+import pytest
+import torch
+from exports import exported
+from safetensors.torch import load_file, save_file
+
+from sslvision.backbones.build import build_backbone
+from sslvision.backbones.load import load_backbone
+from sslvision.errors import UsageError
+from sslvision.training.weights import export_backbone
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("resnet19", "no run folder .* Near it in timm: .*resnet18"),
+        ("outputs/mea", "no export folder"),
+        ("vit_small_patch8_224.nonsense", r"no weights of this tag, but vit_small_patch8_224\.dino"),
+        ("vit_base_patch16_18x2_224", "publishes no weights"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused_with_what_is_possible(where, words):
+    with pytest.raises(UsageError, match=words):
+        load_backbone(where)
+
+
+def test_a_run_that_has_not_ended_is_told_from_nothing(tmp_path):
+    (tmp_path / "config.yaml").write_text("{}")
+    with pytest.raises(UsageError, match="has no export/: it has not ended"):
+        load_backbone(tmp_path)
+
+
+def test_images_of_other_channels_than_the_exports_are_refused_with_the_setting(tmp_path):
+    exported(tmp_path)
+    with pytest.raises(UsageError, match=r"read 1 channel\(s\), and the images have 3: set data.channels=1"):
+        load_backbone(tmp_path, channels=3)
+
+
+def test_weights_of_other_names_and_shapes_are_refused_with_some_of_them(tmp_path):
+    exported(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["stray"] = state.pop("blocks.1.attn.qkv.bias")
+    state["norm.weight"] = torch.ones(3)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError) as info:
+        load_backbone(tmp_path)
+    for words in ("qkv.bias is missing", "stray is not in this model", r"norm.weight is (3,) there and (24,) here"):
+        assert words in str(info.value)
+    with pytest.raises(UsageError, match=r"qkv\.bias is missing"):
+        load_backbone(tmp_path, image_size=48)
+
+
+def spoil(file, how):
+    match how:
+        case "no json":
+            (file / "config.json").write_text("{")
+        case "no architecture":
+            (file / "config.json").write_text('{"pretrained_cfg": {}}')
+        case "unknown architecture":
+            config = json.loads((file / "config.json").read_text()) | {"architecture": "resnet19"}
+            (file / "config.json").write_text(json.dumps(config))
+        case "no weights":
+            (file / "model.safetensors").unlink()
+        case "half the weights":
+            content = (file / "model.safetensors").read_bytes()
+            (file / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("no json", "not as timm writes it"),
+        ("no architecture", "not as timm writes it .*architecture"),
+        ("unknown architecture", "resnet19, which this version of timm"),
+        ("no weights", "model.safetensors is missing"),
+        ("half the weights", "cannot be read as weights"),
+    ],
+)
+def test_a_damaged_export_is_refused_in_words(how, words, tmp_path):
+    exported(tmp_path)
+    spoil(tmp_path, how)
+    with pytest.raises(UsageError, match=words):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"not weights at all", "cannot be read as weights"),
+        ({"model": {"conv1.weight": torch.rand(2, 2)}}, "no checkpoint of a ViT .* cls_token"),
+        ({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "checkpoint of a run: give the run's folder"),
+        (torch.rand(3), "cannot be read as weights"),
+        ({"teacher": 3}, "no checkpoint of a ViT"),
+    ],
+)
+def test_files_that_are_no_released_checkpoint_are_refused_in_words(content, words, tmp_path):
+    file = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save(content, file)
+    with pytest.raises(UsageError, match=words):
+        load_backbone(file)
+
+
+def test_the_number_of_heads_is_asked_for_where_weights_leave_it_open(released, tmp_path):
+    torch.save({"model": released}, tmp_path / "mae.pth")
+    with pytest.raises(UsageError, match="number of its attention heads: say it"):
+        load_backbone(tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "words"),
+    [
+        (None, {"pool": "max"}, "pool=max is unknown"),
+        (["cat", "dog"], {"pool": "avg"}, "trained on token"),
+        (None, {"nonsense": 1}, "timm cannot build .*nonsense"),
+        (None, {"image_size": 33}, "33x33"),
+        (None, {"patch_size": 4}, r"patch_embed\.proj\.weight is"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_words(classes, options, words, tmp_path):
+    exported(tmp_path, classes=classes)
+    with pytest.raises(UsageError, match=words):
+        load_backbone(tmp_path, **options)
+
+
+def test_a_size_that_timm_cannot_resample_weights_to_is_refused_in_words(tmp_path):
+    torch.manual_seed(0)
+    export_backbone(build_backbone("levit_128s", image_size=64), tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(UsageError, match="timm cannot fit the weights to what is asked for"):
+        load_backbone(tmp_path, image_size=96)
