@@ -13,6 +13,7 @@ import platform
 import torch
 from measure import autocast, timed
 from peers import PEERS, Ours
+from resident import compose, resident
 
 from sslvision.nn.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from sslvision.training.trainer import choose_kernels
@@ -60,8 +61,6 @@ def race_apart(arguments, overrides, entries):
 
 def take_turns(line, arguments, overrides, peer, options):
     """Answer every number of steps with the ms that one took; 0 ends it."""
-    from throughput import compose, resident  # which imports this file
-
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)

@@ -98,6 +98,7 @@ def line_up(method, folder, cache, arguments):
         receiver, sender = multiprocessing.Pipe(duplex=False)
         process = multiprocessing.get_context("fork").Process(target=lambda: sender.send(seconds_of_views(ours, batch)))
         process.start()
+        sender.close()  # so that nobody waits for a process that failed
         seconds = receiver.recv()
         process.join()
         return arguments.batch / seconds
