@@ -54,6 +54,8 @@ def main():
     parser.add_argument("--data", help="a folder of images; default: 200 JPEGs drawn for it")
     parser.add_argument("--json", type=Path, default=Path("outputs/loader.json"))
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be 2 or more: one round has no quartiles")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.data or draw_photographs(Path(scratch) / "images", 200)

@@ -33,6 +33,8 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be 2 or more: one round has no quartiles")
     choose_kernels(arguments.device)
     figures = {name: compare(method, arguments) for name, method in methods(arguments)}
     report(figures, arguments)

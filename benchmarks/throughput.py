@@ -86,6 +86,8 @@ def read_arguments():
     parser.add_argument("--data", help="a folder of images for levels 2 and 3; default: 500x400 JPEGs drawn for it")
     parser.add_argument("--json", type=Path, help="where to; default: outputs/throughput_....json")
     arguments, overrides = parser.parse_known_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be 2 or more: one round has no quartiles")
     arguments.batch = arguments.batch or BATCH[arguments.method]
     arguments.levels = arguments.levels.split(",")
     name = f"throughput_{arguments.method}_{arguments.arch}_{arguments.device}_{arguments.precision}.json"
