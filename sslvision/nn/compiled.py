@@ -6,6 +6,7 @@ gains on a GPU has not been measured.
 """
 
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,11 @@ def compile_module(module: nn.Module) -> None:
 
 
 def _options() -> dict[str, Any]:
-    return {"backend": BACKEND, "dynamic": False, "recompile_limit": MOST_GRAPHS}
+    options: dict[str, Any] = {"backend": BACKEND, "dynamic": False}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {**options, "recompile_limit": MOST_GRAPHS}
+    torch._dynamo.config.recompile_limit = MOST_GRAPHS  # torch 2.11 has one for the whole process
+    return options
 
 
 @contextmanager
