@@ -34,6 +34,16 @@ SMALL = {
 }
 
 
+def pytest_configure(config):
+    """Hide GPUs from tests and their subprocesses, unless those that need one are asked for.
+
+    What follows the machine (trainer.accelerator=auto, device=auto) would compile for minutes on a GPU, and compare its numbers
+    with a CPU's.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def tiny_settings():
     """Return the overrides that make a recipe of a method tiny: tiny_settings("mae")."""

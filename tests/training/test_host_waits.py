@@ -2,6 +2,7 @@
 
 On a CPU nothing waits, so here every question is counted that would make the host wait for a GPU: scalars and lists read
 off tensors, shapes that depend on values, and numbers sent to the device. Real training, Lightning and all callbacks in it.
+On a GPU CUDA says so itself: tests/gpu/test_no_waits.py.
 """
 
 import traceback
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslvision import stage_one, stage_two
 from sslvision.backbones import swin
-from sslvision.methods.base import Method
 from sslvision.training.signals import StopOnSignal
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
@@ -197,42 +197,3 @@ def test_several_processes_agree_on_signals_without_asking_the_device(tmp_path):
         stop.teardown(told, None, "fit")
     finally:
         dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("backbone", BACKBONES)
-@pytest.mark.parametrize("method", METHODS)
-def test_on_a_gpu_no_step_waits_for_it(settings_of, tmp_path, monkeypatch, method, backbone):
-    class Strict(L.Callback):
-        """From the start of a batch to the end of its update every wait is an error."""
-
-        steps = 0
-
-        def on_train_start(self, trainer, *_):
-            trainer.fit_loop.epoch_loop.max_steps = 12
-
-        def on_train_batch_start(self, *_):
-            self.steps += 1
-            torch.cuda.set_sync_debug_mode("error" if self.steps > 3 else "default")
-
-        def on_train_batch_end(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-        def on_exception(self, *_):
-            torch.cuda.set_sync_debug_mode("default")
-
-    strict, watchers = Strict(), stage_one.watchers
-    monkeypatch.setattr(stage_one, "watchers", lambda *about: [strict, *watchers(*about)])
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
-    words = [
-        *SMALL,
-        *METHODS[method],
-        *(f"backbone.{word}" for word in BACKBONES[backbone]),
-        "trainer.accelerator=cuda",
-    ]
-    words = [word for word in words if word != "trainer.accelerator=cpu"]
-    # The last update writes the log, and is left to the test above.
-    monkeypatch.setattr(Method, "_write_log", lambda *_: None)
-    stage_one.pretrain(settings_of("pretrain", f"recipe={method}{backbone}", *words), tmp_path / "run")
-    assert strict.steps == 12
