@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslvision.errors import DataError, UsageError
+from sslvision.nn.exact import exact_products
 
 SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB of fp32: what bounds the memory
 
@@ -69,7 +70,8 @@ def knn_rankings(
     rankings: dict[int, list[Tensor]] = {k: [] for k in ks}
     for features in test_features.split(chunk):
         queries = F.normalize(features.to(device).float(), dim=1)  # (B, D)
-        with torch.autocast(device.type, enabled=False):  # bf16 similarities would tie by the dozen
+        # Similarities in bf16 would tie by the dozen.
+        with torch.autocast(device.type, enabled=False), exact_products(device):
             similarity, neighbours = (queries @ keys.T).topk(min(max(ks), N), dim=1)  # (B, k), nearest first
         # Relative to the nearest, which leaves the ranking alone and keeps a small temperature from overflowing.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()

@@ -23,6 +23,7 @@ from torch import Tensor
 from sslvision.downstream.knn import check_features
 from sslvision.downstream.scores import ranking_of
 from sslvision.errors import DataError, UsageError
+from sslvision.nn.exact import exact_products
 
 L2_GRID = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
 
@@ -130,7 +131,7 @@ def fit_probe(
     standard = standard_of(features)
     x = standardised(features, standard)  # (N, D)
     zeros = Solution(x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), exact_products(x.device):
         if validation is None and int(labels.bincount().max()) < 2:
             l2 = sorted(l2_grid)[len(l2_grid) // 2]
             return Fitted(fit(x, labels, l2=l2, start=zeros), standard, l2, math.nan)
@@ -149,13 +150,13 @@ def fit_probe(
                 break
             best, best_l2, best_loss = solution, l2, loss
         final = fit(x, labels, l2=best_l2, start=best)
-    return Fitted(final, standard, best_l2, accuracy(best, x_held, y_held))
+        return Fitted(final, standard, best_l2, accuracy(best, x_held, y_held))
 
 
 def standard_logits(fitted: Fitted, features: Tensor) -> Tensor:
     """Return the logits (M, C) of features (M, D) as they are, on the device of the fit."""
     x = standardised(features.to(fitted.standard.mean.device), fitted.standard)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), exact_products(x.device):
         return F.linear(x, *fitted.solution)
 
 

@@ -29,6 +29,7 @@ from sslvision.downstream.knn import check_features
 from sslvision.downstream.linear import fit_probe, standard_logits
 from sslvision.downstream.scores import ranking_of
 from sslvision.errors import DataError, UsageError
+from sslvision.nn.exact import exact_products
 from sslvision.nn.randomness import permutation
 from sslvision.optim.schedules import warmup_cosine
 
@@ -147,7 +148,7 @@ def run_protocol(
         ranking = torch.cat([ranking_of(standard_logits(fitted, part)) for part in test_features.split(TEST_AT_ONCE)])
         return ranking, {**info, "l2": fitted.l2, "holdout_top1": fitted.holdout_top1}
     head, trained = train_head(protocol, views, train_labels.to(device), num_classes=num_classes, seed=seed)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(device):
         ranking = torch.cat([ranking_of(head(part.to(device).float())) for part in test_features.split(TEST_AT_ONCE)])
     return ranking, {**info, **trained, "deviations": deviations(protocol, len(views), len(train_labels), whole=whole)}
 
@@ -163,7 +164,7 @@ def train_head(
     peak = protocol.base_lr * batch / 256
     head, optimizer = build_head(protocol, views[0].shape[1], num_classes, seed=seed, device=device)
     shown, loss = -1, torch.zeros((), device=device)
-    with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(device.type, enabled=False), exact_products(device):
         for epoch in range(protocol.epochs):
             if shown != epoch % len(views):
                 shown = epoch % len(views)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sslvision.nn.exact import exact_products
+
 SIGMAS = 256  # blurs that are told apart, to a pixel of standard deviation
 KEPT = 2 << 20  # weights, 8 MB; those of all blurs up to 2 pixels for 32 x 32 pixels are half a million
 BOXES = 3  # box filters in a row that stand for a Gaussian, as in Pillow
@@ -21,7 +23,7 @@ def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) ->
         strongest: if given, every sigma is a multiple of 1 / SIGMAS and at most this.
     """
     height, width = images.shape[2:]
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), exact_products(images.device):
         rows = blur_matrices(sigma, height, strongest)[:, None]  # (B, 1, H, H)
         columns = rows if height == width else blur_matrices(sigma, width, strongest)[:, None]  # (B, 1, W, W)
         return rows @ (images @ columns.transpose(2, 3))
@@ -29,7 +31,9 @@ def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) ->
 
 def blur_matrices(sigma: Tensor, length: int, strongest: float) -> Tensor:
     """Return what `blur_matrix` does, looked up where images are so small that those of all blurs can be kept."""
-    if (strongest * SIGMAS + 2) * length**2 > KEPT:
+    if (
+        strongest * SIGMAS + 2
+    ) * length**2 > KEPT or torch.compiler.is_compiling():  # a graph would compute all of them
         return blur_matrix(sigma, length)
     every = _every_blur_matrix(length, math.ceil(strongest * SIGMAS), sigma.device)
     return F.embedding((sigma * SIGMAS).long(), every).unflatten(1, (length, length))
@@ -59,7 +63,7 @@ def blur_matrix(sigma: Tensor, length: int) -> Tensor:
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     reach = whole + part + 0.5  # (B, 1, 1)
     pixel = torch.arange(length, device=sigma.device, dtype=sigma.dtype)
-    left, right = pixel - 0.5, pixel + 0.5
-    left[0], right[-1] = -torch.inf, torch.inf
+    between = pixel[1:] - 0.5
+    left, right = F.pad(between, (1, 0), value=-torch.inf), F.pad(between, (0, 1), value=torch.inf)
     overlap = torch.minimum(pixel[:, None] + reach, right) - torch.maximum(pixel[:, None] - reach, left)
     return torch.linalg.matrix_power(overlap.clamp_(min=0) / (2 * reach), BOXES)

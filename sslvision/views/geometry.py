@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslvision.errors import UsageError
+from sslvision.nn.exact import exact_products
 from sslvision.nn.randomness import ImageRandom
 
 KEPT = 8 << 20  # weights, 32 MB; those of 32 x 32 pixels for crops as large are 2.2 million
@@ -163,7 +164,7 @@ def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tens
     top, left, box_height, box_width = boxes.unbind(2)
     rows = matrices(top, box_height, height, size)  # (V, B, size, H)
     columns = matrices(left, box_width, width, size, flipped).transpose(2, 3)  # (V, B, W, size)
-    with torch.autocast(images.device.type, enabled=False):
+    with torch.autocast(images.device.type, enabled=False), exact_products(images.device):
         # Pillow's order: columns first, and bytes in between.
         cut = (images.float().flatten(1, 2) @ columns).round_().clamp_(0, 255)  # (V, B, C * H, size)
         cut = rows[:, :, None] @ cut.unflatten(2, (-1, height))  # (V, B, C, size, size)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sslvision.downstream import linear
 from sslvision.downstream.linear import (
     L2_GRID,
     LinearProbe,
@@ -18,6 +20,7 @@ from sslvision.downstream.linear import (
     stratified_holdout,
 )
 from sslvision.errors import DataError, UsageError
+from sslvision.nn.exact import exact_products
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -280,3 +283,25 @@ def test_classes_that_only_the_test_or_validation_images_have_count() -> None:
         validation=(features, labels),
     )
     assert len(chosen.bias) == 4
+
+
+def test_all_products_are_in_full_precision(monkeypatch):
+    """TF32 would end the search early. Its flag is the host's, so what a GPU would be told is seen without one."""
+
+    precisions = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket.__name__ in ("mm", "addmm"):
+                precisions.add(torch.get_float32_matmul_precision())
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(linear, "exact_products", lambda _: exact_products(torch.device("cuda")))
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with Seen():
+            linear_probe(torch.randn(40, 3), torch.arange(40) % 2, torch.randn(6, 3), torch.arange(6) % 2)
+    finally:
+        torch.set_float32_matmul_precision(chosen)
+    assert precisions == {"highest"}
