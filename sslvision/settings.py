@@ -38,6 +38,7 @@ _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
 _COMPILE = "compile blocks and loss with torch.compile (default: on CUDA only); evaluation runs as it stands"
+_GRAPHS = "launch a step's kernels as CUDA graphs (default: on one CUDA device, with memory=normal)"
 _MEMORY = "normal | low: compute activations again in the backward pass in place of keeping them, to the same end"
 _OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 
@@ -85,6 +86,7 @@ class Pretrain:
     evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
     memory: Literal["normal", "low"] = _option("normal", _MEMORY)
     compile: bool | None = _option(None, _COMPILE)
+    cuda_graphs: bool | None = _option(None, _GRAPHS)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
     about: str = _option("", "what the recipe is, in a line")
     reference: str = _option("", "scores others reported for this recipe")

@@ -78,7 +78,13 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         options=config.trainer,
         checkpoints=checkpoints,
     )
-    choose_layers(method, trainer.strategy.root_device, compiled=config.compile)
+    choose_layers(
+        method,
+        trainer.strategy.root_device,
+        compiled=config.compile,
+        captured=config.cuda_graphs,
+        processes=trainer.world_size,
+    )
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:
         check_same(resume, checkpoints.record)
@@ -227,7 +233,9 @@ def effective_configuration(
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
     }
     if wanted(config.compile, device):
-        rows["kernels"] = "blocks and loss are compiled in the first steps"
+        rows["kernels"] = (
+            "blocks and loss are compiled in the first steps" + method.captures * ", steps are CUDA graphs"
+        )
     if config.memory == "low":
         rows["memory"] = "low: activations are computed a second time in place of being kept"
     return rows | ({"reference": config.reference} if config.reference else {})

@@ -15,6 +15,7 @@ from sslvision.nn.compiled import compile_module, compiled, share_graphs
 from sslvision.nn.patches import all_patches, gather_tokens, take_patches
 from sslvision.nn.position import sincos_position
 from sslvision.nn.recompute import run_sparingly
+from sslvision.nn.residual import residual_stream
 
 
 class ViT(Backbone):
@@ -80,7 +81,7 @@ class ViT(Backbone):
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
-        return model.norm_pre(model.patch_drop(model.pos_drop(tokens)))
+        return residual_stream(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks."""

@@ -15,6 +15,7 @@ from torch.optim import AdamW, Optimizer
 from sslvision.backbones.base import Backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
+from sslvision.nn.capture import CapturedStep
 from sslvision.nn.compiled import compile_module, compiled
 from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import Normalize
@@ -66,7 +67,9 @@ class Method(L.LightningModule):
     logged: dict[str, float]  # the last written ones: means since the time before, over all processes
     losses_logged: list[float]  # those of the single updates in `logged`
     skipped: list[int]  # updates that were left out, as their gradients were not finite; known when the log is written
-    compilable: tuple[str, ...] = ()  # functions of the loss, attributes, that many small operations make
+    compilable: tuple[str, ...] = ()  # functions of views and loss, attributes, that many small operations make
+    capturable: bool = False  # whether `views` and `losses` can be a CUDA graph, see `set_clock`
+    captures: bool = False  # whether they become one in the first step, see `capture_steps`
     shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
     def __init__(
@@ -86,6 +89,7 @@ class Method(L.LightningModule):
         self.betas = betas
         self.seed = seed
         self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
+        self._captured: CapturedStep | None = None
         self._micro_batches: list[Tensor] = []  # of the update that is due: metrics (M,)
         self._updates: list[Tensor] = []  # since the log was written: metrics (M,) and the gradients' norm, (M + 1,)
 
@@ -96,8 +100,15 @@ class Method(L.LightningModule):
         """Return all a step sees: augmented images, masks. All randomness of the images is here, drawn from `rng`."""
 
     @abstractmethod
-    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
-        """Return "loss", which is minimised, and whatever else is worth logging. A pure function of the weights."""
+    def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
+        """Return "loss", which is minimised, and whatever else is worth logging, all scalars.
+
+        A pure function of weights, buffers, views and time. In a CUDA graph (`capturable`), `clock` is None: Python runs once,
+        at the capture, so what depends on time is in buffers that `set_clock` has written.
+        """
+
+    def set_clock(self, clock: Clock) -> None:
+        """Write to buffers what `losses` needs to know of the time; where steps are CUDA graphs, called before each."""
 
     @abstractmethod
     def schedule(self, clock: Clock) -> dict[str, float]:
@@ -139,6 +150,10 @@ class Method(L.LightningModule):
         for name in self.compilable:
             setattr(self, name, compiled(getattr(self, name)))
 
+    def capture_steps(self) -> None:
+        """Have views and losses captured as CUDA graphs in the first step, see nn/capture.py. After `compile_blocks`."""
+        self.captures = self.capturable
+
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
         """Return the faults that the logged metrics show, each with what it means, its causes and what to change."""
         return {}
@@ -172,18 +187,33 @@ class Method(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch. Dropout and drop-path draw from (seed, update, process, accumulated batch)."""
         clock = self.clock
+        inputs = [*batch.crops, batch.places, batch.epoch, batch.shown]
+        if self.captures and self._captured is None:
+            self._captured = CapturedStep(self._step_of, self, inputs)
         seed = number(self.seed, clock.step, self.trainer.global_rank, len(self._micro_batches))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow where there is no GPU
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
-        with torch.autocast(self.device.type, enabled=False):
-            views = self.views(batch, ImageRandom(self.seed, batch.epoch, batch.places))
-        metrics = self.losses(views, clock)
+        if self._captured is not None and self._captured.fits(inputs):
+            self.set_clock(clock)
+            metrics = self._captured(*inputs)
+        else:
+            metrics = self._step(batch, clock)
         loss = metrics["loss"]
         self.latest = {name: value.detach() for name, value in metrics.items()}
         self._micro_batches.append(torch.stack([value.to(loss.dtype) for value in self.latest.values()]))  # (M,)
         # An infinite loss may have finite gradients, and only these are shared by all processes: NaN they shall be.
         return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def _step(self, batch: Batch, clock: Clock | None) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, enabled=False):
+            views = self.views(batch, ImageRandom(self.seed, batch.epoch, batch.places))
+        return self.losses(views, clock)
+
+    def _step_of(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """Return the losses of a batch given as its tensors; the clock is that of `set_clock`."""
+        *crops, places, epoch, shown = inputs
+        return self._step(Batch(crops, places, epoch, [], shown), None)
 
     def optimizer_step(
         self,
@@ -245,6 +275,10 @@ class Method(L.LightningModule):
         columns = dict(zip([*self.latest, "grad_norm"], means.T.tolist(), strict=True))
         made = [math.isfinite(loss + norm) for loss, norm in zip(columns["loss"], columns["grad_norm"], strict=True)]
         return columns, made
+
+    def on_fit_end(self) -> None:
+        """Give back the memory of CUDA graphs: what follows is evaluated without them."""
+        self._captured = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next line of the log will be made of, so that a resumed run writes the same one.

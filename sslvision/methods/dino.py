@@ -33,6 +33,7 @@ from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
+from sslvision.views import photometry
 from sslvision.views.geometry import Crop
 from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
 
@@ -71,7 +72,11 @@ class DINO(Method):
     # B images, S crops of each (the first 2 global), D features, K prototypes
 
     center: Tensor
-    compilable = ("pair_loss",)
+    teacher_temperature: Tensor
+    teacher_means: Tensor
+    micro_batches: Tensor
+    compilable = ("pair_loss", "recolor", "solarize")
+    capturable = True
     shown: Mapping[str, str] = SHOWN
 
     def __init__(
@@ -144,8 +149,15 @@ class DINO(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, prototypes))
+        self.register_buffer(
+            "teacher_temperature", torch.tensor(teacher_temp), persistent=False
+        )  # of the coming update
+        self.register_buffer(
+            "teacher_means", torch.zeros(1, prototypes), persistent=False
+        )  # sum over its micro-batches
+        self.register_buffer("micro_batches", torch.zeros(()), persistent=False)  # how many there were
         self.pair_loss = cross_entropy_of_pairs
-        self._teacher_means: list[Tensor] = []  # of the micro-batches of the coming update
+        self.recolor, self.solarize = photometry.recolor, photometry.solarize
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the student's mode; the teacher stays in eval mode: drop-path must not blur the targets."""
@@ -159,23 +171,27 @@ class DINO(Method):
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
         for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
             if crops := batch.crops[first:end]:
-                of_size = apply_photometry(torch.cat(crops), drawn.part(first * B, end * B))
+                part = drawn.part(first * B, end * B)
+                of_size = apply_photometry(torch.cat(crops), part, recolor_fn=self.recolor, solarize_fn=self.solarize)
                 augmented += self.normalize(of_size).chunk(len(crops))
         return augmented
 
-    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+    def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts.
 
         Keeps the mean of the teacher's outputs, by which `after_update` moves the centre.
         """
         B = len(views[0])
+        if clock is not None:
+            self.set_clock(clock)
         with torch.no_grad(), own_statistics(self.teacher):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
-            q = ((target - self.center) / self.teacher_temp(clock)).softmax(dim=-1)  # with the centre of before
+            q = ((target - self.center) / self.teacher_temperature).softmax(dim=-1)  # with the centre of before
+            self.teacher_means += target.mean(dim=0, keepdim=True)
+            self.micro_batches += 1
         z = embed(self.student, *(torch.cat(crops) for crops in (views[:2], views[2:]) if crops))  # (SB, K)
         z = z.to(target.dtype).unflatten(0, (-1, B))  # (S, B, K)
         loss = self.pair_loss(q.unflatten(0, (2, B)), z, self.student_temp)
-        self._teacher_means.append(target.mean(dim=0, keepdim=True))
         entropy = entropy_of(q).mean()
         return {
             "loss": loss,
@@ -200,13 +216,18 @@ class DINO(Method):
     def after_update(self, clock: Clock) -> None:
         """Move the teacher towards the student, and the centre towards the mean of the teacher's outputs (Eq. 4)."""
         follow(self.teacher, self.student, self.schedule_momentum(clock.step, steps=clock.steps))
-        mean = torch.stack(self._teacher_means).mean(dim=0)  # (1, K)
-        self._teacher_means = []
+        mean = self.teacher_means / self.micro_batches  # (1, K)
+        self.teacher_means.zero_()
+        self.micro_batches.zero_()
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         mean = mean.where(mean.isfinite(), self.center)  # one broken batch must not spoil all that follow
         self.center.lerp_(mean, 1 - self.centre_momentum)
+
+    def set_clock(self, clock: Clock) -> None:
+        """Write the teacher's temperature to its buffer."""
+        self.teacher_temperature.fill_(self.teacher_temp(clock))
 
     def teacher_temp(self, clock: Clock) -> float:
         """Return the teacher's temperature: linear over the warm-up epochs, by whole epochs."""

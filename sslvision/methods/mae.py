@@ -34,6 +34,7 @@ from sslvision.nn.patches import gather_tokens, put_patches, take_patches
 from sslvision.nn.position import sincos_position
 from sslvision.nn.randomness import ImageRandom
 from sslvision.nn.recompute import run_sparingly
+from sslvision.nn.residual import residual_stream
 from sslvision.optim.schedules import warmup_cosine
 from sslvision.views.geometry import Crop
 
@@ -61,6 +62,7 @@ class MAE(Method):
 
     decoder_pos_embed: Tensor
     compilable = ("error",)
+    capturable = True
 
     # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side
 
@@ -133,7 +135,7 @@ class MAE(Method):
         rows, columns = self.backbone.grid
         return [self.normalize(batch.crops[0]), rng.uniform("mask", rows * columns)]
 
-    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+    def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
         """Return the mean squared error on hidden patches."""
         images, noise = views
         keep, hidden = random_keep(noise, self.mask_ratio)  # (B, K), (B, H)
@@ -152,7 +154,7 @@ class MAE(Method):
         prefix = self.backbone.num_prefix
         position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
         visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
-        tokens = torch.cat([tokens[:, :prefix], visible], dim=1)  # (B, P+K, E)
+        tokens = residual_stream(torch.cat([tokens[:, :prefix], visible], dim=1))  # (B, P+K, E)
         masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
         *blocks, last = self.decoder_blocks
         if blocks:

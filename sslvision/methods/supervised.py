@@ -166,7 +166,7 @@ class Supervised(Method):
         images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
         return list(mix_images(images, targets, rng, mixup=self.mixup, cutmix=self.cutmix))
 
-    def losses(self, views: list[Tensor], clock: Clock) -> dict[str, Tensor]:
+    def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
         """Return the cross-entropy with the targets, and how often the likeliest class is that of the larger share, in percent.
 
         With class weights every image's loss is a sum over classes of weight x share x -log p, and the loss is the mean over

@@ -18,7 +18,7 @@ from sslvision.training.redact import redact
 # Settings that may differ when a run goes on, and why. All others say what is computed, and must be the same.
 MAY_DIFFER = {
     "where the run lies and how it is begun": ("name", "output_dir", "overwrite", "resume"),
-    "how the same numbers are computed, but for rounding": ("memory", "compile"),
+    "how the same numbers are computed, but for rounding": ("memory", "compile", "cuda_graphs"),
     "read before the first update only; the checkpoint has its outcome": ("init_from",),
     "what is said of the run": ("about", "reference", "logger"),
     "what looks on, and when it gives up": (

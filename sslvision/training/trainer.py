@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from timm.layers import set_fused_attn
 
+from sslvision.backbones.base import Backbone
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.nn.allocator import keep_freed_memory
@@ -110,12 +111,48 @@ def choose_kernels(accelerator: str) -> None:
             os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
 
 
-def choose_layers(method: Method, device: torch.device, *, compiled: bool | None = None) -> None:
-    """Have the blocks of a method compiled if so set (None: where it pays); else have a CPU compute them its own way."""
+def choose_layers(
+    method: Method,
+    device: torch.device,
+    *,
+    compiled: bool | None = None,
+    captured: bool | None = None,
+    processes: int = 1,
+) -> None:
+    """Choose how a method's steps are computed. Where it is not set, what pays on the device.
+
+    Args:
+        method: before DDP wraps it.
+        device: on which it trains.
+        compiled: have its blocks and losses compiled; by default on CUDA. If not, a CPU computes them its own way.
+        captured: have each step be two CUDA graphs, see nn/capture.py; by default on one CUDA device, unless activations are
+            computed again in the backward pass, whose random numbers a graph cannot wind back.
+        processes: how many train together. Graphs leave gradients where DDP does not see them.
+
+    Raises:
+        UsageError: `captured` where that cannot be.
+    """
     if wanted(compiled, device):
         method.compile_blocks()
     elif device.type == "cpu":
         suit_cpu(method)
+    if reason := why_not_captured(method, device, processes):
+        if captured:
+            raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
+    elif captured is not False:
+        method.capture_steps()
+
+
+def why_not_captured(method: Method, device: torch.device, processes: int) -> str:
+    """Return why a method's steps cannot be CUDA graphs; nothing if they can."""
+    if device.type != "cuda":
+        return f"there are none on {device.type}"
+    if processes > 1:
+        return f"{processes} processes exchange gradients during the backward pass"
+    if not method.capturable:
+        return f"{type(method).__name__} is not made for them"
+    sparing = any(isinstance(module, Backbone) and module.sparing for module in method.modules())
+    return "memory=low computes activations a second time" if sparing else ""
 
 
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:

@@ -10,7 +10,7 @@ image comes out 1.0 to 1.3 grey levels brighter than theirs on average.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -139,23 +139,33 @@ def _ranges_of(one: Photometry) -> list[tuple[float, float, float]]:
     ]
 
 
-def apply_photometry(images: Tensor, drawn: Drawn) -> Tensor:
+def apply_photometry(
+    images: Tensor,
+    drawn: Drawn,
+    *,
+    recolor_fn: Callable[[Tensor, Drawn], Tensor] | None = None,
+    solarize_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Augment images (B, C, H, W) uint8 -> (B, C, H, W) float32 from 0 to 255, not rounded.
 
-    Saturation, hue and greyscale need red, green and blue: images of another number of channels go without them.
+    Saturation, hue and greyscale need red, green and blue: images of another number of channels go without them. `recolor_fn`
+    and `solarize_fn` are `recolor` and `solarize`, or what torch.compile made of them.
     """
+    recolor_fn, solarize_fn = recolor_fn or recolor, solarize_fn or solarize
     at_a_time = max(1, PIECE // images[0].numel()) if images.device.type == "cpu" else len(images)
-    starts = range(0, len(images), at_a_time)
-    pieces = [_augment(images[at : at + at_a_time], drawn.part(at, at + at_a_time)) for at in starts]
+    pieces = []
+    for at in range(0, len(images), at_a_time):
+        part = drawn.part(at, at + at_a_time)
+        result = recolor_fn(images[at : at + at_a_time], part)
+        result = gaussian_blur(result, part.sigma.masked_fill(~part.blurred, 0), part.strongest)
+        pieces.append(solarize_fn(result, part.threshold))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _augment(images: Tensor, drawn: Drawn) -> Tensor:
+def recolor(images: Tensor, drawn: Drawn) -> Tensor:
+    """Jitter the colours of images (B, C, H, W) uint8, and take them from some: (B, C, H, W) float32 from 0 to 255."""
     result = jitter(images.float(), drawn)
-    if images.shape[1] == 3:
-        result = blend(result, luma(result), ~drawn.grey)
-    result = gaussian_blur(result, drawn.sigma.masked_fill(~drawn.blurred, 0), drawn.strongest)
-    return solarize(result, drawn.threshold)
+    return blend(result, luma(result), ~drawn.grey) if images.shape[1] == 3 else result
 
 
 def jitter(images: Tensor, drawn: Drawn) -> Tensor:

@@ -136,7 +136,8 @@ def test_the_teacher_never_trains_and_is_never_in_train_mode():
 
 def test_the_teacher_moves_by_the_stated_share_once_per_update():
     method = tiny(momentum=0.75, centre_momentum=0.9)
-    method._teacher_means = [torch.ones(1, 96), torch.zeros(1, 96)]
+    method.teacher_means.fill_(1)  # of ones and of zeros
+    method.micro_batches.fill_(2)
     for parameter in method.student.parameters():
         parameter.data += 1.0
     before = [parameter.clone() for parameter in method.teacher.parameters()]
