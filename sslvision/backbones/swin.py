@@ -1,7 +1,7 @@
 """Swin transformers (Liu et al. 2021, arXiv:2103.14030): any timm `SwinTransformer`, encoding visible units only if asked."""
 
 import torch
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,7 +11,7 @@ from sslvision.errors import UsageError
 from sslvision.nn.compiled import compile_module, compiled, share_graphs
 from sslvision.nn.patches import take_patches
 from sslvision.nn.recompute import run_sparingly
-from sslvision.nn.windows import Cut, Windows, cut_windows, nested_order, window_attention
+from sslvision.nn.windows import Cut, SoundAttention, Windows, cut_windows, nested_order, window_attention
 
 
 class Swin(Backbone):
@@ -44,6 +44,9 @@ class Swin(Backbone):
             raise UsageError(
                 f"Patches of {patch[0]}x{patch[1]} pixels cannot be used: backbone.patch_size is one number."
             )
+        for module in model.modules():
+            if type(module) is WindowAttention:
+                module.__class__ = SoundAttention
         self.model = model
         self.levels = len(model.layers) - 1  # of merging
         self.image_size = model.patch_embed.img_size

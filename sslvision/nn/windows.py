@@ -11,12 +11,18 @@ That Swin can encode visible tokens alone is known from GreenMIM (Huang et al. 2
 into groups of equal size; here a window without tokens is left out.
 """
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.models.swin_transformer import WindowAttention
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+MOST_ROWS = 65_535  # of fused attention: it puts one into each block of threads along an axis that has no more in CUDA
 
 # B images, N tokens of each, in units of n; attention in R rows of S slots; d width of a head
 
@@ -168,13 +174,46 @@ def attend(attention: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tens
     """Attention (heads, rows, S, d) of the slots of each row, by the fused kernel where timm would use it."""
     if attention.fused_attn:
         mask = bias if unseen is None else bias + unseen
+        parts = math.ceil(query.shape[1] / MOST_ROWS)
+        masks = [mask] * parts if mask.shape[1] == 1 else mask.chunk(parts, dim=1)
         dropped = attention.attn_drop.p if attention.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, mask.to(query.dtype), dropped, scale=attention.scale)
+        with sound_backward(trained=query.requires_grad, bias=mask):
+            attended = [
+                F.scaled_dot_product_attention(q, k, v, m.to(q.dtype), dropped, scale=attention.scale)
+                for q, k, v, m in zip(*(x.chunk(parts, dim=1) for x in (query, key, value)), masks, strict=True)
+            ]
+        return attended[0] if parts == 1 else torch.cat(attended, dim=1)
     logits = (query * attention.scale) @ key.transpose(2, 3)  # (heads, rows, S, S)
     logits = logits.to(bias.dtype).add_(bias)  # in place, unless autocast halved precision: then in full, as timm does
     if unseen is not None:
         logits.add_(unseen)
     return attention.attn_drop(attention.softmax(logits)) @ value
+
+
+def sound_backward(*, trained: bool, bias: Tensor) -> AbstractContextManager[Any]:
+    """Return a context without cuDNN's attention where its gradients may be NaN, else an empty one.
+
+    They may be on an H100 where queries are `trained`, their bias is not, and windows have 64 tokens (pytorch#196678).
+    Biases that are trained cuDNN does not take.
+    """
+    if not torch.is_grad_enabled() or not trained or bias.requires_grad:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+class SoundAttention(WindowAttention):
+    """timm's attention, of any number of windows, and with gradients that are numbers where biases are frozen."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Return (rows, S, C) of rows of windows (rows, S, C), with a mask (windows, S, S) for each of an image's."""
+        if not self.fused_attn:
+            return super().forward(x, mask)
+        windows = 1 if mask is None else len(mask)
+        parts = x.split(MOST_ROWS // windows * windows)  # whole images
+        trained = x.requires_grad or self.qkv.weight.requires_grad
+        with sound_backward(trained=trained, bias=self.relative_position_bias_table):
+            attended = [WindowAttention.forward(self, part, mask) for part in parts]
+        return attended[0] if len(parts) == 1 else torch.cat(attended)
 
 
 class TakeOnce(torch.autograd.Function):

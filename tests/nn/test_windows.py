@@ -3,7 +3,8 @@ import timm
 import torch
 from timm.models.swin_transformer import PatchMerging, WindowAttention
 
-from sslvision.nn.windows import Cut, cut_windows, nested_order, window_attention
+from sslvision.nn import windows as under_test
+from sslvision.nn.windows import Cut, SoundAttention, cut_windows, nested_order, window_attention
 
 torch.manual_seed(0)
 CUT = Cut(size=(32, 32), window=(8, 8), shift=(4, 4), table=(8, 8))
@@ -130,3 +131,97 @@ def test_dropout_of_attention_is_applied_while_training():
     assert not torch.allclose(once, again)
     once, again = (window_attention(block.attn.eval(), tokens, windows) for _ in range(2))
     assert torch.equal(once, again)
+
+
+def fused(attention):
+    attention.fused_attn = True
+    return attention
+
+
+def gradients(output, weight, leaves):
+    return torch.autograd.grad((weight * output).sum(), leaves)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_fused_attention_in_parts_is_what_it_is_at_once(layout, shared, monkeypatch):
+    cut, unit, kept, _ = LAYOUTS[layout]
+    rows, columns = cut.size[0] // unit, cut.size[1] // unit
+    keep = torch.rand(1 if shared else 5, rows * columns).argsort(dim=1)[:, :kept]
+    windows = cut_windows(*visible_tokens(keep, unit, columns), unit, cut, count=True)
+    attention, N = fused(attention_like(cut)), kept * unit**2
+    tokens, weight = torch.randn(2, 5, N, 16, dtype=torch.float64)
+    leaves = [tokens.requires_grad_(), *attention.parameters()]
+    right = window_attention(attention, tokens, windows)
+    monkeypatch.setattr(under_test, "MOST_ROWS", 2)
+    got = window_attention(attention, tokens, windows)
+    assert torch.allclose(got, right, rtol=0, atol=1e-12)
+    for one, other in zip(gradients(got, weight, leaves), gradients(right, weight, leaves), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_timms_attention_in_parts_is_what_it_is_at_once(masked, monkeypatch):
+    attention = fused(attention_like(UNSHIFTED))
+    x, weight = torch.randn(2, 5 * 4, 64, 16, dtype=torch.float64)  # 5 images of 4 windows
+    mask = (
+        torch.zeros(4, 64, 64, dtype=torch.float64).masked_fill_(torch.rand(4, 64, 64) < 0.3, -100) if masked else None
+    )
+    leaves, seen, attend = (
+        [x.requires_grad_(), *attention.parameters()],
+        [],
+        torch.nn.functional.scaled_dot_product_attention,
+    )
+    right = attention(x, mask)
+    attention.__class__ = SoundAttention
+    assert torch.equal(attention(x, mask), right)
+    monkeypatch.setattr(under_test, "MOST_ROWS", 9)
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, *a, **b: (seen.append(len(q)), attend(q, *a, **b))[1],
+    )
+    got = attention(x, mask)
+    assert seen == ([8, 8, 4] if masked else [9, 9, 2])
+    assert torch.allclose(got, right, rtol=0, atol=1e-12)
+    for one, other in zip(gradients(got, weight, leaves), gradients(right, weight, leaves), strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("frozen", "recorded", "cudnn"),
+    [([], True, True), (["bias"], True, False), (["bias"], False, True), (["all"], True, True)],
+)
+@pytest.mark.parametrize("through", ["timm", "windows"])
+def test_cudnn_does_not_compute_attention_whose_gradients_it_may_get_wrong(
+    through, frozen, recorded, cudnn, monkeypatch
+):
+    attention, seen = fused(attention_like(UNSHIFTED)), []
+    attention.__class__ = SoundAttention
+    attention.relative_position_bias_table.requires_grad_(not frozen)
+    if frozen == ["all"]:
+        attention.requires_grad_(False)
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def look(*about, **more):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*about, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    with torch.set_grad_enabled(recorded):
+        if through == "timm":
+            attention(torch.randn(2, 64, 16, dtype=torch.float64))
+        else:
+            windows = cut_windows(*visible_tokens(torch.tensor([[0, 3]]), 8, 4), 8, UNSHIFTED, count=True)
+            window_attention(attention, torch.randn(1, 128, 16, dtype=torch.float64), windows)
+    assert seen == [cudnn]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_attention_without_cudnn_goes_into_a_graph():
+    attention = fused(attention_like(UNSHIFTED))
+    attention.__class__ = SoundAttention
+    attention.relative_position_bias_table.requires_grad_(False)
+    x = torch.randn(2, 64, 16, dtype=torch.float64)
+    compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)
+    assert torch.allclose(compiled(x), attention(x), atol=1e-12)
