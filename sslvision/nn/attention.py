@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
+from sslvision.nn.packed import PackedAttention, packed_attention, packs
 from sslvision.nn.patches import gather_tokens
 
 # B images, N tokens, n of them asked for, D width, d width of a head
@@ -15,7 +16,11 @@ from sslvision.nn.patches import gather_tokens
 
 def divisible(block: Any) -> bool:
     """Return whether `block_part` can run the block: a pre-norm timm Block with plain multi-head attention."""
-    return type(block) is Block and type(block.attn) in (Attention, FewerCopies) and block.attn.gate is None
+    return (
+        type(block) is Block
+        and type(block.attn) in (Attention, FewerCopies, PackedAttention)
+        and block.attn.gate is None
+    )
 
 
 def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
@@ -77,6 +82,8 @@ def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
     if plain(attention):
         attended: Tensor = PlainAttention.apply(qkv, sizes, attention.num_heads, attention.scale)
         return attended
+    if packs(attention, qkv, sizes):
+        return packed_attention(qkv, [n for size in sizes for n in size], attention.num_heads, attention.scale)
     parts = []
     for part, (B, N) in zip(qkv.split([B * N for B, N in sizes]), sizes, strict=True):
         query, key, value = part.view(B, N, 3, attention.num_heads, attention.head_dim).permute(2, 0, 3, 1, 4).unbind()

@@ -10,16 +10,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy buffers.
+    """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy persistent buffers.
 
-    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`.
+    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`. Buffers that are not
+    persistent are constants.
     Source: DINO, section 3.1, "Teacher network".
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
     for own, others in zip(teacher.modules(), student.modules(), strict=True):
         if not isinstance(own, _BatchNorm):
-            for buffer, other in zip(own.buffers(recurse=False), others.buffers(recurse=False), strict=True):
-                buffer.copy_(other)
+            for (name, buffer), other in zip(own._buffers.items(), others._buffers.values(), strict=True):
+                if buffer is not None and other is not None and name not in own._non_persistent_buffers_set:
+                    buffer.copy_(other)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from sslvision.methods.base import Method
 from sslvision.nn.allocator import keep_freed_memory
 from sslvision.nn.compiled import wanted
 from sslvision.nn.cpu import suit_cpu
+from sslvision.nn.packed import suit_cuda
 from sslvision.training.checkpoint import AtomicCheckpoints
 
 
@@ -132,6 +133,8 @@ def choose_layers(
     Raises:
         UsageError: `captured` where that cannot be.
     """
+    if device.type == "cuda":
+        suit_cuda(method)
     if wanted(compiled, device):
         method.compile_blocks()
     elif device.type == "cpu":
