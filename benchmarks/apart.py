@@ -71,6 +71,7 @@ def take_turns(line, arguments, overrides, peer, options):
         contestant = Ours("ours", method, views, **options)
     else:
         contestant = PEERS[peer, type(method)](peer, method, views, arch=arguments.arch, **options)
+    contestant.choose_layers()
     precision = autocast(device, arguments.precision)
     timed(contestant, precision, 2)
     line.send("warm")

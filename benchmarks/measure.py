@@ -16,7 +16,14 @@ DATASHEET = {"H100 80GB HBM3": {"bf16": 989e12, "fp32": 495e12}, "H200": {"bf16"
 
 
 def autocast(device, precision):
-    return lambda: torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+    """Return a function that enters the precision of a step, as torch has it or (`cache_casts=False`) as Lightning does."""
+
+    def enter(cache_casts=True):
+        if precision != "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=cache_casts)
+
+    return enter
 
 
 def wait(device_type):
@@ -27,7 +34,7 @@ def wait(device_type):
 def one_step(contestant: Contestant, precision, lap=lambda phase: None):
     views = contestant.prepare()
     lap("views")
-    with precision():
+    with precision(contestant.cache_casts):
         loss = contestant.loss(views)
     lap("forward")
     loss.backward()
@@ -156,5 +163,9 @@ def matrix_product(device, precision):
 
 def datasheet(device, precision):
     """Return the FLOP/s that the maker states, or None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    return stated(torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(), precision)
+
+
+def stated(name, precision):
+    """Return the FLOP/s that the maker of a chip states, or None."""
     return next((peaks[precision] for part, peaks in DATASHEET.items() if part in name), None)

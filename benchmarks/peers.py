@@ -14,6 +14,8 @@ from torch import nn
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
+from sslvision.nn.capture import CapturedStep
+from sslvision.nn.compiled import compile_module
 from sslvision.nn.masking import random_keep
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.groups import decay_groups
@@ -21,7 +23,7 @@ from sslvision.training.trainer import choose_layers
 
 CLOCK = Clock(step=20_000, steps=100_000, steps_per_epoch=1_000)  # past warm-up and frozen prototypes
 RATES = {"lr": 1e-5, "weight_decay": 0.04}
-BLOCKS = ("Block", "SwinTransformerBlock", "ViTMAELayer")
+BLOCKS = ("Block", "SwinTransformerBlock", "ViTMAELayer")  # the peers' classes whose instances are compiled
 
 # B images, L patches, K visible, E decoder width
 
@@ -29,10 +31,14 @@ BLOCKS = ("Block", "SwinTransformerBlock", "ViTMAELayer")
 class Contestant(nn.Module):
     """A training step: `prepare` gives views, `loss` is the forward pass, `update` moves the weights, `follow` a teacher.
 
+    It is built uncompiled, so that it can be compared with the others first; `choose_layers` comes before it is timed.
+
     Args:
         ours: the method whose weights, sizes and betas it takes.
         views: what `ours.views` returns, ready-made on the device.
     """
+
+    cache_casts = True  # autocast keeps a weight's bf16 copy for the step, which is torch's default
 
     def __init__(self, name, ours, views):
         super().__init__()
@@ -47,18 +53,18 @@ class Contestant(nn.Module):
             for module in self.modules():
                 if hasattr(module, "fused_attn"):
                     module.fused_attn = fused_attention
-        if compiled:
-            compile_blocks(self)
         fused = True if fused_adamw else None  # None: what torch chooses
         self.chosen |= {"fused_attention": fused_attention, "fused_adamw": fused_adamw, "compiled": compiled}
         self.to(ours.device).train()
         self.optimizer = torch.optim.AdamW(decay_groups(self), lr=RATES["lr"], betas=self.betas, fused=fused)
         return self
 
-    @property
-    def trained(self):
-        """Return how many parameters the optimizer moves."""
-        return sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
+    def choose_layers(self):
+        """Compile every transformer block if so chosen. Shapes are static, as ours are."""
+        if self.chosen["compiled"]:
+            for module in self.modules():
+                if type(module).__name__ in BLOCKS:
+                    compile_module(module)
 
     def prepare(self):
         return self.views
@@ -72,30 +78,60 @@ class Contestant(nn.Module):
 
 
 class Ours(Contestant):
-    """Our method as `Method.training_step` and `optimizer_step` run it; with `batch`, views are made in every step."""
+    """Our method, step by step what `Method.training_step` and `optimizer_step` do under the Trainer.
 
-    def __init__(self, name, method, views, *, batch=None, compiled=False):
+    Args:
+        batch: bytes to make views of in every step; None: ready-made views.
+        compiled, captured: as the settings `compile` and `cuda_graphs` of a run; None: what a run does on this device.
+    """
+
+    cache_casts = False  # as Lightning has it
+
+    def __init__(self, name, method, views, *, batch=None, compiled=None, captured=None):
         super().__init__(name, method, views)
-        self.method, self.batch = method, batch
-        if compiled:
-            compile_blocks(method)
-        else:
-            choose_layers(method, method.device, compiled=False)
+        self.method, self.batch, self.graphs = method, batch, None
+        self.chosen |= {"compiled": compiled, "captured": captured}
         self.optimizer = method.configure_optimizers()
-        for group in self.optimizer.param_groups:
-            group["lr"] = RATES["lr"]
         method.train()
 
+    def choose_layers(self):
+        """Choose the method's layers as a run does. Once for a method, however many contestants share it."""
+        choose_layers(self.method, self.method.device, **self.chosen)
+
     def prepare(self):
+        torch.default_generator.manual_seed(0)
+        if self.method.device.type != "cpu":
+            torch.get_device_module(self.method.device).manual_seed(0)
         if self.batch is None:
             return self.views
-        return self.method.views(self.batch, ImageRandom(0, self.batch.epoch, self.batch.places))
+        crops, places, epoch, _, shown = self.batch
+        if self.method.captures:  # the graph makes the views
+            return [*crops, places, epoch, shown]
+        with torch.autocast(self.method.device.type, enabled=False):
+            return self.method.views(self.batch, ImageRandom(0, epoch, places))
 
     def loss(self, views):
-        return self.method.losses(views, CLOCK)["loss"]
+        metrics = self.replay(views) if self.method.captures else self.method.losses(views, CLOCK)
+        loss = metrics["loss"]
+        self.metrics = torch.stack([value.detach().to(loss.dtype) for value in metrics.values()])
+        return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+
+    def replay(self, inputs):
+        """Return the losses of CUDA graphs, captured in the first step."""
+        if self.graphs is None:
+            function = (
+                (lambda *views: self.method.losses([*views], None)) if self.batch is None else self.method._step_of
+            )
+            self.graphs = CapturedStep(function, self.method, inputs)
+        self.method.set_clock(CLOCK)
+        return self.graphs(*inputs)
 
     def update(self):
-        self.method.ready(self.optimizer, CLOCK)
+        for group in self.optimizer.param_groups:
+            group["lr"] = RATES["lr"]
+            if group["decayed"]:
+                group["weight_decay"] = RATES["weight_decay"]
+        self.metrics = torch.cat([self.metrics, self.method.ready(self.optimizer, CLOCK)[None]])
         super().update()
 
     def follow(self):
@@ -233,13 +269,6 @@ class LightlyDINO(Contestant):
 
 
 PEERS = {("hf", MAE): TransformersMAE, ("lightly", MAE): LightlyMAE, ("lightly", DINO): LightlyDINO}
-
-
-def compile_blocks(model):
-    """Compile every transformer block of a model in place."""
-    for module in model.modules():
-        if type(module).__name__ in BLOCKS:
-            module.compile()
 
 
 def lightly_backbone(backbone, arch):

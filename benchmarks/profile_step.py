@@ -125,7 +125,7 @@ def main():
         )
         phases = Phases(trainer.strategy.root_device)
         trainer.callbacks.append(phases)
-        choose_layers(method, phases.device, compiled=settings.compile)
+        choose_layers(method, phases.device, compiled=settings.compile, captured=False)  # a graph has no phases
         trainer.fit(method, datamodule=data)
     report(phases.medians(), settings.batch_size)
 

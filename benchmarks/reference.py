@@ -40,6 +40,16 @@ def gate(method, contestants, views):
     return found
 
 
+def same_loss(contestants, precision):
+    """Stop if a contestant, compiled as it will be timed, does not give the first one's loss in the precision of the race."""
+    losses = {}
+    for contestant in contestants:
+        with precision(contestant.cache_casts):
+            losses[contestant.name] = contestant.loss(contestant.prepare()).item()
+        if abs(losses[contestant.name] / losses[contestants[0].name] - 1) > 0.01:
+            raise SystemExit(f"{contestant.name} is no equal as it will be timed: losses {losses}.")
+
+
 def plain_mae(method, views):
     """MAE as the paper has it: embed all, drop the hidden; decode all in their order; error on the hidden ones."""
     images, noise = views

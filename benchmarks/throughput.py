@@ -6,9 +6,10 @@ Needs `pip install -e ".[bench]"`. Recipe keys (key=value) change ours, and the 
 Before anything is timed all must give the paper's loss and gradients on the same images and masks. Three levels:
 
 1. The step on data that lie on the device: forward, backward, optimizer, teacher. Peers get ready-made views; ours is timed
-   with those, for the comparison, and from bytes with its own augmentation, for what a run will do. All share one process,
-   and our choice of torch's kernels and of the C library's allocator is lent to the peers. "turns" sets the process up anew for
-   each turn, as the contestant's own library does; "apart" has each in a process of its own: what people get.
+   with those, for the comparison, and from bytes with its own augmentation, for what a run will do. "Ours" is compiled, and
+   captured as CUDA graphs, where a run would be. All share one process, and our choice of torch's kernels and of the C
+   library's allocator is lent to the peers. "turns" sets the process up anew for each turn, as the contestant's own library
+   does; "apart" has each in a process of its own: what people get.
 2. The loader alone.
 3. End to end, JPEG files through our Trainer.
 """
@@ -31,7 +32,7 @@ import torch
 from apart import race_apart, set_up_for
 from measure import autocast, datasheet, host_syncs, matrix_product, peak_memory, phases, quickest, race
 from peers import PEERS, Ours
-from reference import gate, reference_flops
+from reference import gate, reference_flops, same_loss
 from resident import compose, resident
 from rich.console import Console
 from rich.table import Table
@@ -98,8 +99,10 @@ def read_arguments():
 def step_level(settings, arguments, overrides, device):
     """Return what one step costs each contestant."""
     method, batch, views = resident(settings, device)
-    compiled = (False, True) if device.type == "cuda" else (False,)
-    ours = [Ours("ours", method, views)]
+    on_gpu = device.type == "cuda"
+    ours = [Ours("ours", method, views, compiled=settings.compile, captured=settings.cuda_graphs)]
+    if on_gpu:
+        ours += [Ours("ours, eager", copy.deepcopy(method), views, compiled=False, captured=False)]
     peers = {}
     for peer in filter(None, arguments.peers.split(",")):
         build = PEERS.get((peer, type(method)))
@@ -109,13 +112,19 @@ def step_level(settings, arguments, overrides, device):
         peers[f"{peer} as shipped"] = [build(f"{peer} as shipped", method, views, arch=arguments.arch, **shipped)]
         peers[f"{peer} best"] = [
             build(f"{peer} best", method, views, arch=arguments.arch, fused_attention=fused, compiled=compile_it)
-            for fused, compile_it in itertools.product((True, False), compiled)
+            for fused, compile_it in itertools.product((True, False), (False, True) if on_gpu else (False,))
         ]
-    checked = gate(method, [*ours, *itertools.chain(*peers.values())], views)
-    ours += [Ours("ours, from bytes", method, views, batch=batch)]
-    if device.type == "cuda":
-        ours += [Ours("ours, blocks compiled", copy.deepcopy(method), views, compiled=True)]
+    everyone = [*ours, *itertools.chain(*peers.values())]
+    choose = [contestant.choose_layers for contestant in everyone]
+    if on_gpu:  # compiled after the formulas are checked, or the two images of the check would cost each a compilation
+        checked = gate(method, everyone, views)
+    for choose_layers in choose:
+        choose_layers()
+    if not on_gpu:
+        checked = gate(method, everyone, views)
     precision = autocast(device, arguments.precision)
+    same_loss(everyone, precision)
+    ours += [Ours("ours, from bytes", method, views, batch=batch)]
     chosen = ours + [quickest(candidates, precision) for candidates in peers.values()]
     del peers
     rounds = race(chosen, precision, rounds=arguments.rounds, steps=arguments.steps)
@@ -139,7 +148,7 @@ def step_level(settings, arguments, overrides, device):
         rounds = race(chosen, precision, rounds=arguments.rounds, steps=arguments.steps, before=set_up_for)
         found["turns"] = compared(rounds, settings.batch_size)
     if "apart" in arguments.levels:
-        entries = {"ours": (None, {"compiled": device.type == "cuda"})} | {
+        entries = {"ours": (None, ours[0].chosen)} | {
             name: (name.split()[0], {**rows[name]["settings"]}) for name in rows if not name.startswith("ours")
         }
         found["apart"] = compared(race_apart(arguments, overrides, entries), settings.batch_size)

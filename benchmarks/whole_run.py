@@ -1,14 +1,18 @@
 """Levels above the step: the loader alone, and a run from files through our Trainer."""
 
+import dataclasses
+
 import numpy as np
+import torch
 from loader import Keys, rate
 from PIL import Image
 from profile_step import StepTimes
 
 from sslvision.data.loading import training_loader
 from sslvision.data.module import ImageData, pixel_statistics
-from sslvision.stage_one import build_method, open_splits
-from sslvision.training.trainer import build_trainer
+from sslvision.stage_one import build_method, open_splits, watchers
+from sslvision.training.resume import train_from
+from sslvision.training.trainer import build_trainer, choose_layers
 
 
 def loader_level(settings, arguments):
@@ -23,34 +27,49 @@ def loader_level(settings, arguments):
 
 
 def trainer_level(settings, arguments, accelerator, folder):
-    """Return images per second of a run: files, loader, views, step, callbacks-free Trainer."""
-    splits = open_splits(settings.data)
-    method = build_method(settings)
-    method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
-    data = ImageData(splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers"))
-    times, warm_up = StepTimes(), arguments.trainer_steps // 3
+    """Return images per second of a run: files, loader, views, step, all that watches a run but evaluation."""
     precision = {"bf16": "bf16-mixed", "fp32": "32-true"}[arguments.precision]
+    options = {"accelerator": accelerator, "devices": 1, "precision": precision}
+    return train(settings, open_splits(settings.data), folder, steps=arguments.trainer_steps, options=options)
+
+
+def train(settings, splits, folder, *, steps, options):
+    """Train as a run does for `steps` updates, a third of them to warm up. Return images per second and ms of the others.
+
+    Left out are evaluation, checkpoints but the last, loggers and the progress bar.
+    """
+    settings = dataclasses.replace(
+        settings,
+        knn_every_epochs=0,
+        checkpoint_every_epochs=1_000_000,
+        trainer={**settings.trainer, **options, "enable_progress_bar": False},
+    )
+    method = build_method(settings)
+    method.normalize.set(
+        *pixel_statistics(splits.train, settings.data.get("normalize", "computed"), seed=settings.seed)
+    )
+    data = ImageData(
+        splits, method.crops, batch_size=settings.batch_size, seed=settings.seed, workers=settings.data.get("workers")
+    )
+    times = StepTimes(steps)
     trainer = build_trainer(
         folder=folder,
         epochs=-1,
-        steps=arguments.trainer_steps,
-        max_steps=arguments.trainer_steps,
+        steps=steps,
+        max_steps=steps,
         dry_run=False,
         loggers=[],
-        callbacks=[times],
-        options={
-            **settings.trainer,
-            "accelerator": accelerator,
-            "devices": 1,
-            "precision": precision,
-            "enable_progress_bar": False,
-            "enable_checkpointing": False,
-        },
+        callbacks=[times, *watchers(settings, folder, data)],
+        options=settings.trainer,
     )
-    trainer.fit(method, datamodule=data)
-    ends = times.ends[warm_up:]
-    rate = (len(ends) - 1) * settings.batch_size / (ends[-1] - ends[0])
-    return {"images_per_second": rate, "workers": data.workers, "steps": len(ends) - 1}
+    choose_layers(method, trainer.strategy.root_device, compiled=settings.compile, captured=settings.cuda_graphs)
+    train_from(None, trainer, method, data)
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+    ends = times.ends[steps // 3 :]
+    took = (ends[-1] - ends[0]) / (len(ends) - 1)
+    rates = {"images_per_second": settings.batch_size / took, "ms": 1e3 * took}
+    return {**rates, "workers": data.workers, "steps": len(ends) - 1}
 
 
 def draw_photographs(folder, count):
