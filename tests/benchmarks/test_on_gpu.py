@@ -1,0 +1,127 @@
+"""The program for GPU machines: its README's lines can be run, and a dry run on a CPU gets through every part."""
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks" / "on_gpu" / "run.py"
+SLOT = 600  # seconds that a command may take on such a machine
+LINES = [
+    line.strip()
+    for line in (RUN.parent / "README.md").read_text().splitlines()
+    if line.startswith("    python3 benchmarks/on_gpu/run.py")
+]
+PEERS = {"hf": "transformers", "lightly": "lightly"}
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """The modules of the program, by name."""
+    for folder in (ROOT / "benchmarks", ROOT):
+        monkeypatch.syspath_prepend(str(folder))
+    return lambda name: importlib.import_module(f"benchmarks.on_gpu.{name}")
+
+
+def test_the_readme_has_lines_to_run():
+    assert len(LINES) > 3
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_the_readme_parses_names_what_exists_and_fits(program, line):
+    prepare = next(text for text in (RUN.parent / "README.md").read_text().splitlines() if "pip install" in text)
+    assert len(f"{prepare.strip()}; {line}") < 2000
+    arguments = program("run").parse(shlex.split(line)[2:])
+    assert arguments.seconds < SLOT
+    split_part, part = program("findings").split_part, program("part")
+    names = {"bench": "contestants", "profile": "contestants", "checks": "checks"}
+    limits = 0
+    for text in arguments.parts:
+        name, limit, words = split_part(text)
+        limits += limit
+        function = part.function_of(name)
+        _, given = part.arguments_of(function, words)
+        listed = given.get("who") or given.get("only") or ""
+        if name in names and listed:
+            module = program(names[name])
+            known = getattr(module, "CONTESTANTS", None) or {check.split()[0] for check in module.CHECKS}
+            assert {*listed.split(",")} <= {*known}
+    assert limits <= SLOT
+
+
+def test_parts_that_do_not_exist_are_refused_before_anything_runs(program, capsys):
+    with pytest.raises(SystemExit):
+        program("run").parse(["bensh:100"])
+    assert "no such part" in capsys.readouterr().err
+
+
+def test_a_report_has_ratios_mfu_and_commands_and_is_replaced_between_its_markers(program, tmp_path):
+    report = program("report")
+    text = "bench:100:method=dino:arch=vit_small_patch16_224:batch=64:who=run,lightly"
+    row = {"ms": 32.0, "host_ms": 4.0, "img/s": 2000.0, "peak_GB": 8.0}
+    found = {
+        "flops": {"gflop_per_image": 100.0},
+        "run": row,
+        "lightly": row | {"img/s": 1000.0},
+        "low": {"error": "a | b"},
+    }
+    setting = {"date": "2026-01-02", "card": "NVIDIA H100 80GB HBM3", "driver": "1", "python": "3.12", "versions": {}}
+    summary = {
+        "setting": setting,
+        "parts": [{"part": text, "ended": "done", "seconds": 1}],
+        "found": {"bench_dino_vit_small_patch16_224_64": found},
+    }
+    file = tmp_path / "summary.json"
+    file.write_text(json.dumps(summary))
+    (about,) = report.merged([report.read(file)])
+    section = report.section(**about)
+    assert "| ours, as a run is | 2,000 | 2.00 | 32.0 | 4.0 | 20.2 | 8.0 |" in section
+    assert "| lightly | 1,000 | 1.00 |" in section
+    assert "a / b" in section
+    assert "H100" in section
+    assert f"`{text}`" in section
+    once = report.placed("# Results\n\nOther.\n", section)
+    assert report.placed(once, section) == once
+    assert report.placed(once, "new").startswith(
+        "# Results\n\nOther.\n\n<!-- on_gpu: begin -->\nnew\n<!-- on_gpu: end -->"
+    )
+
+
+@pytest.mark.e2e
+def test_a_dry_run_gets_through_every_part(program, tmp_path):
+    peers = [name for name, library in PEERS.items() if importlib.util.find_spec(library)]
+    parts = [
+        "env",
+        "checks",
+        "bench:200:who="
+        + ",".join(name for name in program("contestants").CONTESTANTS if name[:2] not in ("hf", "li")),
+        "bench:200:tag=peers:who=" + ",".join(["bytes", *(name + end for name in peers for end in ("", "c"))]),
+        "bench:200:method=dino:arch=vit_small_patch16_224:batch=64:who=bytes,blocks",
+        "bench:200:arch=swin_tiny_patch4_window7_224:who=blocks",
+        "profile:200:who=run",
+        "micro",
+        "loader",
+        "trainer",
+        "recipe:200:mae_gpu:recipe=mae_gpu",
+        "tests",
+    ]
+    command = [sys.executable, RUN, "--dry", "--seconds", "900", "--out", tmp_path / "out"]
+    environment = {**os.environ, "SCRATCH": str(tmp_path / "scratch")}
+    limits = [part if ":" in part else f"{part}:200" for part in parts]
+    done = subprocess.run([*command, *limits], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [part for part in summary["parts"] if part["ended"] != "done"] == []
+    assert len(summary["parts"]) == len(parts)
+    errors = {f"{part}: {name}": value for part, found in summary["found"].items() for name, value in found.items()
+              if isinstance(value, dict) and "error" in value}  # fmt: skip
+    assert errors == {}
+    assert len(summary["found"]) == len(parts)
+    assert {"log.txt", "files.tar.gz"} <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert "ours, as a run is" in program("report").section(**program("report").merged([summary])[0])
