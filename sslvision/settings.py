@@ -38,7 +38,7 @@ _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
 _COMPILE = "compile blocks and loss with torch.compile (default: on CUDA only); evaluation runs as it stands"
-_GRAPHS = "launch a step's kernels as CUDA graphs (default: on one CUDA device, with memory=normal)"
+_GRAPHS = "launch a step's kernels as CUDA graphs (default: with ViT and Swin on one CUDA device)"
 _MEMORY = "normal | low: compute activations again in the backward pass in place of keeping them, to the same end"
 _OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 

@@ -15,7 +15,7 @@ from sslvision.nn.compiled import compile_module, compiled, share_graphs
 from sslvision.nn.patches import all_patches, gather_tokens, take_patches
 from sslvision.nn.position import sincos_position
 from sslvision.nn.recompute import run_sparingly
-from sslvision.nn.residual import residual_stream
+from sslvision.nn.residual import in_compute_type
 
 
 class ViT(Backbone):
@@ -73,6 +73,7 @@ class ViT(Backbone):
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return what the first block sees (B, P+L or P+K, D)."""
         model, projection = self.model, self.model.patch_embed.proj
+        images = in_compute_type(images)  # as the projection would have its patches
         # (B, L or K, C * p * p)
         patches = (
             all_patches(images, self.stride) if keep is None else take_patches(images, keep, self.stride).flatten(2)
@@ -81,7 +82,7 @@ class ViT(Backbone):
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
-        return residual_stream(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
+        return in_compute_type(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks."""

@@ -34,7 +34,7 @@ from sslvision.nn.patches import gather_tokens, put_patches, take_patches
 from sslvision.nn.position import sincos_position
 from sslvision.nn.randomness import ImageRandom
 from sslvision.nn.recompute import run_sparingly
-from sslvision.nn.residual import residual_stream
+from sslvision.nn.residual import in_compute_type
 from sslvision.optim.schedules import warmup_cosine
 from sslvision.views.geometry import Crop
 
@@ -154,7 +154,7 @@ class MAE(Method):
         prefix = self.backbone.num_prefix
         position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
         visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
-        tokens = residual_stream(torch.cat([tokens[:, :prefix], visible], dim=1))  # (B, P+K, E)
+        tokens = in_compute_type(torch.cat([tokens[:, :prefix], visible], dim=1))  # (B, P+K, E)
         masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
         *blocks, last = self.decoder_blocks
         if blocks:

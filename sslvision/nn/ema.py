@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy persistent buffers.
 
-    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`. Buffers that are not
-    persistent are constants.
+    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`.
+    Buffers that are not persistent are constants.
     Source: DINO, section 3.1, "Teacher network".
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)

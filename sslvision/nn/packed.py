@@ -28,8 +28,10 @@ def blocks_of(N: int, d: int, *, backward: bool) -> dict[str, int]:
     """Return how a kernel is cut and how many warps run it, as measured on an H100."""
     keys = max(16, 1 << (N - 1).bit_length())
     if keys <= 64:
-        return {"BLOCK_Q": keys, "BLOCK_K": keys, "num_warps": 4}
-    return {"BLOCK_Q": 32 if backward and d > 32 else 64, "BLOCK_K": keys, "num_warps": 8 if backward else 4}
+        return {"BLOCK_Q": keys, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
+    if not backward:
+        return {"BLOCK_Q": 128, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
+    return {"BLOCK_Q": 64 if d == 32 else 32, "BLOCK_K": keys, "num_warps": 8, "num_stages": 1 if d == 32 else 2}
 
 
 Wrap = Callable[[Any], Any]
@@ -44,7 +46,7 @@ def run_forward(qkv: Tensor, sizes: list[int], heads: int, scale: float, wrap: W
     for B, N in zip(sizes[::2], sizes[1::2], strict=True):
         blocks = blocks_of(N, d, backward=False)
         grid = (B * heads, -(-N // blocks["BLOCK_Q"]))
-        wrap(attend_kernel)[grid](qkv, out, first, scale, N=N, H=heads, D=d, **blocks)
+        wrap(attend_kernel)[grid](qkv, out, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
         first += B * N
     return out
 
@@ -57,7 +59,7 @@ def run_backward(qkv: Tensor, of_out: Tensor, sizes: list[int], heads: int, scal
     of_qkv = torch.empty_like(qkv)
     for B, N in zip(sizes[::2], sizes[1::2], strict=True):
         blocks = blocks_of(N, d, backward=True)
-        wrap(gradient_kernel)[(B * heads,)](qkv, of_out, of_qkv, first, scale, N=N, H=heads, D=d, **blocks)
+        wrap(gradient_kernel)[(B * heads,)](qkv, of_out, of_qkv, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
         first += B * N
     return of_qkv
 

@@ -9,14 +9,17 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     qkv,
     out,
     first,
-    scale,
+    SCALE: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One head of one image, BLOCK_Q of its queries: out = softmax(scale x q @ k.T) @ v."""
+    """One head of one image, BLOCK_Q of its queries: out = softmax(SCALE x q @ k.T) @ v.
+
+    SCALE is known when the kernel is built: torch.compile would hand it over in fp64, and all scores would be of that type.
+    """
     image, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = first + image.to(tl.int64) * N
     channel, key = tl.arange(0, D), tl.arange(0, BLOCK_K)
@@ -26,7 +29,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(of_query, mask=query[:, None] < N, other=0.0)  # (BLOCK_Q, D)
     k = tl.load(of_key, mask=key[:, None] < N, other=0.0)  # (BLOCK_K, D)
     v = tl.load(of_key + H * D, mask=key[:, None] < N, other=0.0)
-    s = tl.dot(q, tl.trans(k)) * (scale * 1.4426950408889634)  # (BLOCK_Q, BLOCK_K), for powers of 2
+    s = tl.dot(q, tl.trans(k)) * (SCALE * 1.4426950408889634)  # (BLOCK_Q, BLOCK_K), for powers of 2
     s = tl.where(key[None, :] < N, s, float("-inf"))
     p = tl.exp2(s - tl.max(s, 1)[:, None])
     attended = tl.dot(p.to(v.dtype), v) / tl.sum(p, 1)[:, None]  # (BLOCK_Q, D)
@@ -40,7 +43,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     of_out,
     of_qkv,
     first,
-    scale,
+    SCALE: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
@@ -62,13 +65,13 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         place = (row + query[:, None]) * (H * D) + head * D + channel[None, :]
         q = tl.load(qkv + of_query, mask=query[:, None] < N, other=0.0)  # (BLOCK_Q, D)
         do = tl.load(of_out + place, mask=query[:, None] < N, other=0.0)
-        s = tl.dot(k, tl.trans(q)) * (scale * 1.4426950408889634)  # (BLOCK_K, BLOCK_Q)
+        s = tl.dot(k, tl.trans(q)) * (SCALE * 1.4426950408889634)  # (BLOCK_K, BLOCK_Q)
         s = tl.where(key[:, None] < N, s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 0)[None, :])
         p = p / tl.sum(p, 0)[None, :]
         dv += tl.dot(p.to(do.dtype), do)
         dp = tl.dot(v, tl.trans(do))  # (BLOCK_K, BLOCK_Q)
-        ds = (p * (dp - tl.sum(p * dp, 0)[None, :]) * scale).to(q.dtype)
+        ds = (p * (dp - tl.sum(p * dp, 0)[None, :]) * SCALE).to(q.dtype)
         dk += tl.dot(ds, q)
         dq = tl.dot(tl.trans(ds), k)  # (BLOCK_Q, D)
         tl.store(of_qkv + of_query, dq.to(of_qkv.dtype.element_ty), mask=query[:, None] < N)

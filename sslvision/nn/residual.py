@@ -1,14 +1,14 @@
-"""The type in which tokens go from block to block."""
+"""The type in which pixels and tokens wait for the next layer."""
 
 import torch
 from torch import Tensor
 
 
-def residual_stream(tokens: Tensor) -> Tensor:
-    """Return tokens in the type of the autocast on CUDA, where bytes are what blocks wait for; elsewhere as they are.
+def in_compute_type(x: Tensor) -> Tensor:
+    """Return x in the type of the autocast on CUDA, where bytes are what layers wait for; elsewhere as it is.
 
-    Positions in fp32 would have every sum of a block, and its gradient, read and written in fp32. Norms compute in fp32 anyway.
+    Positions in fp32 would have every residual sum, and its gradient, read and written in fp32. Norms compute in fp32 anyway.
     """
-    if tokens.device.type == "cuda" and torch.is_autocast_enabled("cuda"):
-        return tokens.to(torch.get_autocast_dtype("cuda"))
-    return tokens
+    return (
+        x.to(torch.get_autocast_dtype("cuda")) if x.device.type == "cuda" and torch.is_autocast_enabled("cuda") else x
+    )

@@ -126,8 +126,8 @@ def choose_layers(
         method: before DDP wraps it.
         device: on which it trains.
         compiled: have its blocks and losses compiled; by default on CUDA. If not, a CPU computes them its own way.
-        captured: have each step be two CUDA graphs, see nn/capture.py; by default on one CUDA device, unless activations are
-            computed again in the backward pass, whose random numbers a graph cannot wind back.
+        captured: have each step be two CUDA graphs, see nn/capture.py; by default with a ViT or Swin on one CUDA device, unless
+            activations are computed again in the backward pass, whose random numbers a graph cannot wind back.
         processes: how many train together. Graphs leave gradients where DDP does not see them.
 
     Raises:
@@ -139,10 +139,12 @@ def choose_layers(
         method.compile_blocks()
     elif device.type == "cpu":
         suit_cpu(method)
-    if reason := why_not_captured(method, device, processes):
-        if captured:
-            raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
-    elif captured is not False:
+    reason = why_not_captured(method, device, processes)
+    if captured and reason:
+        raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
+    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
+    # ViT and Swin, which encode visible patches alone, are known to ask the device nothing; of others only a person can say.
+    if captured or (captured is None and not reason and all(backbone.hides for backbone in backbones)):
         method.capture_steps()
 
 
