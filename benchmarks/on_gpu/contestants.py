@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import importlib.util
+from unittest import mock
 
 import torch
 from measure import autocast, one_step
@@ -14,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.findings import DRY, device
 from sslvision.methods.mae import MAE
-from sslvision.nn import compiled
+from sslvision.nn import compiled, packed
 from sslvision.nn.patches import gather_tokens
 
 
@@ -120,9 +121,16 @@ def unshared_first_block(method):
         )
 
 
-def only(kernel):
-    """Return what has attention computed by one of torch's kernels alone, in a dry run by the one that a CPU has."""
-    return lambda: sdpa_kernel([SDPBackend.MATH if DRY else kernel])
+def torch_attention(kernel=None):
+    """Return what has attention computed by torch: by one of its kernels (in a dry run a CPU's), or the one it chooses."""
+
+    @contextlib.contextmanager
+    def around():
+        chosen = sdpa_kernel([SDPBackend.MATH if DRY else kernel]) if kernel else contextlib.nullcontext()
+        with mock.patch.object(packed, "HAS_TRITON", False), chosen:
+            yield
+
+    return around
 
 
 EAGER = {"compiled": False, "captured": False}
@@ -138,9 +146,10 @@ CONTESTANTS = {
     "low": ours(low_memory=True),
     "eagerlow": ours(**EAGER, low_memory=True),
     "noshare": ours(change=unshared_first_block),
-    "flash": ours(around=only(SDPBackend.FLASH_ATTENTION)),
-    "cudnn": ours(around=only(SDPBackend.CUDNN_ATTENTION)),
-    "efficient": ours(around=only(SDPBackend.EFFICIENT_ATTENTION)),
+    "torchattention": ours(around=torch_attention()),  # not by nn/packed.py
+    "flash": ours(around=torch_attention(SDPBackend.FLASH_ATTENTION)),
+    "cudnn": ours(around=torch_attention(SDPBackend.CUDNN_ATTENTION)),
+    "efficient": ours(around=torch_attention(SDPBackend.EFFICIENT_ATTENTION)),
     "whole": ours(**EAGER, change=whole_graph()),  # losses compiled as one graph
     "reduce": ours(**EAGER, change=whole_graph("reduce-overhead")),
     "max": ours(**EAGER, change=whole_graph("max-autotune-no-cudagraphs")),

@@ -6,10 +6,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from whole_run import draw_photographs, train
+from whole_run import draw_photographs
 
 from benchmarks.on_gpu.findings import DRY, attempt, device, set_up, wait
-from benchmarks.on_gpu.recipe import TINY, TRAINER
+from benchmarks.on_gpu.recipe import TINY, TRAINER, under_trainer
 from sslvision import config
 from sslvision.data.loading import training_loader
 from sslvision.data.sampler import EpochBatches
@@ -67,10 +67,3 @@ def rate(source, crops, size, processes, seconds):
         images += len(moved[0])
     wait()
     return {"img/s": round(images / (time.perf_counter() - began), 1)}
-
-
-def under_trainer(settings, splits, steps):
-    """Return images per second of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        found = train(settings, splits, Path(folder), steps=steps, options=TRAINER)
-    return {"img/s": round(found["images_per_second"], 1), "ms": round(found["ms"], 2), "steps": found["steps"]}

@@ -47,23 +47,26 @@ def recipe(name, *words):
 
 def trainer(recipes="mae_gpu,dino_gpu", steps="300"):
     """Time steps under the Trainer: where they take longer than in `bench`, the host, the loader or a callback is why."""
-    from sslvision import config
-
     set_up()
     for name in recipes.split(","):
-        words = [f"recipe={name}"]
-        if DRY:
-            words += [*SHORT, *TINY, f"trainer.accelerator={TRAINER['accelerator']}", "batch_size=64"]
-        attempt(f"{name}, under the Trainer", timed, config.tree(config.prepare(words)), 6 if DRY else int(steps))
+        attempt(f"{name}, under the Trainer", steps_of, name, 6 if DRY else int(steps))
 
 
-def timed(settings, steps):
-    from whole_run import train
-
+def steps_of(recipe, steps):
+    from sslvision import config
     from sslvision.stage_one import open_splits
 
+    words = [*TINY, "batch_size=64", f"trainer.accelerator={TRAINER['accelerator']}"] if DRY else []
+    settings = config.tree(config.prepare([f"recipe={recipe}", *words]))
+    return under_trainer(settings, open_splits(settings.data), steps)
+
+
+def under_trainer(settings, splits, steps):
+    """Return images per second of training as a run does it."""
+    from whole_run import train
+
     with tempfile.TemporaryDirectory() as folder:
-        found = train(settings, open_splits(settings.data), Path(folder), steps=steps, options=TRAINER)
+        found = train(settings, splits, Path(folder), steps=steps, options=TRAINER)
     return {
         "img/s": round(found["images_per_second"], 1),
         "ms": round(found["ms"], 3),
