@@ -1,6 +1,5 @@
 """Swin transformers (Liu et al. 2021, arXiv:2103.14030): any timm `SwinTransformer`, encoding visible units only if asked."""
 
-import torch
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,9 +8,9 @@ from sslvision.backbones.base import Backbone
 from sslvision.backbones.vit import init_transformer
 from sslvision.errors import UsageError
 from sslvision.nn.compiled import compile_module, compiled, share_graphs
-from sslvision.nn.patches import take_patches
+from sslvision.nn.patches import all_patches, take_patches
 from sslvision.nn.recompute import run_sparingly
-from sslvision.nn.windows import Cut, SoundAttention, Windows, cut_windows, nested_order, window_attention
+from sslvision.nn.windows import Cut, SoundAttention, Windows, all_windows, cut_windows, window_attention
 
 
 class Swin(Backbone):
@@ -67,13 +66,15 @@ class Swin(Backbone):
         Raises:
             UsageError: H or W is not a multiple of `stride`.
         """
-        B, _, height, width = images.shape
+        height, width = images.shape[2:]
         grid = self.units_of(height, width)
         if keep is None and (height, width) == tuple(self.image_size) and self.windows_divide:
             return self.model.forward_features(images).flatten(1, 2)  # (B, L, D)
         if keep is None:
-            keep = torch.arange(grid[0] * grid[1], device=images.device).expand(B, -1)
-        tokens = self._embed(images, keep)  # (B, K * n, C)
+            units = all_patches(images, self.stride).unflatten(2, (-1, self.stride, self.stride))
+        else:
+            units = take_patches(images, keep, self.stride)  # (B, K, channels, stride, stride)
+        tokens = self._embed(units)  # (B, K * n, C)
         for level, stage in zip(range(self.levels, -1, -1), self.model.layers, strict=True):
             if not isinstance(stage.downsample, nn.Identity):
                 merged = tokens.unflatten(1, (-1, 4)).flatten(2)  # (B, K * n, 4 * C of before)
@@ -104,31 +105,38 @@ class Swin(Backbone):
             )
         return height // self.stride, width // self.stride
 
-    def _embed(self, images: Tensor, keep: Tensor) -> Tensor:
-        """Return what the first stage sees of the visible units (B, K * n, C), tokens of each in `nested_order`."""
-        embed, (y, x) = self.model.patch_embed, nested_order(self.levels, images.device)
-        p = embed.patch_size[0]
-        pixels = take_patches(images, keep, self.stride)  # (B, K, channels, stride, stride)
-        pixels = pixels.unflatten(4, (-1, p)).unflatten(3, (-1, p))  # (B, K, channels, rows, p, columns, p)
-        patches = (
-            pixels.permute(0, 1, 3, 5, 2, 4, 6)[:, :, y, x].flatten(3).flatten(1, 2)
-        )  # (B, K * n, channels * p * p)
+    def _embed(self, units: Tensor) -> Tensor:
+        """Return what the first stage sees of units' pixels (B, K, channels, stride, stride): (B, K * n, C).
+
+        Tokens of a unit are in `nested_order`: a number's binary digits are those of its row and column, in turns.
+        """
+        embed, levels = self.model.patch_embed, self.levels
+        p, halves = embed.patch_size[0], (2,) * levels
+        pixels = units.unflatten(4, (*halves, p)).unflatten(
+            3, (*halves, p)
+        )  # (B, K, channels, 2, ..., 2, p, 2, ..., 2, p)
+        row, column = 3, 4 + levels  # the first of each
+        turns = [axis for level in range(levels) for axis in (column + level, row + level)]
+        pixels = pixels.permute(0, 1, *turns, 2, row + levels, column + levels)  # (B, K, 2, ..., 2, channels, p, p)
+        patches = pixels.flatten(2 + 2 * levels).flatten(1, 1 + 2 * levels)  # (B, K * n, channels * p * p)
         # A convolution whose windows never overlap is a matrix product.
         return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _attend(
-        self, stage: SwinTransformerStage, tokens: Tensor, keep: Tensor, grid: tuple[int, int], level: int
+        self, stage: SwinTransformerStage, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int], level: int
     ) -> Tensor:
         """Run a stage's blocks on tokens (B, K * n, C), of units with sides of 2**level tokens."""
-        unit, (inside_y, inside_x) = 2**level, nested_order(level, keep.device)
-        units = keep[:1] if keep.stride(0) == 0 else keep  # (b, K)
-        y = ((units // grid[1] * unit)[:, :, None] + inside_y).flatten(1)  # (b, K * n)
-        x = ((units % grid[1] * unit)[:, :, None] + inside_x).flatten(1)
+        unit, B = 2**level, len(tokens)
+        if keep is not None and keep.stride(0) == 0:
+            keep = keep[:1]
         windows: dict[Cut, Windows] = {}  # blocks with and without a shift alternate
         for block in stage.blocks:
             cut = cut_of(block, (grid[0] * unit, grid[1] * unit))
-            if cut not in windows:
-                windows[cut] = cut_windows(y, x, unit, cut, count=self._counts and keep.device.type == "cpu")
+            if cut not in windows and keep is None:
+                windows[cut] = all_windows(B, unit, cut, tokens.device)
+            elif cut not in windows and keep is not None:
+                count = self._counts and keep.device.type == "cpu"
+                windows[cut] = cut_windows(keep, unit, cut, B // len(keep), count=count)
             sparing = stage.grad_checkpointing and self.training
             tokens = run_sparingly(self._run_block, block, tokens, windows[cut], sparing=sparing)
         return tokens

@@ -5,16 +5,17 @@ another. That is to say: the map is cut every w tokens, in a shifted block w // 
 if no cut lies between them. So cut, a map of any size needs neither rolling nor padding, and hidden tokens are simply not
 there: attention among visible tokens equals the dense model's with the hidden keys removed.
 
-    coordinates of tokens -> Windows: who meets whom, and the pairs' places in Swin's table of biases -> window_attention
+    visible units -> Windows: who meets whom, and the pairs' places in Swin's table of biases -> window_attention
 
 That Swin can encode visible tokens alone is known from GreenMIM (Huang et al. 2022, arXiv:2205.13515), which packs windows
 into groups of equal size; here a window without tokens is left out.
 """
 
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.swin_transformer import WindowAttention
@@ -64,21 +65,25 @@ class Cut:
         )
         return rows * columns
 
-    def bias_places(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the places (b, N, N) in Swin's table of biases of all pairs of tokens at y, x (b, N) of one window."""
-        down = y[:, :, None] - y[:, None, :] + self.table[0] - 1
-        right = x[:, :, None] - x[:, None, :] + self.table[1] - 1
-        return down * (2 * self.table[1] - 1) + right
+    def code(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return a number for each token at y, x: see `pair_places`."""
+        return y * (2 * self.table[1] - 1) + x
+
+    def pair_places(self, code: Tensor) -> Tensor:
+        """Return the places (b, N, N) in Swin's table of biases of all pairs of tokens (b, N), those of one window."""
+        middle = (self.table[0] - 1) * (2 * self.table[1] - 1) + self.table[1] - 1  # a token to itself
+        return (code + middle)[:, :, None] - code[:, None, :]
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Where tokens meet: R rows of S slots. Tables are those of one image where all have the same tokens (b = 1), else b = B.
+    """Where tokens meet: R rows of S slots.
 
     Attributes:
-        rows, slots: R, of all b images, and S.
-        place: (b * N,) the slot of each token among R * S; None where tokens already lie in their slots.
-        bias: (1, S, S), or (b, S, S) where slots have no fixed coordinates: places in the table of biases.
+        rows, slots: R, of all images, and S.
+        place: (B * N,) the slot of each token among R * S; None where tokens already lie in their slots.
+        bias: (1, S, S), or (b, S, S) where slots have no fixed coordinates: places in the table of biases. b is 1 where all
+            images have the same tokens.
         unseen: (R, 1 or S, S), 0 or -inf, which is added to keys that may not be seen; None where all may.
     """
 
@@ -89,6 +94,48 @@ class Windows:
     unseen: Tensor | None
 
 
+class Geometry(NamedTuple):
+    """What of a cut depends on no mask; L units, row by row, their n tokens in `nested_order`.
+
+    Attributes:
+        code: (L, n) a number for each token, by which those of two tell their place in the table of biases: `pair_places`.
+        window: (L, n) the window each token is in.
+        slot: (L, n) its slot among those of all windows.
+        bias_of_unit, bias_of_window: (1, n, n) and (1, area, area) places in the table of biases.
+        ahead: (windows,) how many windows there are up to each.
+    """
+
+    code: Tensor
+    window: Tensor
+    slot: Tensor
+    bias_of_unit: Tensor
+    bias_of_window: Tensor
+    ahead: Tensor
+
+
+@functools.cache
+@torch.inference_mode(False)  # so that what validation computed can be trained with
+def geometry_of(cut: Cut, unit: int, device: torch.device) -> Geometry:
+    """Return what is known before any mask is, for square units of a side."""
+    rows, columns = cut.size[0] // unit, cut.size[1] // unit
+    inside_y, inside_x = nested_order(unit.bit_length() - 1, device)
+    number = torch.arange(rows * columns, device=device)[:, None]
+    y, x = number // columns * unit + inside_y, number % columns * unit + inside_x  # (L, n)
+    down, right, area = y + cut.start[0], x + cut.start[1], cut.window[0] * cut.window[1]
+    window = down // cut.window[0] * cut.counts[1] + right // cut.window[1]
+    slot = window * area + down % cut.window[0] * cut.window[1] + right % cut.window[1]
+    in_window = torch.arange(area, device=device)[None]
+    return Geometry(
+        code := cut.code(y, x),
+        window,
+        slot,
+        bias_of_unit=cut.pair_places(code[:1]),
+        bias_of_window=cut.pair_places(cut.code(in_window // cut.window[1], in_window % cut.window[1])),
+        ahead=torch.arange(1, cut.counts[0] * cut.counts[1] + 1, device=device),
+    )
+
+
+@functools.cache
 def nested_order(levels: int, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """Return rows and columns (n,) of the n = 4**levels tokens of a unit, in the order in which patch merging is a reshape.
 
@@ -101,48 +148,65 @@ def nested_order(levels: int, device: torch.device | None = None) -> tuple[Tenso
     return y, x
 
 
-def cut_windows(y: Tensor, x: Tensor, unit: int, cut: Cut, *, count: bool) -> Windows:
+def cut_windows(keep: Tensor, unit: int, cut: Cut, alike: int = 1, *, count: bool) -> Windows:
     """Lay visible tokens out for attention within windows, in the cheapest of three ways.
 
     Where units are windows, tokens stay as they lie. Few tokens: all of an image's make one row, and those of other windows
     are masked. Else every window is a row, tokens at their places in it, and windows without any are left out.
 
     Args:
-        y, x: (b, N), coordinates on the map; tokens of a unit follow one another in `nested_order`.
-        unit: its side.
+        keep: (b, K) visible units of each image; their tokens are laid out one unit after the other, in `nested_order`.
+        unit: side of a unit.
+        cut: of a map that units divide.
+        alike: batches of b images with the same visible units; B = alike * b.
         count: count the windows with tokens, for which a GPU has to wait; otherwise there are as many rows as may be needed.
     """
-    b, N = y.shape
-    n, area, total = unit**2, cut.window[0] * cut.window[1], cut.counts[0] * cut.counts[1]
+    geometry = geometry_of(cut, unit, keep.device)
+    (b, K), n, area, total = keep.shape, unit**2, cut.window[0] * cut.window[1], cut.counts[0] * cut.counts[1]
     if cut.window == (unit, unit) and cut.shift == (0, 0):
-        return Windows(b * N // n, n, place=None, bias=cut.bias_places(y[:1, :n], x[:1, :n]), unseen=None)
-    down, right = y + cut.start[0], x + cut.start[1]
-    window = down // cut.window[0] * cut.counts[1] + right // cut.window[1]  # (b, N), which one
-    rows = min(total, N // n * cut.touched(unit))
+        return Windows(alike * b * K, n, place=None, bias=geometry.bias_of_unit, unseen=None)
+    rows = min(total, K * cut.touched(unit))
+    window = geometry.window[keep].flatten(1)  # (b, N)
     # Biases of each image's own, or a mask on every pair, cost about as much as the attention itself.
-    if N**2 * (1 if b == total == 1 else 2) <= rows * area**2:
+    if (K * n) ** 2 * (1 if b == total == 1 else 2) <= rows * area**2:
+        bias = cut.pair_places(geometry.code[keep].flatten(1))  # (b, N, N)
+        if total == 1:
+            return Windows(alike * b, K * n, place=None, bias=bias, unseen=None)
         same = window[:, :, None] == window[:, None, :]  # (b, N, N)
-        unseen = None if total == 1 else minus_infinity(~same)
-        return Windows(b, N, place=None, bias=cut.bias_places(y, x) * same, unseen=unseen)
-    present = torch.zeros(b, total, dtype=torch.bool, device=y.device).scatter_(1, window, True)
+        return Windows(alike * b, K * n, None, bias * same, unseen=_repeated(_minus_infinity(same), alike))
+    present = torch.zeros(b, total, dtype=torch.bool, device=keep.device).scatter_(1, window, True)
     rows = int(present.sum()) if count else b * rows
-    row = (present.flatten().cumsum(0) - 1).view(b, total).gather(1, window)  # (b, N)
-    place = (row * area + down % cut.window[0] * cut.window[1] + right % cut.window[1]).flatten()
-    slot = torch.arange(area, device=y.device)[None]
-    bias = cut.bias_places(slot // cut.window[1], slot % cut.window[1])
-    return Windows(rows, area, place, bias, unseen=None if b * N == rows * area else unfilled(place, rows, area))
+    # Rows of windows that are left out are taken by those after them.
+    taken = present.flatten().cumsum(0).view(b, total) - geometry.ahead
+    place = (geometry.slot[keep].flatten(1) + area * taken.gather(1, window)).flatten()  # (b * N,)
+    unseen = None if b * K * n == rows * area else _repeated(_unfilled(place, rows, area), alike)
+    if alike > 1:
+        place = (place + rows * area * torch.arange(alike, device=keep.device)[:, None]).flatten()  # (B * N,)
+    return Windows(alike * rows, area, place, geometry.bias_of_window, unseen)
 
 
-def unfilled(place: Tensor, rows: int, slots: int) -> Tensor:
+@functools.cache
+@torch.inference_mode(False)
+def all_windows(images: int, unit: int, cut: Cut, device: torch.device) -> Windows:
+    """Return `cut_windows` of images all of whose units are visible, in the order of the map."""
+    L = cut.size[0] // unit * (cut.size[1] // unit)
+    return cut_windows(torch.arange(L, device=device)[None], unit, cut, images, count=False)
+
+
+def _unfilled(place: Tensor, rows: int, slots: int) -> Tensor:
     """Return -inf for slots without a token, else 0 (R, 1, S); 0 in rows without any, for softmax needs something to see."""
     filled = torch.zeros(rows * slots, dtype=torch.bool, device=place.device).index_fill_(0, place, True)
     filled = filled.view(rows, 1, slots)
-    return minus_infinity(~filled & filled.any(dim=2, keepdim=True))
+    return _minus_infinity(filled | ~filled.any(dim=2, keepdim=True))
 
 
-def minus_infinity(where: Tensor) -> Tensor:
-    """Return -inf where True, else 0."""
-    return torch.zeros(where.shape, device=where.device).masked_fill_(where, -torch.inf)
+def _minus_infinity(seen: Tensor) -> Tensor:
+    """Return 0 where True, else -inf: their logarithm."""
+    return seen.float().log_()
+
+
+def _repeated(mask: Tensor, alike: int) -> Tensor:
+    return mask if alike == 1 else mask.repeat(alike, 1, 1)
 
 
 def window_attention(attention: Any, tokens: Tensor, windows: Windows) -> Tensor:
@@ -152,18 +216,14 @@ def window_attention(attention: Any, tokens: Tensor, windows: Windows) -> Tensor
         (B, N, C).
     """
     B, N, _ = tokens.shape
-    S, heads, place, unseen = windows.slots, attention.num_heads, windows.place, windows.unseen
+    S, heads, place = windows.slots, attention.num_heads, windows.place
     joint = attention.qkv(tokens).view(B * N, 3, heads, -1).permute(1, 2, 0, 3)  # (3, heads, B * N, d)
     if place is not None:
-        alike = B * N // len(place)  # images with the same tokens
-        rows = windows.rows * alike
-        place = (place + windows.rows * S * torch.arange(alike, device=place.device)[:, None]).flatten()  # (B * N,)
-        joint = joint.new_zeros(3, heads, rows * S, joint.shape[3]).index_copy_(2, place, joint)
-        unseen = None if unseen is None else unseen.repeat(alike, 1, 1)
+        joint = joint.new_zeros(3, heads, windows.rows * S, joint.shape[3]).index_copy_(2, place, joint)
     query, key, value = joint.unflatten(2, (-1, S))  # (heads, rows, S, d)
     # An embedding's gradient is added up in a fixed order on a GPU too.
     bias = F.embedding(windows.bias, attention.relative_position_bias_table).movedim(3, 0)  # (heads, 1 or b, S, S)
-    attended = attend(attention, query, key, value, bias, unseen).flatten(1, 2)  # (heads, rows * S, d)
+    attended = attend(attention, query, key, value, bias, windows.unseen).flatten(1, 2)  # (heads, rows * S, d)
     if place is not None:
         attended = TakeOnce.apply(attended, place)
     attended = attended.transpose(0, 1).reshape(B, N, -1)  # (B, N, heads * d)

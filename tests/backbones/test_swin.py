@@ -2,10 +2,12 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvision.backbones.swin import Swin, cut_of
 from sslvision.errors import UsageError
+from sslvision.nn import windows
 
 TINY, SMALL = "swin_tiny_patch4_window7_224", "swin_small_patch4_window7_224"
 # Image size, window. At 224, windows of 7 tokens and units of 8 are misaligned.
@@ -364,3 +366,41 @@ def test_half_precision_loses_no_more_than_timm_loses():
         with torch.autocast("cpu", torch.bfloat16):
             timms, ours = backbone.encode(images), backbone.encode(images, everything)
     assert 0 < (ours - exact).square().mean() < 1.2 * (timms - exact).square().mean()
+
+
+class Indexing(TorchDispatchMode):
+    """Count what is computed of indices and masks."""
+
+    def __init__(self):
+        super().__init__()
+        self.computed = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        indexes = isinstance(result, torch.Tensor) and not result.is_floating_point() and not func.is_view
+        self.computed += indexes
+        return result
+
+
+def test_what_depends_on_no_mask_is_computed_once():
+    backbone, images = build(TINY, 224, 7), torch.randn(2, 3, 96, 96, dtype=torch.float64)
+    backbone.encode(images)
+    with Indexing() as indexing:
+        backbone.encode(images)
+    assert not indexing.computed
+    keep = some_units(backbone)
+    backbone.encode(torch.randn(2, 3, 224, 224, dtype=torch.float64), keep)
+    with Indexing() as indexing:
+        backbone.encode(torch.randn(2, 3, 224, 224, dtype=torch.float64), keep)
+    assert indexing.computed < 12 * 7  # of 12 blocks, whose indices once took 24 operations each
+
+
+def test_what_validation_has_computed_serves_training():
+    backbone, images = build(TINY, 224, 7), torch.randn(2, 3, 128, 160, dtype=torch.float64)
+    windows.all_windows.cache_clear()
+    windows.geometry_of.cache_clear()
+    with torch.inference_mode():
+        right = backbone.encode(images)
+    encoded = backbone.encode(images)
+    encoded.sum().backward()
+    assert torch.equal(encoded, right)

@@ -72,7 +72,7 @@ def test_tokens_attend_to_those_that_no_cut_separates_them_from(layout, count, s
     rows, columns = cut.size[0] // unit, cut.size[1] // unit
     keep = torch.rand(1 if shared else 3, rows * columns).argsort(dim=1)[:, :kept]
     y, x = visible_tokens(keep, unit, columns)
-    windows = cut_windows(y, x, unit, cut, count=count)
+    windows = cut_windows(keep, unit, cut, 3 if shared else 1, count=count)
     expected = {"unit": unit**2, "image": kept * unit**2, "window": cut.window[0] * cut.window[1]}[kind]
     assert windows.slots == expected
     assert (windows.place is not None) is (kind == "window")
@@ -93,16 +93,15 @@ def test_tokens_attend_to_those_that_no_cut_separates_them_from(layout, count, s
 
 def test_there_are_no_more_rows_than_windows_with_tokens_if_they_are_counted():
     keep = torch.tensor([[0, 3, 12, 15], [5, 6, 9, 10]])  # of 4 x 4 units: the corners, the middle
-    y, x = visible_tokens(keep, 8, 4)
-    assert cut_windows(y, x, 8, CUT, count=True).rows == 4 * 4 + 3 * 3
-    assert cut_windows(y, x, 8, CUT, count=False).rows == 2 * 4 * 4  # a unit touches 4 windows
+    assert cut_windows(keep, 8, CUT, count=True).rows == 4 * 4 + 3 * 3
+    assert cut_windows(keep, 8, CUT, count=False).rows == 2 * 4 * 4  # a unit touches 4 windows
 
 
 def test_rows_that_need_not_be_counted_always_suffice():
     for cut in (CUT, Cut((32, 32), (7, 7), (3, 3), (7, 7)), Cut((32, 32), (6, 6), (0, 0), (6, 6))):
         for _ in range(20):
-            y, x = visible_tokens(torch.rand(2, 16).argsort(dim=1)[:, :3], 8, 4)
-            counted, bounded = (cut_windows(y, x, 8, cut, count=count) for count in (True, False))
+            keep = torch.rand(2, 16).argsort(dim=1)[:, :3]
+            counted, bounded = (cut_windows(keep, 8, cut, count=count) for count in (True, False))
             assert counted.place.max() < counted.rows * counted.slots
             assert counted.rows <= bounded.rows
             assert torch.equal(counted.place, bounded.place)
@@ -110,7 +109,7 @@ def test_rows_that_need_not_be_counted_always_suffice():
 
 def test_an_image_whose_tokens_are_not_finite_spoils_no_other():
     keep = torch.rand(2, 16).argsort(dim=1)[:, :4]
-    windows = cut_windows(*visible_tokens(keep, 8, 4), 8, CUT, count=False)
+    windows = cut_windows(keep, 8, CUT, count=False)
     attention, tokens = attention_like(CUT), torch.randn(2, 256, 16, dtype=torch.float64)
     spoilt = tokens.clone()
     spoilt[0] = torch.nan
@@ -123,9 +122,7 @@ def test_dropout_of_attention_is_applied_while_training():
         .layers[0]
         .blocks[0]
     )
-    windows = cut_windows(
-        *visible_tokens(torch.tensor([[0, 3]]), 8, 2), 8, Cut((16, 16), (8, 8), (0, 0), (8, 8)), count=True
-    )
+    windows = cut_windows(torch.tensor([[0, 3]]), 8, Cut((16, 16), (8, 8), (0, 0), (8, 8)), count=True)
     tokens = torch.randn(1, 128, 24)
     once, again = (window_attention(block.attn.train(), tokens, windows) for _ in range(2))
     assert not torch.allclose(once, again)
@@ -148,7 +145,7 @@ def test_fused_attention_in_parts_is_what_it_is_at_once(layout, shared, monkeypa
     cut, unit, kept, _ = LAYOUTS[layout]
     rows, columns = cut.size[0] // unit, cut.size[1] // unit
     keep = torch.rand(1 if shared else 5, rows * columns).argsort(dim=1)[:, :kept]
-    windows = cut_windows(*visible_tokens(keep, unit, columns), unit, cut, count=True)
+    windows = cut_windows(keep, unit, cut, 5 if shared else 1, count=True)
     attention, N = fused(attention_like(cut)), kept * unit**2
     tokens, weight = torch.randn(2, 5, N, 16, dtype=torch.float64)
     leaves = [tokens.requires_grad_(), *attention.parameters()]
@@ -212,7 +209,7 @@ def test_cudnn_does_not_compute_attention_whose_gradients_it_may_get_wrong(
         if through == "timm":
             attention(torch.randn(2, 64, 16, dtype=torch.float64))
         else:
-            windows = cut_windows(*visible_tokens(torch.tensor([[0, 3]]), 8, 4), 8, UNSHIFTED, count=True)
+            windows = cut_windows(torch.tensor([[0, 3]]), 8, UNSHIFTED, count=True)
             window_attention(attention, torch.randn(1, 128, 16, dtype=torch.float64), windows)
     assert seen == [cudnn]
     assert torch.backends.cuda.cudnn_sdp_enabled()
