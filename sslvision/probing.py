@@ -24,7 +24,8 @@ from sslvision.data.module import available_workers
 from sslvision.downstream.evaluate import evaluate_pixels, has_labels
 from sslvision.downstream.feature_cache import cached_features, cached_views
 from sslvision.downstream.features import chosen_places, dino_features
-from sslvision.downstream.knn import knn_rankings
+from sslvision.downstream.knn import SIMILARITIES_AT_ONCE, knn_rankings
+from sslvision.downstream.place import place_for
 from sslvision.downstream.protocols import PROTOCOLS, run_protocol
 from sslvision.downstream.rankme import rankme
 from sslvision.downstream.scores import Scores, as_json, score
@@ -96,7 +97,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     pixels: dict[str, float] = {}
     if config.pixels:
         at_most = min(len(places), PIXELS_OF)
-        pixels = evaluate_pixels(splits, at_most=at_most, seed=config.seed, workers=workers_of(config))
+        pixels = evaluate_pixels(splits, at_most=at_most, seed=config.seed, workers=workers_of(config), device=device)
         console.print(
             f"Raw pixels at 32x32, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
             f"{pixels['linear_top1']:.1f} %."
@@ -207,7 +208,8 @@ def classify(
     config: Probe, train: Labelled, test: Labelled, *, classes: int, device: torch.device
 ) -> tuple[dict[str, Scores], dict[str, Any]]:
     """Return the scores of k-NN for every k and of the linear probe, and what its protocol has to tell."""
-    rankings = knn_rankings(train.pooled, train.labels, test.pooled, ks=config.k, num_classes=classes)
+    where = place_for(device, 3 * train.pooled.nbytes + 8 * SIMILARITIES_AT_ONCE)
+    rankings = knn_rankings(train.pooled.to(where), train.labels, test.pooled, ks=config.k, num_classes=classes)
     scores = {KNN.format(k): score(ranking, test.labels, classes=classes) for k, ranking in rankings.items()}
     ranking, told = run_protocol(
         PROTOCOLS[config.protocol],

@@ -284,4 +284,4 @@ def score(config: Pretrain, method: Method, data: ImageData, *, precision: torch
         name: evaluate_backbone(backbone, method.normalize, data.splits, precision=precision, **settings)
         for name, backbone in (("pretrained", method.pretrained()), ("the same, untrained", untrained))
     }
-    return rows | {"raw pixels": evaluate_pixels(data.splits, **settings)}
+    return rows | {"raw pixels": evaluate_pixels(data.splits, device=method.device, **settings)}

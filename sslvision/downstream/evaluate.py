@@ -10,7 +10,8 @@ from sslvision.data.base import Source, Splits
 from sslvision.data.loading import evaluation_loader
 from sslvision.downstream.features import chosen_places, extract_features
 from sslvision.downstream.knn import knn_top
-from sslvision.downstream.linear import linear_probe
+from sslvision.downstream.linear import bytes_of_fit, linear_probe
+from sslvision.downstream.place import place_for
 from sslvision.downstream.rankme import rankme
 from sslvision.errors import DataError
 from sslvision.nn.normalize import Normalize
@@ -54,11 +55,14 @@ def evaluate_backbone(
         splits,
         at_most=at_most,
         seed=seed,
+        device=next(backbone.parameters()).device,
     )
 
 
-def evaluate_pixels(splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0) -> dict[str, float]:
-    """Return the same scores with the pixels themselves as features, at 32x32."""
+def evaluate_pixels(
+    splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0, device: torch.device | None = None
+) -> dict[str, float]:
+    """Return the same scores with the pixels themselves as features, at 32x32, computed on `device` (None: the CPU)."""
 
     def pixels(source: Source, places: list[int]) -> tuple[Tensor, Tensor]:
         batches = list(evaluation_loader(source, PIXELS, places, workers=workers))
@@ -66,10 +70,10 @@ def evaluate_pixels(splits: Splits, *, at_most: int, seed: int = 0, workers: int
         rows = [images.flatten(1) for _, images in batches if images.numel()]
         return where, torch.cat(rows).float() / 255 if rows else torch.empty(0)
 
-    return _evaluate(pixels, splits, at_most=at_most, seed=seed)
+    return _evaluate(pixels, splits, at_most=at_most, seed=seed, device=device or torch.device("cpu"))
 
 
-def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) -> dict[str, float]:
+def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int, device: torch.device) -> dict[str, float]:
     train, test = splits.train, splits.test
     assert test is not None
     assert train.labels is not None
@@ -80,6 +84,7 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int) ->
         raise DataError(
             f"None of the images to {'learn from' if len(test_places) else 'score by'} can be read: {test.name}."
         )
+    train_features = train_features.to(place_for(device, bytes_of_fit(train_features, int(train.labels.max()) + 1)))
     labelled = (train_features, train.labels[train_places], test_features, test.labels[test_places])
     top1, top5 = knn_top(*labelled)
     probe = linear_probe(*labelled, seed=seed)

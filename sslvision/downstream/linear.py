@@ -168,6 +168,12 @@ def folded(solution: Solution, standard: Standard) -> Solution:
     return Solution(weight.to(solution.weight.dtype), bias.to(solution.bias.dtype))
 
 
+def bytes_of_fit(features: Tensor, classes: int) -> int:
+    """Return about how much memory `fit_probe` takes: five copies of features (N, D), six of logits (N, C), 64 of weights."""
+    N, D = features.shape
+    return 4 * (5 * N * D + 6 * N * classes + 64 * D * classes)
+
+
 def fit(
     x: Tensor, y: Tensor, *, l2: float, start: Solution, tolerance: float = 1e-5, max_iterations: int = 500
 ) -> Solution:

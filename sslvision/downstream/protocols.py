@@ -26,7 +26,8 @@ from timm.optim import Lars
 from torch import Tensor, nn
 
 from sslvision.downstream.knn import check_features
-from sslvision.downstream.linear import fit_probe, standard_logits
+from sslvision.downstream.linear import bytes_of_fit, fit_probe, standard_logits
+from sslvision.downstream.place import free_bytes, place_for
 from sslvision.downstream.scores import ranking_of
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.exact import exact_products
@@ -144,7 +145,8 @@ def run_protocol(
     info: dict[str, Any] = {"protocol": protocol.name, "source": protocol.source, "views": len(views), "seen": seen}
     check_features(views[0], train_labels, test_features, num_classes=num_classes)
     if protocol.optimizer == "lbfgs":
-        fitted = fit_probe(views[0].to(device), train_labels, num_classes=num_classes, validation=validation, seed=seed)
+        where = device if device.type != "cuda" else place_for(device, bytes_of_fit(views[0], num_classes))
+        fitted = fit_probe(views[0].to(where), train_labels, num_classes=num_classes, validation=validation, seed=seed)
         ranking = torch.cat([ranking_of(standard_logits(fitted, part)) for part in test_features.split(TEST_AT_ONCE)])
         return ranking, {**info, "l2": fitted.l2, "holdout_top1": fitted.holdout_top1}
     head, trained = train_head(protocol, views, train_labels.to(device), num_classes=num_classes, seed=seed)
@@ -225,7 +227,7 @@ def rate(protocol: Protocol, epoch: int, part: float, *, peak: float) -> float:
 
 def at_hand(features: Tensor, device: torch.device) -> Tensor:
     """Return features on the device where they take less than half of what is free there, or where they are."""
-    if device.type != "cuda" or 2 * features.nbytes > torch.cuda.mem_get_info(device)[0]:
+    if device.type != "cuda" or 2 * features.nbytes > free_bytes(device):
         return features
     return features.to(device)
 

@@ -14,7 +14,8 @@ from sslvision.data.base import Source, Splits
 from sslvision.data.batch import Batch
 from sslvision.data.loading import evaluation_loader
 from sslvision.downstream.features import chosen_places, extract_features
-from sslvision.downstream.knn import knn_top
+from sslvision.downstream.knn import SIMILARITIES_AT_ONCE, knn_top
+from sslvision.downstream.place import place_for
 from sslvision.downstream.rankme import rankme
 from sslvision.errors import DataError
 from sslvision.methods.base import Method
@@ -126,6 +127,8 @@ class OnlineEvaluation(Callback):
             found += [features] if source.labels is None else [features, source.labels[where]]
         if not all(tensor.isfinite().all() for tensor in found):
             return  # updates are being left out, see skipped.py; it is not for a look on the way to end the run
+        place = place_for(pl_module.device, 4 * found[0].nbytes + 16 * SIMILARITIES_AT_ONCE)  # training may need it all
+        found[0] = found[0].to(place)
         metrics = {"rankme": rankme(found[0])}
         if self.labelled and all(len(part) for part in found):  # whether none can be read is told at the end
             metrics["knn_top1"], _ = knn_top(*found)
