@@ -67,7 +67,8 @@ def test_the_teacher_of_a_released_dino_and_its_plain_backbone_load_the_same(tmp
     torch.save({**theirs, "dino_loss": {"center": torch.zeros(1, 16)}}, tmp_path / "full.pth")
     torch.save(method.teacher["backbone"].model.state_dict(), tmp_path / "plain.pth")
     full, plain = (load_backbone(tmp_path / f"{name}.pth", num_heads=2).backbone for name in ("full", "plain"))
-    assert equal(full, method.teacher["backbone"])
+    # Frozen weights are multiplied by another kernel (at::linear asks requires_grad), whose sums round otherwise.
+    assert equal(full, method.teacher["backbone"].requires_grad_())
     assert equal(plain, full)
 
 

@@ -191,7 +191,7 @@ def test_processes_that_vanished_go_on_as_if_they_had_not(devices, tiny_settings
                 cwd=tmp_path,
                 env=os.environ | {"CUT": str(cut), "HERE": str(Path(__file__).parent)},
                 capture_output=True,
-                timeout=120,
+                timeout=300,
                 text=True,
             )
             assert (done.returncode == 0) is (cut == 99), done.stderr
