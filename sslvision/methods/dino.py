@@ -75,7 +75,7 @@ class DINO(Method):
     teacher_temperature: Tensor
     teacher_means: Tensor
     micro_batches: Tensor
-    compilable = ("pair_loss", "recolor", "solarize")
+    compilable = ("pair_loss", "recolor", "finish")
     capturable = True
     shown: Mapping[str, str] = SHOWN
 
@@ -157,7 +157,7 @@ class DINO(Method):
         )  # sum over its micro-batches
         self.register_buffer("micro_batches", torch.zeros(()), persistent=False)  # how many there were
         self.pair_loss = cross_entropy_of_pairs
-        self.recolor, self.solarize = photometry.recolor, photometry.solarize
+        self.recolor, self.finish = photometry.recolor, solarize_and_normalize
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the student's mode; the teacher stays in eval mode: drop-path must not blur the targets."""
@@ -169,11 +169,12 @@ class DINO(Method):
         """Return S augmented, normalised crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
         augmented, B = list[Tensor](), len(batch.places)
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
+        finish = partial(self.finish, normalize=self.normalize)
         for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
             if crops := batch.crops[first:end]:
                 part = drawn.part(first * B, end * B)
-                of_size = apply_photometry(torch.cat(crops), part, recolor_fn=self.recolor, solarize_fn=self.solarize)
-                augmented += self.normalize(of_size).chunk(len(crops))
+                of_size = apply_photometry(torch.cat(crops), part, recolor_fn=self.recolor, finish_fn=finish)
+                augmented += of_size.chunk(len(crops))
         return augmented
 
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
@@ -292,6 +293,12 @@ class DINO(Method):
         if center is not None:
             method.center.copy_(center)
         return method
+
+
+def solarize_and_normalize(images: Tensor, threshold: Tensor, *, normalize: nn.Module) -> Tensor:
+    """Return views as networks read them; together, as these are few operations on many numbers."""
+    normalized: Tensor = normalize(photometry.solarize(images, threshold))
+    return normalized
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Attention of short sequences on a GPU, from queries, keys and values as one linear layer gives them.
 
 All keys of an image fit into a processor's registers and shared memory, so no row of the softmax is ever in two pieces: the
-backward pass recomputes it from queries and keys alone, writes every gradient once, where it is needed, and adds nothing
-atomically: the same numbers every time. General kernels (FlashAttention, Dao 2023, arXiv:2307.08691; cuDNN's) split long rows,
+backward pass goes over them once, writes every gradient once, where it is needed, and adds nothing atomically: the same
+numbers every time. General kernels (FlashAttention, Dao 2023, arXiv:2307.08691; cuDNN's) split long rows,
 want statistics kept and a pass before the backward one, and give the gradients of queries, keys and values apart.
 """
 
@@ -27,44 +27,80 @@ TYPES = (torch.bfloat16, torch.float16)
 def blocks_of(N: int, d: int, *, backward: bool) -> dict[str, int]:
     """Return how a kernel is cut and how many warps run it, as measured on an H100."""
     keys = max(16, 1 << (N - 1).bit_length())
-    if keys <= 64:
-        return {"BLOCK_Q": keys, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
+    if keys <= 64:  # all queries at once: a row's sum is there in the backward pass as well
+        return {"SUMS": False, "BLOCK_Q": keys, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
     if not backward:
-        return {"BLOCK_Q": 128, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
-    return {"BLOCK_Q": 64 if d == 32 else 32, "BLOCK_K": keys, "num_warps": 8, "num_stages": 1 if d == 32 else 2}
+        return {"SUMS": True, "BLOCK_Q": 128 if d == 32 else 64, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
+    return {"SUMS": True, "BLOCK_Q": 64, "BLOCK_K": keys, "num_warps": 8, "num_stages": 1 if d == 32 else 2}
 
 
 Wrap = Callable[[Any], Any]
 
 
-def run_forward(qkv: Tensor, sizes: list[int], heads: int, scale: float, wrap: Wrap) -> Tensor:
+def run_forward(qkv: Tensor, sizes: list[int], heads: int, scale: float, wrap: Wrap) -> tuple[Tensor, Tensor]:
     """Return what `packed_attention` does; `wrap` lets torch.compile see the kernel."""
     from sslvision.nn.packed_kernels import attend_kernel  # not before it is needed: importing Triton takes a while
 
     d, first = qkv.shape[1] // (3 * heads), 0
     out = qkv.new_empty(len(qkv), heads * d)
+    log_sums = qkv.new_empty(len(qkv), heads, dtype=torch.float32)
     for B, N in zip(sizes[::2], sizes[1::2], strict=True):
         blocks = blocks_of(N, d, backward=False)
         grid = (B * heads, -(-N // blocks["BLOCK_Q"]))
-        wrap(attend_kernel)[grid](qkv, out, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
+        wrap(attend_kernel)[grid](qkv, out, log_sums, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
         first += B * N
-    return out
+    return out, log_sums
 
 
-def run_backward(qkv: Tensor, of_out: Tensor, sizes: list[int], heads: int, scale: float, wrap: Wrap) -> Tensor:
+def run_backward(
+    qkv: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    of_out: Tensor,
+    sizes: list[int],
+    heads: int,
+    scale: float,
+    wrap: Wrap,
+) -> Tensor:
     """Return the gradient of `qkv`."""
     from sslvision.nn.packed_kernels import gradient_kernel
 
     d, first = qkv.shape[1] // (3 * heads), 0
     of_qkv = torch.empty_like(qkv)
     for B, N in zip(sizes[::2], sizes[1::2], strict=True):
-        blocks = blocks_of(N, d, backward=True)
-        wrap(gradient_kernel)[(B * heads,)](qkv, of_out, of_qkv, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
+        blocks, grid = blocks_of(N, d, backward=True), (B * heads,)
+        wrap(gradient_kernel)[grid](qkv, out, log_sums, of_out, of_qkv, first, SCALE=scale, N=N, H=heads, D=d, **blocks)
         first += B * N
     return of_qkv
 
 
 @torch.library.triton_op("sslvision::packed_attention", mutates_args={})
+def packed_attention_and_sums(qkv: Tensor, sizes: list[int], heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return what `packed_attention` does (T, heads * d), and log2 of the softmaxes' denominators (T, heads)."""
+    return run_forward(qkv, sizes, heads, scale, torch.library.wrap_triton)
+
+
+@torch.library.triton_op("sslvision::packed_attention_backward", mutates_args={})
+def packed_attention_backward(
+    qkv: Tensor, out: Tensor, log_sums: Tensor, of_out: Tensor, sizes: list[int], heads: int, scale: float
+) -> Tensor:
+    """Return the gradient of qkv (T, 3 * heads * d) from that of the output (T, heads * d), contiguous."""
+    return run_backward(qkv, out, log_sums, of_out, sizes, heads, scale, torch.library.wrap_triton)
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    qkv, ctx.sizes, ctx.heads, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *output)
+
+
+def _backward(ctx: Any, of_out: Tensor, of_log_sums: Any) -> tuple[Tensor, None, None, None]:
+    of_qkv: Tensor = packed_attention_backward(*ctx.saved_tensors, of_out.contiguous(), ctx.sizes, ctx.heads, ctx.scale)
+    return of_qkv, None, None, None
+
+
+packed_attention_and_sums.register_autograd(_backward, setup_context=_keep)
+
+
 def packed_attention(qkv: Tensor, sizes: list[int], heads: int, scale: float) -> Tensor:
     """Return softmax(scale x q @ k.T) @ v of each image and head.
 
@@ -77,27 +113,8 @@ def packed_attention(qkv: Tensor, sizes: list[int], heads: int, scale: float) ->
     Returns:
         (T, heads * d).
     """
-    return run_forward(qkv, sizes, heads, scale, torch.library.wrap_triton)
-
-
-@torch.library.triton_op("sslvision::packed_attention_backward", mutates_args={})
-def packed_attention_backward(qkv: Tensor, of_out: Tensor, sizes: list[int], heads: int, scale: float) -> Tensor:
-    """Return the gradient of qkv (T, 3 * heads * d) from that of the output (T, heads * d), contiguous."""
-    return run_backward(qkv, of_out, sizes, heads, scale, torch.library.wrap_triton)
-
-
-def _keep(ctx: Any, inputs: Any, output: Tensor) -> None:
-    qkv, ctx.sizes, ctx.heads, ctx.scale = inputs
-    ctx.save_for_backward(qkv)
-
-
-def _backward(ctx: Any, of_out: Tensor) -> tuple[Tensor, None, None, None]:
-    (qkv,) = ctx.saved_tensors
-    of_qkv: Tensor = packed_attention_backward(qkv, of_out.contiguous(), ctx.sizes, ctx.heads, ctx.scale)
-    return of_qkv, None, None, None
-
-
-packed_attention.register_autograd(_backward, setup_context=_keep)
+    attended: Tensor = packed_attention_and_sums(qkv, sizes, heads, scale)[0]
+    return attended
 
 
 def packs(attention: Attention, qkv: Tensor, sizes: Sizes) -> bool:

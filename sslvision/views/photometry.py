@@ -144,21 +144,21 @@ def apply_photometry(
     drawn: Drawn,
     *,
     recolor_fn: Callable[[Tensor, Drawn], Tensor] | None = None,
-    solarize_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    finish_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Augment images (B, C, H, W) uint8 -> (B, C, H, W) float32 from 0 to 255, not rounded.
 
     Saturation, hue and greyscale need red, green and blue: images of another number of channels go without them. `recolor_fn`
-    and `solarize_fn` are `recolor` and `solarize`, or what torch.compile made of them.
+    is `recolor`, or what torch.compile made of it; `finish_fn` comes in the place of `solarize`.
     """
-    recolor_fn, solarize_fn = recolor_fn or recolor, solarize_fn or solarize
+    recolor_fn, finish_fn = recolor_fn or recolor, finish_fn or solarize
     at_a_time = max(1, PIECE // images[0].numel()) if images.device.type == "cpu" else len(images)
     pieces = []
     for at in range(0, len(images), at_a_time):
         part = drawn.part(at, at + at_a_time)
         result = recolor_fn(images[at : at + at_a_time], part)
         result = gaussian_blur(result, part.sigma.masked_fill(~part.blurred, 0), part.strongest)
-        pieces.append(solarize_fn(result, part.threshold))
+        pieces.append(finish_fn(result, part.threshold))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

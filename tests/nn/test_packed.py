@@ -28,8 +28,8 @@ for sizes, heads, d in (([2, 5, 3, 37], 2, 32), ([1, 50], 3, 64), ([1, 197], 1, 
     right = torch.cat(parts)
     gradient = torch.randn(right.shape)
     right.backward(gradient.double())
-    found = run_forward(qkv, sizes, heads, d**-0.5, lambda kernel: kernel)
-    of_qkv = run_backward(qkv, gradient, sizes, heads, d**-0.5, lambda kernel: kernel)
+    found, log_sums = run_forward(qkv, sizes, heads, d**-0.5, lambda kernel: kernel)
+    of_qkv = run_backward(qkv, found, log_sums, gradient, sizes, heads, d**-0.5, lambda kernel: kernel)
     torch.testing.assert_close(found.double(), right.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(of_qkv.double(), exact.grad, rtol=1e-5, atol=1e-5)
 """
