@@ -90,7 +90,9 @@ def test_training_by_graphs_ends_with_the_same_weights(cuda, kind, accumulate):
     start = weights(method_of(kind, drop=0.3))
     apart, moved = (weights(method) - weights(plain)).norm(), (weights(plain) - start).norm()
     assert moved > 0
-    assert apart < 0.02 * moved, "but for sums whose order CUDA does not fix"
+    assert apart < 0.1 * moved, (
+        "but for sums whose order CUDA does not fix; AdamW makes much of gradients that are all rounding"
+    )
 
 
 def test_drop_path_follows_the_seed_in_a_graph(cuda):

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from sslvision.nn.packed import packed_attention
 
-pytestmark = pytest.mark.gpu
+# What inductor warns of is not ours.
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("compiling")]
 
 # B images, N tokens of each, H heads, d width of a head
 
