@@ -24,7 +24,7 @@ BACKBONES = {
     },
     "swin": {
         "name": "swin_tiny_patch4_window7_224",
-        "image_size": 64,
+        "image_size": 32 if DRY else 64,
         "patch_size": 2,
         "window_size": 4,
         "embed_dim": 32,
@@ -40,11 +40,11 @@ def small_method(method, backbone, drop_path=0.0):
     built = build_backbone(**BACKBONES[backbone], drop_path_rate=drop_path)
     if method == "mae":
         return MAE(built, decoder_width=64, decoder_depth=2 if DRY else 3, decoder_heads=2).train()
-    local_size = 16 if backbone == "vit" else 32
+    local_size = BACKBONES["swin"]["image_size"] // 2 if backbone == "swin" else 16
     return DINO(built, prototypes=128, hidden=64, bottleneck=32, local_crops=3, local_size=local_size).train()
 
 
-def random_batch(method, place="cpu", size=8 if DRY else 64):
+def random_batch(method, place="cpu", size=4 if DRY else 64):
     """Return random bytes as the loader would send them, the same every time."""
     generator = torch.Generator().manual_seed(0)
     crops = [

@@ -19,7 +19,7 @@ def suite(seconds="150", gpu_seconds="250", processes="8"):
         processes: of pytest-xdist, if it is installed.
     """
     parallel = ["-n", processes] if importlib.util.find_spec("xdist") and not DRY else []
-    run("suite", [*parallel, *(["tests/methods/test_mae.py"] if DRY else SUITE)], float(seconds))
+    run("suite", [*parallel, *(["tests/nn/test_masking.py"] if DRY else SUITE)], float(seconds))
     run("on the GPU", ["-m", "gpu", *(["tests/gpu"] if DRY else ["tests"])], float(gpu_seconds))
 
 

@@ -98,7 +98,7 @@ def test_a_dry_run_gets_through_every_part(program, tmp_path):
     parts = [
         "env",
         "checks",
-        "bench:who=" + ",".join(contestants.available(contestants.CONTESTANTS)),
+        "bench:who=" + ",".join(name for name in contestants.available(contestants.CONTESTANTS) if name != "max"),
         "bench:method=dino:arch=vit_small_patch16_224:batch=64:who=blocksbytes",
         "bench:arch=swin_tiny_patch4_window7_224:who=blocks",
         "profile:who=run",
