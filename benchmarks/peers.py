@@ -122,7 +122,8 @@ class Ours(Contestant):
             function = (
                 (lambda *views: self.method.losses([*views], None)) if self.batch is None else self.method._step_of
             )
-            self.graphs = CapturedStep(function, self.method, inputs)
+            together = self.method.scales_gradients
+            self.graphs = CapturedStep(function, self.method, inputs, together=together)
         self.method.set_clock(CLOCK)
         return self.graphs(*inputs)
 

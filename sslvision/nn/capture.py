@@ -26,9 +26,17 @@ class CapturedStep:
         function: of `inputs`; returns "loss" and others. Nothing in it may wait for the device.
         network: whose parameters get gradients. Buffers that steps change are left as they were.
         inputs: of the first step.
+        together: lay all gradients out in one tensor, see optim/scaling.py.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], network: nn.Module, inputs: Sequence[Tensor]):
+    def __init__(
+        self,
+        function: Callable[..., dict[str, Tensor]],
+        network: nn.Module,
+        inputs: Sequence[Tensor],
+        *,
+        together: bool = False,
+    ):
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.inputs = [torch.empty_like(one).copy_(one) for one in inputs]
         before = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -45,6 +53,11 @@ class CapturedStep:
         self._scale = torch.ones_like(self.outputs["loss"])
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=MODE):
             self.gradients = self._gradients(self.outputs["loss"], self._scale)
+            if together:
+                pieces = torch.cat([own.flatten() for own in self.gradients])
+                sizes = [own.numel() for own in self.gradients]
+                views = zip(pieces.split(sizes), self.parameters, strict=True)
+                self.gradients = [piece.view_as(parameter) for piece, parameter in views]
         for buffer, value in before:
             buffer.copy_(value)
 
