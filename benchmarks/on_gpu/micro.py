@@ -149,7 +149,7 @@ def photometry(B):
         parts = (large, drawn.part(0, 2 * B)), (small, drawn.part(2 * B, 10 * B))
         return [apply_photometry(images, part, **functions) for images, part in parts]
 
-    functions = {"recolor_fn": compiled(recolor), "solarize_fn": compiled(solarize)}
+    functions = {"recolor_fn": compiled(recolor), "finish_fn": compiled(solarize)}
     eager, made = run(), run(**functions)
     return {
         "eager_ms": round(milliseconds(run), 3),
