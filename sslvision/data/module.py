@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
@@ -19,6 +20,9 @@ from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.randomness import permutation
 from sslvision.views.geometry import Crop
 
+CGROUP = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of CPU time in each so many
+MOST_WORKERS = 32  # each holds batches; more decode no faster than a device trains
+
 
 class ImageData(L.LightningDataModule):
     """Images for a method.
@@ -28,7 +32,8 @@ class ImageData(L.LightningDataModule):
         crops: what the method wants cut from each image.
         batch_size: images per optimizer update, over all devices and accumulated batches.
         seed: of order and crops.
-        workers: loader processes per device; None takes the cores this process may use, up to 8 per device.
+        workers: loader processes per device; None takes what `available_workers` says, by the trainer's processes once there
+            is one.
         augment: what the workers make of each crop.
         evaluate_batch: images per validation batch and device.
     """
@@ -46,7 +51,7 @@ class ImageData(L.LightningDataModule):
     ):
         super().__init__()
         self.splits, self.crops, self.batch_size, self.seed = splits, crops, batch_size, seed
-        self.workers = available_workers() if workers is None else workers
+        self.asked_workers = workers
         self.augment, self.evaluate_batch = augment, evaluate_batch
         # Lightning takes offence at methods that do not validate, and at data without validation images.
         for message in (
@@ -54,6 +59,13 @@ class ImageData(L.LightningDataModule):
             "Total length of `list` across ranks is zero",
         ):
             warnings.filterwarnings("ignore", message=message)
+
+    @property
+    def workers(self) -> int:
+        """Return the loader processes per device."""
+        if self.asked_workers is not None:
+            return self.asked_workers
+        return available_workers(self.trainer.num_devices if self.trainer else 1)
 
     def batches(self, rank: int, world: int, accumulate: int) -> EpochBatches:
         """Return the sampler of one process."""
@@ -107,14 +119,28 @@ class ImageData(L.LightningDataModule):
         return batch._replace(crops=[crop.contiguous() for crop in batch.crops])
 
 
-def available_workers() -> int:
-    """Return a sensible number of loader processes: the cores this process may use, 8 at most."""
-    return min(8, available_cores())
+def available_workers(processes: int = 1) -> int:
+    """Return a sensible number of loader processes: as many as cores but one, which trains; with two cores both.
+
+    Args:
+        processes: that train on this machine, if more than those torchrun started, and share the cores of each.
+    """
+    own = os.environ.get("SLURM_CPUS_PER_TASK") if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else None
+    if own is not None:  # SLURM started the processes, each with cores of its own
+        share = min(int(own), available_cores())
+    else:
+        share = available_cores() // max(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, min(share, max(2, share - 1), MOST_WORKERS))
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use, of those of the machine and by the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP.read_text().split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return cores
 
 
 def pixel_statistics(
