@@ -70,6 +70,7 @@ class Dense(Backbone):
 
     def _features(self, images: Tensor) -> Tensor:
         self._forget()
+        images = self._laid_out(images)
         with in_full_on_a_cpu(images):
             features = self._compiled or self.model.forward_features
             return self.model.forward_head(features(images), pre_logits=True)
@@ -89,6 +90,7 @@ class Dense(Backbone):
                 "transformer such as vit_base_patch16_224, or a Swin such as swin_tiny_patch4_window7_224."
             )
         self._forget()
+        images = self._laid_out(images)
         with in_full_on_a_cpu(images):
             if self._layout == "apart":
                 return _last_map(self.model, images).flatten(2).transpose(1, 2)  # (B, L, D)
@@ -145,6 +147,15 @@ class Dense(Backbone):
             rows, columns = _last_map(model, images).shape[2:4]
         prefix = features.shape[1] - rows * columns if isinstance(features, Tensor) else -1
         return ("NLC", prefix, (rows, columns), shape) if prefix >= 0 else ("apart", 0, (rows, columns), shape)
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """Return images with channels last in memory where a GPU is to convolve: so do all maps made of them then lie.
+
+        Weights stay as they lie, so that checkpoints and what optimizers keep fit any device; cuDNN turns them in every step,
+        which is little beside the maps.
+        """
+        convolves = self._layout == "NCHW" and images.device.type == "cuda"
+        return images.contiguous(memory_format=torch.channels_last) if convolves else images
 
     def _forget(self) -> None:
         """Let nothing made of the weights outlive them: DINO's teacher moves, and never leaves eval mode."""

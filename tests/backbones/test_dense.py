@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sslvision.backbones.dense import Dense, options_for
 from sslvision.errors import UsageError
@@ -247,3 +248,27 @@ def test_gradients_on_a_cpu_are_in_full_precision_under_autocast():
             backbone(images).square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in backbone.parameters()])
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*gradients, strict=True))
+
+
+@each_family
+def test_images_may_lie_with_channels_last(kind):
+    backbone, images = build(kind).double(), torch.rand(2, 3, SIZE, SIZE, dtype=torch.float64)
+    parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
+    (right, expected), (found, gradients) = (
+        (features := backbone(laid), torch.autograd.grad(features.square().sum(), parameters, allow_unused=True))
+        for laid in (images, images.contiguous(memory_format=torch.channels_last))
+    )
+    assert torch.allclose(found, right, atol=1e-12)
+    for one, other in zip(gradients, expected, strict=True):
+        assert (one is None and other is None) or torch.allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "turned"), [("ResNet", True), ("ConvNeXt", True), ("BEiT", False), ("Swin v2, channels last", False)]
+)
+def test_only_what_a_gpu_convolves_has_channels_last(kind, turned):
+    backbone, images = build(kind), torch.rand(2, 3, SIZE, SIZE)
+    assert backbone._laid_out(images) is images
+    with FakeTensorMode():
+        laid = backbone._laid_out(torch.empty(2, 3, SIZE, SIZE, device="cuda"))
+    assert laid.is_contiguous(memory_format=torch.channels_last) is turned
