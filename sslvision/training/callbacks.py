@@ -113,13 +113,17 @@ class OnlineEvaluation(Callback):
             return
         assert isinstance(pl_module, Method)
         found: list[Tensor] = []
+        # By now the data module knows how many processes share the cores.
+        workers = getattr(getattr(trainer, "datamodule", None), "workers", self.workers)
         for source, places in self.looked_at:
             where, features = extract_features(
                 pl_module.pretrained(),
                 pl_module.normalize,
                 source,
                 places,
-                workers=self.workers,
+                workers=workers,
+                    trainer.datamodule, "workers", self.workers
+                ),  # by now it is known how many processes train
                 precision=compute_dtype(trainer),
                 rank=trainer.global_rank,
                 world=trainer.world_size,
