@@ -122,8 +122,6 @@ class OnlineEvaluation(Callback):
                 source,
                 places,
                 workers=workers,
-                    trainer.datamodule, "workers", self.workers
-                ),  # by now it is known how many processes train
                 precision=compute_dtype(trainer),
                 rank=trainer.global_rank,
                 world=trainer.world_size,
