@@ -122,8 +122,7 @@ class Ours(Contestant):
             function = (
                 (lambda *views: self.method.losses([*views], None)) if self.batch is None else self.method._step_of
             )
-            together = self.method.scales_gradients
-            self.graphs = CapturedStep(function, self.method, inputs, together=together)
+            self.graphs = CapturedStep(function, self.method, inputs)
         self.method.set_clock(CLOCK)
         return self.graphs(*inputs)
 

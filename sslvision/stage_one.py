@@ -84,6 +84,7 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         compiled=config.compile,
         captured=config.cuda_graphs,
         processes=trainer.world_size,
+        accumulated=trainer.accumulate_grad_batches,
     )
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:

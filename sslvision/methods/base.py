@@ -69,7 +69,6 @@ class Method(L.LightningModule):
     skipped: list[int]  # updates that were left out, as their gradients were not finite; known when the log is written
     compilable: tuple[str, ...] = ()  # functions of views and loss, attributes, that many small operations make
     capturable: bool = False  # whether `views` and `losses` can be a CUDA graph, see `set_clock`
-    scales_gradients: bool = False  # whether `before_update` scales each, see optim/scaling.py
     captures: bool = False  # whether they become one in the first step, see `capture_steps`
     shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
@@ -190,7 +189,7 @@ class Method(L.LightningModule):
         clock = self.clock
         inputs = [*batch.crops, batch.places, batch.epoch, batch.shown]
         if self.captures and self._captured is None:
-            self._captured = CapturedStep(self._step_of, self, inputs, together=self.scales_gradients)
+            self._captured = CapturedStep(self._step_of, self, inputs)
         seed = number(self.seed, clock.step, self.trainer.global_rank, len(self._micro_batches))
         torch.default_generator.manual_seed(seed)  # torch.manual_seed is slow where there is no GPU
         if self.device.type != "cpu":

@@ -32,7 +32,6 @@ from sslvision.nn.head import DINOHead
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
-from sslvision.optim.scaling import scale_each
 from sslvision.optim.schedules import cosine_by_step
 from sslvision.views import photometry
 from sslvision.views.geometry import Crop
@@ -134,7 +133,6 @@ class DINO(Method):
         self.photometry = [first, second, *[view(blur_probability=blur[2])] * local_crops]  # of each crop
         self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
-        self.scales_gradients = clip_gradient > 0
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
         self.schedule_lr = partial(cosine_by_step, start=lr, end=min_lr)
         self.schedule_weight_decay = partial(cosine_by_step, start=weight_decay, end=weight_decay_end)
@@ -209,7 +207,7 @@ class DINO(Method):
     def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
         """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
         if self.clip_gradient:
-            scale_each(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1))
+            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
         if clock.epoch < self.freeze_prototypes_epochs:
             head = self.student["head"]
             assert isinstance(head, DINOHead)

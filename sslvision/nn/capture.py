@@ -26,7 +26,6 @@ class CapturedStep:
         function: of `inputs`; returns "loss" and others. Nothing in it may wait for the device.
         network: whose parameters get gradients. Buffers that steps change are left as they were.
         inputs: of the first step.
-        together: lay all gradients out in one tensor, see optim/scaling.py.
     """
 
     def __init__(
@@ -34,8 +33,6 @@ class CapturedStep:
         function: Callable[..., dict[str, Tensor]],
         network: nn.Module,
         inputs: Sequence[Tensor],
-        *,
-        together: bool = False,
     ):
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.inputs = [torch.empty_like(one).copy_(one) for one in inputs]
@@ -53,11 +50,6 @@ class CapturedStep:
         self._scale = torch.ones_like(self.outputs["loss"])
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=MODE):
             self.gradients = self._gradients(self.outputs["loss"], self._scale)
-            if together:
-                pieces = torch.cat([own.flatten() for own in self.gradients])
-                sizes = [own.numel() for own in self.gradients]
-                views = zip(pieces.split(sizes), self.parameters, strict=True)
-                self.gradients = [piece.view_as(parameter) for piece, parameter in views]
         for buffer, value in before:
             buffer.copy_(value)
 
@@ -68,6 +60,11 @@ class CapturedStep:
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return what the function does of inputs that fit."""
+        if (
+            self.parameters[0].grad is self.gradients[0]
+        ):  # of the batch before, to be added to: the graph would write over it
+            for parameter, own in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = own.clone()
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._forward.replay()
@@ -78,8 +75,6 @@ class CapturedStep:
     def backward(self, scale: Tensor) -> None:
         """Put gradients times `scale`, a scalar, into `parameter.grad`, or add them to what is there."""
         sums = [parameter.grad for parameter in self.parameters]
-        if sums[0] is self.gradients[0]:  # of the batch before, which the graph is about to write over
-            sums = [own.clone() for own in self.gradients]
         self._scale.copy_(scale)
         self._backward.replay()
         before = [(total, own) for total, own in zip(sums, self.gradients, strict=True) if total is not None]

@@ -119,6 +119,7 @@ def choose_layers(
     compiled: bool | None = None,
     captured: bool | None = None,
     processes: int = 1,
+    accumulated: int = 1,
 ) -> None:
     """Choose how a method's steps are computed. Where it is not set, what pays on the device.
 
@@ -129,6 +130,7 @@ def choose_layers(
         captured: have each step be two CUDA graphs, see nn/capture.py; by default with a ViT or Swin on one CUDA device, unless
             activations are computed again in the backward pass, whose random numbers a graph cannot wind back.
         processes: how many train together. Graphs leave gradients where DDP does not see them.
+        accumulated: batches of an update. Graphs of more than one are taken only if asked for: no GPU has proved them yet.
 
     Raises:
         UsageError: `captured` where that cannot be.
@@ -144,7 +146,8 @@ def choose_layers(
         raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
     backbones = [module for module in method.modules() if isinstance(module, Backbone)]
     # ViT and Swin, which encode visible patches alone, are known to ask the device nothing; of others only a person can say.
-    if captured or (captured is None and not reason and all(backbone.hides for backbone in backbones)):
+    usual = accumulated == 1 and all(backbone.hides for backbone in backbones)
+    if captured or (captured is None and not reason and usual):
         method.capture_steps()
 
 

@@ -80,8 +80,7 @@ def test_training_by_graphs_ends_with_the_same_weights(cuda, kind, accumulate):
     plain = method_of(kind, drop=0.3)
     method = copy.deepcopy(plain)
     with autocast():
-        together = method.scales_gradients
-        captured = CapturedStep(as_it_stands(method), method, inputs_of(method, 0), together=together)
+        captured = CapturedStep(as_it_stands(method), method, inputs_of(method, 0))
     assert all(torch.equal(a, b) for a, b in zip(method.buffers(), plain.buffers(), strict=True)), (
         "as before the capture"
     )

@@ -37,7 +37,10 @@ def test_an_update_with_an_infinite_gradient_is_left_out_and_the_next_is_made(cu
 
 @pytest.mark.parametrize(("kind", "backbone"), PAIRS)
 def test_the_same_seed_makes_the_same_step_but_for_the_order_of_sums(cuda, kind, backbone):
-    """Some backward kernels add by atomics, in any order. Another seed drops other paths, and is far away."""
+    """Some backward kernels add by atomics, in any order. Another seed drops other paths, and is far away.
+
+    Measured on an H100: 0 to 2e-11, and 0.01 to 0.05.
+    """
     method = small(kind, backbone, drop_path=0.3 if backbone != "dense" else 0.0).to(cuda)
     views, found = views_of(method, batch_for(method, cuda)), []
     for seed in (5, 5, 6):
@@ -46,6 +49,6 @@ def test_the_same_seed_makes_the_same_step_but_for_the_order_of_sums(cuda, kind,
     loss, all_gradients = distance(found[0], found[1])
     print(kind, backbone, loss, all_gradients)
     assert loss < 1e-6
-    assert all_gradients < 1e-3
+    assert all_gradients < 1e-6
     if backbone != "dense":
-        assert distance(found[0], found[2])[1] > 0.1
+        assert distance(found[0], found[2])[1] > 5e-3
