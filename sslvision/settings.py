@@ -249,7 +249,7 @@ class Predict:
     output: str | None = _option(None, "the CSV file (default: predictions.csv in the run's folder)")
     top: int = _option(5, "most likely classes of each image")
     batch_size: int = _option(256, "images per forward pass")
-    workers: int | None = _option(None, "loader processes (default: as many as cores, 8 at most)")
+    workers: int | None = _option(None, "loader processes (default: as many as cores, less one)")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
 
     def __post_init__(self) -> None:

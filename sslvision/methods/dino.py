@@ -33,9 +33,8 @@ from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.pairs import cross_entropy_of_pairs
 from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
-from sslvision.views import photometry
 from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
+from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry, recolor, solarize_and_normalize
 
 # Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
 SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
@@ -149,15 +148,11 @@ class DINO(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, prototypes))
-        self.register_buffer(
-            "teacher_temperature", torch.tensor(teacher_temp), persistent=False
-        )  # of the coming update
-        self.register_buffer(
-            "teacher_means", torch.zeros(1, prototypes), persistent=False
-        )  # sum over its micro-batches
-        self.register_buffer("micro_batches", torch.zeros(()), persistent=False)  # how many there were
-        self.pair_loss = cross_entropy_of_pairs
-        self.recolor, self.finish = photometry.recolor, solarize_and_normalize
+        # Of the coming update: the temperature, the sum of the teacher's means over its micro-batches, and how many there were.
+        self.register_buffer("teacher_temperature", torch.tensor(teacher_temp), persistent=False)
+        self.register_buffer("teacher_means", torch.zeros(1, prototypes), persistent=False)
+        self.register_buffer("micro_batches", torch.zeros(()), persistent=False)
+        self.pair_loss, self.recolor, self.finish = cross_entropy_of_pairs, recolor, solarize_and_normalize
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the student's mode; the teacher stays in eval mode: drop-path must not blur the targets."""
@@ -293,12 +288,6 @@ class DINO(Method):
         if center is not None:
             method.center.copy_(center)
         return method
-
-
-def solarize_and_normalize(images: Tensor, threshold: Tensor, *, normalize: nn.Module) -> Tensor:
-    """Return views as networks read them; together, as these are few operations on many numbers."""
-    normalized: Tensor = normalize(photometry.solarize(images, threshold))
-    return normalized
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Blocks and losses compiled by torch.compile: fewer kernels and less memory traffic, in training alone.
 
 Shapes are static. Blocks of one kind share a graph, for their weights are its inputs. What is not training (features on the
-way, pictures, validation) runs as it stands, so an odd last batch compiles nothing. Tested on CPUs alone so far: what it
-gains on a GPU has not been measured.
+way, pictures, validation) runs as it stands, so an odd last batch compiles nothing. What it
+gains on an H100 stands in benchmarks/RESULTS.md.
 """
 
 import importlib.util
@@ -38,6 +38,7 @@ def compile_module(module: nn.Module) -> None:
 
 def _options() -> dict[str, Any]:
     options: dict[str, Any] = {"backend": BACKEND, "dynamic": False}
+    torch._dynamo.config.optimize_ddp = False  # DDP's buckets would cut blocks to pieces
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return {**options, "recompile_limit": MOST_GRAPHS}
     torch._dynamo.config.recompile_limit = MOST_GRAPHS  # torch 2.11 has one for the whole process

@@ -70,6 +70,7 @@ class DataWaits(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin."""
         self.devices, self._ended = trainer.num_devices, None
+        self.workers = getattr(getattr(trainer, "datamodule", None), "workers", self.workers)  # shared by the devices
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
