@@ -35,7 +35,7 @@ from sslvision.training.report import findings_of, print_configuration, print_sc
 from sslvision.training.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder, train_from
 from sslvision.training.signals import StopOnSignal
 from sslvision.training.skipped import SkippedUpdates
-from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers, compute_dtype
+from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers_for, compute_dtype
 from sslvision.training.waiting import DataWaits
 from sslvision.training.weights import export_backbone, load_weights
 
@@ -78,14 +78,7 @@ def pretrain(config: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[
         options=config.trainer,
         checkpoints=checkpoints,
     )
-    choose_layers(
-        method,
-        trainer.strategy.root_device,
-        compiled=config.compile,
-        captured=config.cuda_graphs,
-        processes=trainer.world_size,
-        accumulated=trainer.accumulate_grad_batches,
-    )
+    choose_layers_for(trainer, method, compiled=config.compile, captured=config.cuda_graphs)
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are too few images for a batch
     if resume is not None:
         check_same(resume, checkpoints.record)

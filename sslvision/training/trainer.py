@@ -151,6 +151,18 @@ def choose_layers(
         method.capture_steps()
 
 
+def choose_layers_for(trainer: L.Trainer, method: Method, *, compiled: bool | None, captured: bool | None) -> None:
+    """Choose how a method's steps are computed under a trainer; see `choose_layers`."""
+    choose_layers(
+        method,
+        trainer.strategy.root_device,
+        compiled=compiled,
+        captured=captured,
+        processes=trainer.world_size,
+        accumulated=trainer.accumulate_grad_batches,
+    )
+
+
 def why_not_captured(method: Method, device: torch.device, processes: int) -> str:
     """Return why a method's steps cannot be CUDA graphs; nothing if they can."""
     if device.type != "cuda":
