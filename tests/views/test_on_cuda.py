@@ -98,8 +98,7 @@ def test_views_wait_for_no_device_and_are_cut_and_blurred_in_full_precision(name
 
 def test_a_number_that_goes_to_the_device_would_be_seen():
     def one():
-        images = torch.zeros(3, device="cuda")
-        images[0] = 1.0
+        return torch.zeros(3, device="cuda") + torch.tensor([1.0]).to("cuda")
 
     assert seen_of(one).copied
 
