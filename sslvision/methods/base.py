@@ -68,7 +68,7 @@ class Method(L.LightningModule):
     losses_logged: list[float]  # those of the single updates in `logged`
     skipped: list[int]  # updates that were left out, as their gradients were not finite; known when the log is written
     compilable: tuple[str, ...] = ()  # functions of views and loss, attributes, that many small operations make
-    capturable: bool = False  # whether `views` and `losses` can be a CUDA graph, see `set_clock`
+    capturable: bool = False  # whether `views` and `losses` can be a CUDA graph, see `set_clock`; not inherited
     captures: bool = False  # whether they become one in the first step, see `capture_steps`
     shown: Mapping[str, str] = {"loss": "loss"}  # those the progress bar shows, and what it calls them
 
@@ -152,7 +152,7 @@ class Method(L.LightningModule):
 
     def capture_steps(self) -> None:
         """Have views and losses captured as CUDA graphs in the first step, see nn/capture.py. After `compile_blocks`."""
-        self.captures = self.capturable
+        self.captures = True
 
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
         """Return the faults that the logged metrics show, each with what it means, its causes and what to change."""
@@ -196,6 +196,8 @@ class Method(L.LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
         if self._captured is not None and self._captured.fits(inputs):
             self.set_clock(clock)
+            if self._micro_batches:  # not the first of its update, whose predecessor's gradients may be written over
+                self._captured.keep_gradients()
             metrics = self._captured(*inputs)
         else:
             metrics = self._step(batch, clock)

@@ -28,12 +28,7 @@ class CapturedStep:
         inputs: of the first step.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., dict[str, Tensor]],
-        network: nn.Module,
-        inputs: Sequence[Tensor],
-    ):
+    def __init__(self, function: Callable[..., dict[str, Tensor]], network: nn.Module, inputs: Sequence[Tensor]):
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.inputs = [torch.empty_like(one).copy_(one) for one in inputs]
         before = [(buffer, buffer.clone()) for buffer in network.buffers()]
@@ -60,11 +55,6 @@ class CapturedStep:
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return what the function does of inputs that fit."""
-        if (
-            self.parameters[0].grad is self.gradients[0]
-        ):  # of the batch before, to be added to: the graph would write over it
-            for parameter, own in zip(self.parameters, self.gradients, strict=True):
-                parameter.grad = own.clone()
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._forward.replay()
@@ -72,9 +62,16 @@ class CapturedStep:
         start = results["loss"].requires_grad_()  # a leaf for autograd to call `backward` by
         return results | {"loss": _Loss.apply(start, self)}
 
+    def keep_gradients(self) -> None:
+        """Take `parameter.grad` out of the graphs' memory, which a forward pass writes over: due where batches accumulate."""
+        for parameter, own in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is own:
+                parameter.grad = own.clone()
+
     def backward(self, scale: Tensor) -> None:
         """Put gradients times `scale`, a scalar, into `parameter.grad`, or add them to what is there."""
         sums = [parameter.grad for parameter in self.parameters]
+        assert sums[0] is not self.gradients[0], "zero_grad() or keep_gradients() comes first"
         self._scale.copy_(scale)
         self._backward.replay()
         before = [(total, own) for total, own in zip(sums, self.gradients, strict=True) if total is not None]

@@ -169,7 +169,7 @@ def why_not_captured(method: Method, device: torch.device, processes: int) -> st
         return f"there are none on {device.type}"
     if processes > 1:
         return f"{processes} processes exchange gradients during the backward pass"
-    if not method.capturable:
+    if not vars(type(method)).get("capturable"):  # a subclass may do in Python what a graph would do but once
         return f"{type(method).__name__} is not made for them"
     sparing = any(isinstance(module, Backbone) and module.sparing for module in method.modules())
     return "memory=low computes activations a second time" if sparing else ""

@@ -59,6 +59,8 @@ def train(method, step, steps=4, accumulate=1):
         for micro in range(accumulate):
             torch.cuda.manual_seed(100 * update + micro)
             method.set_clock(clock)
+            if micro and isinstance(step, CapturedStep):
+                step.keep_gradients()  # as Method.training_step does
             with autocast():
                 loss = step(*inputs_of(method, accumulate * update + micro))["loss"]
             losses.append(loss.item())

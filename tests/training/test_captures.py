@@ -1,14 +1,20 @@
-"""When a step becomes CUDA graphs. What graphs compute is tested in tests/gpu."""
+"""When a step becomes CUDA graphs, and training by them. What graphs compute is tested in tests/gpu."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sslvision import stage_one
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
+from sslvision.methods import base
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
+from sslvision.nn.capture import CapturedStep
 from sslvision.nn.packed import PackedAttention
+from sslvision.training import trainer
 from sslvision.training.trainer import choose_layers
 
 CUDA = torch.device("cuda")
@@ -62,7 +68,70 @@ def test_where_there_can_be_no_graph_there_is_none_and_asking_for_one_is_refused
         choose_layers(method, **where, captured=True)
 
 
+def test_a_method_made_of_another_is_captured_if_it_says_so_itself():
+    class Cautious(MAE):
+        pass
+
+    class Sure(MAE):
+        capturable = True
+
+    for kind, captures in ((Cautious, False), (Sure, True)):
+        method = kind(build_backbone(**VIT), decoder_width=32, decoder_depth=2, decoder_heads=1)
+        choose_layers(method, CUDA, compiled=False)
+        assert method.captures == captures
+
+
 def test_a_run_on_a_cpu_that_asks_for_graphs_ends_before_the_first_step(run_tiny, tmp_path):
     with pytest.raises(UsageError, match="cuda_graphs=true cannot be: there are none on cpu"):
         run_tiny(tmp_path / "run", "cuda_graphs=true", recipe="mae")
     assert not (tmp_path / "run").exists()
+
+
+class Replayed(CapturedStep):
+    """Graphs for a CPU: a replay computes into the same tensors, and the forward one spoils the gradients' memory as CUDA's may."""
+
+    made = 0
+
+    def __init__(self, function, network, inputs):
+        type(self).made += 1
+        self.inputs = [one.clone() for one in inputs]
+        before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        self.outputs = {name: value.detach() for name, value in function(*inputs).items()}
+        for buffer, value in before:
+            buffer.copy_(value)
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.gradients, self._scale = [torch.zeros_like(p) for p in self.parameters], torch.ones(())
+
+        def forward():
+            for own in self.gradients:
+                own.fill_(torch.nan)
+            with torch.autocast("cpu", enabled=False):
+                results = function(*self.inputs)
+            self.loss = results["loss"]
+            for name, value in results.items():
+                self.outputs[name].copy_(value.detach())
+
+        def backward():
+            for own, found in zip(self.gradients, self._gradients(self.loss, self._scale), strict=True):
+                own.copy_(found)
+
+        self._forward, self._backward = SimpleNamespace(replay=forward), SimpleNamespace(replay=backward)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("recipe", ["mae", "dino"])
+def test_training_by_replayed_steps_ends_with_the_same_weights(run_tiny, tmp_path, monkeypatch, recipe, accumulate):
+    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    monkeypatch.setattr(trainer, "why_not_captured", lambda *_: "")
+    monkeypatch.setattr(base, "CapturedStep", Replayed)
+    made, weights = Replayed.made, []
+    words = ["backbone.drop_path_rate=0.2", "knn_every_epochs=0", "trainer.precision=32-true"]
+    words += [f"trainer.accumulate_grad_batches={accumulate}", "batch_size=60"]
+    words += ["method.warmup_teacher_temp_epochs=2", "method.teacher_temp=0.07"] if recipe == "dino" else []
+    for captured in ("false", "true"):
+        run_tiny(tmp_path / captured, *words, f"cuda_graphs={captured}", recipe=recipe)
+        file = tmp_path / captured / "checkpoints" / "last.ckpt"
+        weights.append(torch.load(file, weights_only=True)["state_dict"])
+    assert Replayed.made == made + 1
+    for name, value in weights[0].items():
+        assert torch.equal(value, weights[1][name]), name
