@@ -15,7 +15,7 @@ from measure import autocast, timed
 from peers import PEERS, Ours
 from resident import compose, resident
 
-from sslvision.nn.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
+from sslvision.system.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from sslvision.training.trainer import choose_kernels
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

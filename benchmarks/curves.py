@@ -2,7 +2,7 @@
 
 python benchmarks/curves.py [--device cpu|cuda] [--compile] [--rounds 5] [--out benchmarks/cost_curves]
 
-A step is losses, gradients, AdamW and the teacher, from normalised views that are already there. Points take turns, round by
+A step is losses, gradients, AdamW and the teacher, from normalized views that are already there. Points take turns, round by
 round, so that what else happens on the machine falls on all of them; shown are medians. DINO has 2 crops of the image size
 and 8 of half of it, MAE hides three quarters. Memory: on a GPU the peak of a step above weights and optimizer, on a CPU what
 autograd keeps for the backward pass. Writes OUT.png and OUT.json; `--draw` draws OUT.json again.
@@ -51,7 +51,7 @@ GRIDS = {
         "batch": [1, 2, 4, 8],
         "model": {"ViT": ["ViT-Ti", "ViT-S"], "Swin": ["Swin-48", "Swin-72", "Swin-T"]},
         "usual": {"size": 128, "batch": 2, "ViT": "ViT-Ti", "Swin": "Swin-48"},
-        "mae": {"decoder_width": 192, "decoder_depth": 4, "decoder_heads": 6},
+        "mae": {"decoder_embed_dim": 192, "decoder_depth": 4, "decoder_num_heads": 6},
         "dino": {"prototypes": 4096},
     },
     "cuda": {

@@ -6,7 +6,7 @@ The official pipelines of MAE and DINO are written anew from the papers, on PIL 
 contestant has one loader process with one thread and the same files, round by round in changing order. The JPEGs are drawn with
 the spectrum of photographs (1/f noise, 500 x 375, quality 90).
 
-The official pipelines send normalised floats. Ours sends bytes, and changes colours and normalises on the training device.
+The official pipelines send normalized floats. Ours sends bytes, and changes colors and normalizes on the training device.
 What that would cost on one more CPU core is measured as well: "all on the CPU" is a loader process and our device's part done
 by the same core, one after the other.
 """
@@ -30,19 +30,19 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
-from sslvision import config
+from sslvision.augment.randomness import ImageRandom
+from sslvision.cli import compose
 from sslvision.data.cache import cached
-from sslvision.data.folder import open_folder
-from sslvision.data.loading import training_loader
+from sslvision.data.loader import training_loader
+from sslvision.data.sources.folder import open_folder
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.nn.randomness import ImageRandom
-from sslvision.stage_one import build_method
 from sslvision.training.trainer import choose_kernels
+from sslvision.workflows.pretraining import method_of
 
 SKIPPED = 4  # batches that are not timed: those that the loader makes ahead while nobody asks, and one more
 RECIPES = {"mae": "mae_vitb16_in1k", "dino": "dino_vits16_in1k"}
 TARGETS = {"ours, JPEG": {"mae": 2, "dino": 8}, "ours, cache": {"mae": 10, "dino": 18}}
-TINY = {"mae": ["decoder_width=16", "decoder_heads=2"], "dino": ["prototypes=64", "hidden=32", "bottleneck=16"]}
+TINY = {"mae": ["decoder_embed_dim=16", "decoder_num_heads=2"], "dino": ["prototypes=64", "hidden=32", "bottleneck=16"]}
 BACKBONE = ["backbone.embed_dim=32", "backbone.depth=1", "backbone.num_heads=2"]  # views do not depend on it
 
 
@@ -78,7 +78,7 @@ def line_up(method, folder, cache, arguments):
     splits = open_folder(folder, holdout=0)
     kept = cached(splits, "disk", folder=cache)
     words = [f"recipe={RECIPES[method]}", f"data.root={folder}", *BACKBONE, *TINY[method]]
-    ours = build_method(config.tree(config.prepare(words)))
+    ours = method_of(compose.tree(compose.prepare(words)))
     official = Official(splits.train, official_mae if method == "mae" else OfficialDINO())
 
     def peer(number):
@@ -119,7 +119,7 @@ def seconds_of_views(method, batch):
     with torch.inference_mode():
         for _ in range(2):
             start = time.perf_counter()
-            method.views(batch, ImageRandom(0, batch.epoch, batch.places))
+            method.views(batch, ImageRandom(0, batch.epoch, batch.indices))
     return time.perf_counter() - start
 
 
@@ -198,10 +198,10 @@ official_mae = T.Compose(
 
 
 class OfficialDINO:
-    """Caron et al. 2021, section 3.2: BYOL's colours, blur and solarisation on two large crops and eight small ones."""
+    """Caron et al. 2021, section 3.2: BYOL's colors, blur and solarization on two large crops and eight small ones."""
 
     def __init__(self):
-        colours = T.Compose(
+        colors = T.Compose(
             [
                 T.RandomHorizontalFlip(),
                 T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
@@ -210,7 +210,7 @@ class OfficialDINO:
         )
 
         def view(size, scale, *last):
-            return T.Compose([T.RandomResizedCrop(size, scale, interpolation=BICUBIC), colours, *last, TO_FLOATS])
+            return T.Compose([T.RandomResizedCrop(size, scale, interpolation=BICUBIC), colors, *last, TO_FLOATS])
 
         solarized = T.RandomApply([T.Lambda(ImageOps.solarize)], p=0.2)
         first = view(224, (0.4, 1.0), blurred(1.0))
@@ -239,7 +239,7 @@ def draw_photographs(folder, count, height=375, width=500):
     for number in range(count):
         noise = np.fft.irfft2(np.fft.rfft2(generator.standard_normal((3, height, width))) * fall, s=(height, width))
         noise = (noise - noise.mean()) / noise.std()
-        pixels = (noise[:1] * 45 + noise * 20 + 118).clip(0, 255)  # brightness is common to the colours, mostly
+        pixels = (noise[:1] * 45 + noise * 20 + 118).clip(0, 255)  # brightness is common to the colors, mostly
         Image.fromarray(pixels.astype(np.uint8).transpose(1, 2, 0)).save(folder / f"{number:04}.jpg", quality=90)
     return folder
 

@@ -41,7 +41,7 @@ def one_step(contestant: Contestant, precision, lap=lambda phase: None):
     lap("backward")
     contestant.update()
     lap("optimizer")
-    contestant.follow()
+    contestant.update_ema()
     lap("teacher")
 
 

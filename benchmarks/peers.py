@@ -1,8 +1,8 @@
 """One training step of ours and of other libraries, on the same weights, images and masks.
 
 Peers are imported, never copied: transformers' ViTMAEForPreTraining, and MAE and DINO put together from lightly's modules
-as lightly's own examples do. All of them take the paper's step: MAE with normalised targets; DINO with clipped
-gradients, trained prototypes, a moved centre and a moved teacher. Weights, positions and sizes are those of ours.
+as lightly's own examples do. All of them take the paper's step: MAE with normalized targets; DINO with clipped
+gradients, trained prototypes, a moved center and a moved teacher. Weights, positions and sizes are those of ours.
 """
 
 import re
@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import nn
 
+from sslvision.augment.randomness import ImageRandom
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.nn.capture import CapturedStep
-from sslvision.nn.compiled import compile_module
+from sslvision.nn.compilation import compile_module
+from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.masking import random_keep
-from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.groups import decay_groups
 from sslvision.training.trainer import choose_layers
 
@@ -73,7 +73,7 @@ class Contestant(nn.Module):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def follow(self):
+    def update_ema(self):
         pass
 
 
@@ -104,11 +104,11 @@ class Ours(Contestant):
             torch.get_device_module(self.method.device).manual_seed(0)
         if self.batch is None:
             return self.views
-        crops, places, epoch, _, shown = self.batch
+        crops, indices, epoch, _, shown = self.batch
         if self.method.captures:  # the graph makes the views
-            return [*crops, places, epoch, shown]
+            return [*crops, indices, epoch, shown]
         with torch.autocast(self.method.device.type, enabled=False):
-            return self.method.views(self.batch, ImageRandom(0, epoch, places))
+            return self.method.views(self.batch, ImageRandom(0, epoch, indices))
 
     def loss(self, views):
         metrics = self.replay(views) if self.method.captures else self.method.losses(views, CLOCK)
@@ -134,7 +134,7 @@ class Ours(Contestant):
         self.metrics = torch.cat([self.metrics, self.method.ready(self.optimizer, CLOCK)[None]])
         super().update()
 
-    def follow(self):
+    def update_ema(self):
         self.method.after_update(CLOCK)
 
 
@@ -147,7 +147,7 @@ class TransformersMAE(Contestant):
 
         vit, decoder = ours.backbone.model, ours.decoder_blocks
         config = ViTMAEConfig(
-            hidden_size=ours.backbone.width,
+            hidden_size=ours.backbone.embed_dim,
             num_hidden_layers=len(vit.blocks),
             num_attention_heads=vit.blocks[0].attn.num_heads,
             intermediate_size=vit.blocks[0].mlp.fc1.out_features,
@@ -185,7 +185,7 @@ class LightlyMAE(Contestant):
         self.mask_ratio, self.norm_pix = ours.mask_ratio, ours.norm_pix
         self.backbone = lightly_backbone(ours.backbone, arch)
         self.backbone.vit.pos_embed.requires_grad_(False)
-        self.decoder_embed = nn.Linear(ours.backbone.width, width)
+        self.decoder_embed = nn.Linear(ours.backbone.embed_dim, width)
         patches = ours.backbone.grid[0] * ours.backbone.grid[1]
         self.decoder = MaskedVisionTransformerDecoderTIMM(
             patches, width, len(decoder), heads, num_prefix_tokens=ours.backbone.num_prefix
@@ -239,7 +239,7 @@ class LightlyDINO(Contestant):
             ours.center.shape[1],
             teacher_temp=ours.teacher_temp(CLOCK),
             student_temp=ours.student_temp,
-            center_momentum=ours.centre_momentum,
+            center_momentum=ours.center_momentum,
         )
         self.criterion.center.copy_(ours.center)
         self.finish(ours, **options)
@@ -261,7 +261,7 @@ class LightlyDINO(Contestant):
             nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.clip)
         super().update()
 
-    def follow(self):
+    def update_ema(self):
         from lightly.models.utils import update_momentum
 
         update_momentum(self.student_backbone, self.teacher_backbone, m=self.momentum)

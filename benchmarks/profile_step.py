@@ -18,15 +18,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sslvision import config
-from sslvision.data.module import ImageData, pixel_statistics
-from sslvision.stage_one import build_method, hush_lightning, open_splits
+from sslvision.cli import compose
+from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers
+from sslvision.workflows.pretraining import hush_lightning, method_of, open_splits
 
 STEPS, WARM_UP = 200, 20
 CROPS, VIEWS, FORWARD, BACKWARD = (
     "crops (on the device)",
-    "views: augment, normalise, mask noise",
+    "views: augment, normalize, mask noise",
     "forward",
     "backward",
 )
@@ -106,11 +106,11 @@ class Phases(StepTimes):
 
 
 def main():
-    settings = config.tree(config.prepare(sys.argv[1:]))
+    settings = compose.tree(compose.prepare(sys.argv[1:]))
     hush_lightning()
     choose_kernels(settings.trainer.get("accelerator", "auto"))
     splits = open_splits(settings.data)
-    method = build_method(settings)
+    method = method_of(settings)
     method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
     data = ImageData(splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers"))
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ import torch
 from peers import CLOCK
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.methods.dino import DINO
 from sslvision.nn.masking import random_keep
 

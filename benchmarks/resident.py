@@ -2,11 +2,11 @@
 
 import torch
 
-from sslvision import config
+from sslvision.augment.randomness import ImageRandom
+from sslvision.cli import compose
 from sslvision.data.batch import Batch
 from sslvision.methods.dino import DINO
-from sslvision.nn.randomness import ImageRandom
-from sslvision.stage_one import build_method
+from sslvision.workflows.pretraining import method_of
 
 RECIPES = {
     "mae": "mae_vitb16_in1k",
@@ -16,7 +16,7 @@ RECIPES = {
 }
 
 
-def compose(arguments, folder, overrides):
+def settings_of(arguments, folder, overrides):
     """Return the settings of our recipe for ImageNet, at the size of this benchmark. No drop-path: losses shall be equal."""
     recipe = RECIPES[arguments.method + (" swin" if arguments.arch.startswith("swin") else "")]
     words = [
@@ -25,15 +25,15 @@ def compose(arguments, folder, overrides):
         f"batch_size={arguments.batch}",
         f"data.root={folder}",
     ]
-    return config.tree(config.prepare([*words, "backbone.drop_path_rate=0.0", "knn_every_epochs=0", *overrides]))
+    return compose.tree(compose.prepare([*words, "backbone.drop_path_rate=0.0", "knn_every_epochs=0", *overrides]))
 
 
 def resident(settings, device):
     """Return our method, bytes as the loader would send them, and views made of them, all on the device."""
-    method = build_method(settings).to(device)
+    method = method_of(settings).to(device)
     batch = resident_batch(method, settings.batch_size, device)
-    views = [view.clone() for view in method.views(batch, ImageRandom(0, batch.epoch, batch.places))]
-    if isinstance(method, DINO):  # a teacher that is not its student, a centre that is not zero
+    views = [view.clone() for view in method.views(batch, ImageRandom(0, batch.epoch, batch.indices))]
+    if isinstance(method, DINO):  # a teacher that is not its student, a center that is not zero
         with torch.no_grad():
             for parameter in method.teacher.parameters():
                 parameter.mul_(1.01)
@@ -53,5 +53,5 @@ def resident_batch(method, batch_size, device):
         )
         for crop in method.crops
     ]
-    places = torch.arange(batch_size, device=device)
-    return Batch([crop.to(device) for crop in crops], places, torch.zeros_like(places), [], places)
+    indices = torch.arange(batch_size, device=device)
+    return Batch([crop.to(device) for crop in crops], indices, torch.zeros_like(indices), [], indices)

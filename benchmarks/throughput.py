@@ -40,8 +40,8 @@ from whole_run import draw_photographs, loader_level, trainer_level
 
 from sslvision.backbones.vit import ViT
 from sslvision.methods.mae import MAE
-from sslvision.stage_one import hush_lightning
 from sslvision.training.trainer import choose_kernels, device_of
+from sslvision.workflows.pretraining import hush_lightning
 
 BATCH = {"mae": 16, "dino": 4}
 

@@ -8,16 +8,16 @@ from loader import Keys, rate
 from PIL import Image
 from profile_step import StepTimes
 
-from sslvision.data.loading import training_loader
-from sslvision.data.module import ImageData, pixel_statistics
-from sslvision.stage_one import build_method, open_splits, watchers
-from sslvision.training.resume import train_from
+from sslvision.data.datamodule import ImageData, pixel_statistics
+from sslvision.data.loader import training_loader
+from sslvision.runs.resume import train_from
 from sslvision.training.trainer import build_trainer, choose_layers
+from sslvision.workflows.pretraining import method_of, open_splits, watchers
 
 
 def loader_level(settings, arguments):
     """Return images per second of our loader alone, with the processes it would have; benchmarks/loader.py compares it."""
-    splits, method = open_splits(settings.data), build_method(settings)
+    splits, method = open_splits(settings.data), method_of(settings)
     workers = ImageData(splits, method.crops, batch_size=1, workers=settings.data.get("workers")).workers
     ahead = 2 * workers  # batches that they make while nobody asks
     batches = [range(n, n + settings.batch_size) for n in range(ahead + arguments.trainer_steps)]
@@ -44,7 +44,7 @@ def train(settings, splits, folder, *, steps, options):
         checkpoint_every_epochs=1_000_000,
         trainer={**settings.trainer, **options, "enable_progress_bar": False},
     )
-    method = build_method(settings)
+    method = method_of(settings)
     method.normalize.set(
         *pixel_statistics(splits.train, settings.data.get("normalize", "computed"), seed=settings.seed)
     )

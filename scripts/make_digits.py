@@ -3,7 +3,7 @@
     python scripts/make_digits.py
 
 Needs scikit-learn (pip install scikit-learn), which the package itself does not. The images and labels are those of
-`sklearn.datasets.load_digits`, in its order; their source and licence are in sslvision/data/NOTICE.
+`sklearn.datasets.load_digits`, in its order; their source and license are in sslvision/data/NOTICE.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-TARGET = Path(__file__).parents[1] / "sslvision" / "data" / "digits.npz"
+TARGET = Path(__file__).parents[1] / "sslvision" / "data" / "sources" / "digits.npz"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
     python scripts/make_embedded_data.py --source FOLDER_WITH_THE_IDX_GZ_FILES
 
-The files come from https://github.com/zalandoresearch/fashion-mnist (copyright 2017 Zalando SE, MIT licence). The
+The files come from https://github.com/zalandoresearch/fashion-mnist (copyright 2017 Zalando SE, MIT license). The
 first images of each class are kept, in the authors' order. The same input gives the same bytes
 (with the same zlib; the arrays are the same with any).
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-TARGET = Path(__file__).parents[1] / "sslvision" / "data" / "fashion_mnist.npz"
+TARGET = Path(__file__).parents[1] / "sslvision" / "data" / "sources" / "fashion_mnist.npz"
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -29,7 +29,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def first_of_each_class(labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Return the places of the first `per_class` labels of each class, in ascending order."""
+    """Return the indices of the first `per_class` labels of each class, in ascending order."""
     return np.sort(np.concatenate([np.flatnonzero(labels == label)[:per_class] for label in np.unique(labels)]))
 
 

@@ -1,20 +1,6 @@
-"""The command line of stage one: `python -m sslvision.pretrain recipe=mae`. What it runs is in stage_one.py."""
+"""`python -m sslvision.pretrain recipe=mae`: pretrain a backbone on unlabeled images."""
 
-from sslvision import commandline
-from sslvision.config import PRETRAIN
-from sslvision.settings import Pretrain
-
-
-def main() -> None:
-    """Pretrain a backbone on unlabelled images."""
-    commandline.run(PRETRAIN, _work)
-
-
-def _work(settings: Pretrain, recipe: str, number: str) -> None:
-    from sslvision.stage_one import pretrain  # seconds of imports, after all that can be refused was
-
-    pretrain(settings, commandline.run_folder(settings, recipe, number), words=commandline.typed)
-
+from sslvision.cli.main import main
 
 if __name__ == "__main__":
-    main()
+    main("pretrain")

@@ -1,8 +1,9 @@
 """The settings of every command: their names, defaults and lines in --help. What fits them is checked in schema.py."""
 
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from sslvision.errors import UsageError
 
@@ -39,7 +40,7 @@ _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
 _COMPILE = "compile blocks and loss with torch.compile (default: on CUDA only); evaluation runs as it stands"
 _GRAPHS = "launch a step's kernels as CUDA graphs (default: with ViT and Swin on one CUDA device)"
-_MEMORY = "normal | low: compute activations again in the backward pass in place of keeping them, to the same end"
+_CHECKPOINTING = "compute activations again in the backward pass instead of keeping them: the same numbers, less memory"
 _OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 
 
@@ -84,7 +85,7 @@ class Pretrain:
     checkpoint_every_steps: int | None = _option(None, "and every so many optimizer updates, in mid-epoch too")
     keep_checkpoints: int = _option(3, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
-    memory: Literal["normal", "low"] = _option("normal", _MEMORY)
+    activation_checkpointing: bool = _option(False, _CHECKPOINTING)
     compile: bool | None = _option(None, _COMPILE)
     cuda_graphs: bool | None = _option(None, _GRAPHS)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
@@ -128,7 +129,7 @@ class Probe:
     protocol: Literal["fast", "mae", "dino"] = _option(
         "fast", "of the linear probe: fast (L-BFGS, seconds), or as in the papers mae (LARS) and dino (SGD)"
     )
-    k: list[int] = _option([10, 20, 100, 200], "neighbours of the k-NN vote, one or several")
+    k: list[int] = _option([10, 20, 100, 200], "neighbors of the k-NN vote, one or several")
     views: int = _option(
         1, "mae, dino: sets of features of random crops; 1 is the whole image once, as many as epochs is the paper's"
     )
@@ -199,7 +200,7 @@ class Finetune:
     compare: bool = _option(
         False, "label efficiency: from scratch, frozen, partial, full, at several numbers of labels"
     )
-    seeds: int = _option(3, "compare: repetitions, each with other labelled images, order and weights")
+    seeds: int = _option(3, "compare: repetitions, each with other labeled images, order and weights")
     lr_ratios: list[float] = _option([0.03, 0.1, 0.3, 1.0], "compare: the rates that every arm is tried with")
     seed: int = _option(0, "of the head's weights, order, crops and held-out images")
     name: str | None = _option(None, "name of the run's folder under outputs/ (default: of run, data and time)")
@@ -210,7 +211,7 @@ class Finetune:
     max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
     keep_checkpoints: int = _option(2, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
     logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
-    memory: Literal["normal", "low"] = _option("normal", _MEMORY)
+    activation_checkpointing: bool = _option(False, _CHECKPOINTING)
     compile: bool | None = _option(None, _COMPILE)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
     about: str = _option("", "what the recipe is, in a line")
@@ -239,7 +240,7 @@ class Finetune:
 
 @dataclass
 class Predict:
-    """All settings of labelling new images."""
+    """All settings of labeling new images."""
 
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
@@ -264,7 +265,7 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
         raise UsageError(f"run is not given, and it is needed: {_RUN}.")
     if "_target_" not in settings.data:
         raise UsageError(
-            f"Which labelled images? {settings.run} does not tell; say data=embedded, data=digits, data=folder "
+            f"Which labeled images? {settings.run} does not tell; say data=embedded, data=digits, data=folder "
             "data.root=..., or data=torchvision data.name=... data.root=..."
         )
     if "name" in settings.backbone:
@@ -281,3 +282,26 @@ def _labels(value: Any, *, several: bool) -> Any:
         raise UsageError(f"labels_per_class={value} must be {wanted}{hint}.")
     values = ["all" if one is None else one for one in values]
     return values if several else None if values[0] == "all" else values[0]
+
+
+# Where methods and data sources lived in earlier versions. Runs and recipes of that time name them.
+MOVED = {
+    "sslvision.data.digits": "sslvision.data.sources.digits",
+    "sslvision.data.embedded": "sslvision.data.sources.embedded",
+    "sslvision.data.folder": "sslvision.data.sources.folder",
+    "sslvision.data.torchvision_sets": "sslvision.data.sources.torchvision_sets",
+}
+
+
+def locate(section: str, target: Any) -> Callable[..., Any]:
+    """Return the class or function that a `_target_` names.
+
+    Raises:
+        UsageError: it cannot be imported.
+    """
+    module, _, name = str(target).rpartition(".")
+    try:
+        found = pkgutil.resolve_name(f"{MOVED.get(module, module)}.{name}")
+    except Exception as error:
+        raise UsageError(f"{section}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from error
+    return cast(Callable[..., Any], found)

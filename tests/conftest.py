@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see commandline.run
 
-from sslvision import config
+from sslvision.cli import compose
 
 # A ViT of one block on the embedded images, four updates to an epoch.
 TINY = [
@@ -29,7 +29,7 @@ TINY = [
 ]
 # What makes each method as small.
 SMALL = {
-    "mae": ["decoder_width=16", "decoder_heads=2"],
+    "mae": ["decoder_embed_dim=16", "decoder_num_heads=2"],
     "dino": ["prototypes=64", "hidden=32", "bottleneck=16", "local_crops=2", "local_size=16"],
 }
 
@@ -55,11 +55,11 @@ def run_tiny():
     """Run a tiny recipe in this process: run_tiny(folder, "key=value", ...) -> results."""
 
     def run(folder, *words, recipe="mae"):
-        from sslvision.stage_one import pretrain
+        from sslvision.workflows.pretraining import pretrain
 
         given = {word.split("=")[0] for word in words}
         kept = [word for word in (*TINY, *SMALL[recipe]) if word.split("=")[0] not in given]
-        settings = config.tree(config.prepare([f"recipe={recipe}", *kept, *words]))
+        settings = compose.tree(compose.prepare([f"recipe={recipe}", *kept, *words]))
         return pretrain(settings, Path(folder), words)
 
     return run
@@ -78,8 +78,8 @@ def settings_of():
     """Return the checked settings of a command line: settings_of("probe", "run=...", ...)."""
 
     def settings(name, *words):
-        command = getattr(config, name.upper())
-        return config.tree(config.prepare(words, command), command)
+        command = getattr(compose, name.upper())
+        return compose.tree(compose.prepare(words, command), command)
 
     return settings
 

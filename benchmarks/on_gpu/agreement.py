@@ -1,4 +1,4 @@
-"""Checks that a step computes the same on a CPU, on CUDA, compiled, as CUDA graphs, twice, and with memory=low."""
+"""Checks that a step computes the same on a CPU, on CUDA, compiled, as CUDA graphs, twice, and checkpointed."""
 
 import copy
 import time
@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.on_gpu.findings import DRY, device, matmul_precision
 from benchmarks.on_gpu.small import CLOCK, PAIRS, distance, gradients, random_batch, small_method, views_of
-from sslvision.nn.capture import CapturedStep
+from sslvision.nn.cuda_graphs import CapturedStep
 
 # Largest relative difference of all gradients that is no fault: fp32 differs by the order of sums, TF32 and bf16 by rounding.
 LIMITS = {"fp32": 1e-4, "TF32": 2e-2, "bf16": 0.1}
@@ -96,10 +96,10 @@ def same_seed():
 
 
 def low_memory():
-    """Return how far memory=low is from the usual step, eager and compiled."""
+    """Return how far activation_checkpointing=true is from the usual step, eager and compiled."""
     usual = small_method("dino", "vit", drop_path=0.3).to(device())
     low = copy.deepcopy(usual)
-    low.spare_memory()
+    low.enable_activation_checkpointing()
     views = [view.clone() for view in views_of(usual, random_batch(usual, device()))]
     rows = {}
     for name in ("eager bf16", "compiled bf16"):

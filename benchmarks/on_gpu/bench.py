@@ -21,7 +21,7 @@ BACKBONES = {  # of a dry run
     "swin": ["backbone.depths=[1,1,1,1]", "backbone.embed_dim=24"],
 }
 METHODS = {
-    "mae": ["decoder_depth=2", "decoder_width=48", "decoder_heads=3"],
+    "mae": ["decoder_depth=2", "decoder_embed_dim=48", "decoder_num_heads=3"],
     "dino": ["prototypes=64", "hidden=32", "local_crops=2"],
 }
 

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.findings import DRY, device
 from sslvision.methods.mae import MAE
-from sslvision.nn import compiled, packed
+from sslvision.nn import compilation, packed_attention
 from sslvision.nn.patches import gather_tokens
 
 
@@ -27,14 +27,14 @@ def ours(
     Args:
         compiled, captured: as the settings `compile` and `cuda_graphs`; None: what a run does on this device.
         from_bytes: make the views in every step.
-        low_memory: as memory=low.
+        low_memory: as activation_checkpointing=true.
         change: called with the method before it first runs, once its layers are chosen.
         around: entered around every step.
     """
 
     def build(name, method, batch, views, arch):
         if low_memory:
-            method.spare_memory()
+            method.enable_activation_checkpointing()
         batch = batch if from_bytes else None
         contestant = Ours(name, method, views, batch=batch, compiled=compiled, captured=captured)
         contestant.choose_layers()
@@ -101,7 +101,7 @@ def whole_graph(mode=None):
     """Return a change that compiles `losses` as one graph in place of block by block."""
 
     def change(method):
-        backend = {"backend": compiled.BACKEND} if DRY else {"mode": mode}
+        backend = {"backend": compilation.BACKEND} if DRY else {"mode": mode}
         losses = torch.compile(method.losses, dynamic=False, **backend)
 
         def marked(*about):
@@ -127,7 +127,7 @@ def torch_attention(kernel=None):
     @contextlib.contextmanager
     def around():
         chosen = sdpa_kernel([SDPBackend.MATH if DRY else kernel]) if kernel else contextlib.nullcontext()
-        with mock.patch.object(packed, "HAS_TRITON", False), chosen:
+        with mock.patch.object(packed_attention, "HAS_TRITON", False), chosen:
             yield
 
     return around
@@ -146,7 +146,7 @@ CONTESTANTS = {
     "low": ours(low_memory=True),
     "eagerlow": ours(**EAGER, low_memory=True),
     "noshare": ours(change=unshared_first_block),
-    "torchattention": ours(around=torch_attention()),  # not by nn/packed.py
+    "torchattention": ours(around=torch_attention()),  # not by nn/packed_attention.py
     "flash": ours(around=torch_attention(SDPBackend.FLASH_ATTENTION)),
     "cudnn": ours(around=torch_attention(SDPBackend.CUDNN_ATTENTION)),
     "efficient": ours(around=torch_attention(SDPBackend.EFFICIENT_ATTENTION)),

@@ -16,7 +16,12 @@ LIBRARIES = (
     *("numpy", "pytest", "pytest-xdist", "pillow"),
 )
 MODULES = (  # what the other parts import, ours first
-    *("sslvision.stage_one", "sslvision.probing", "sslvision.stage_two", "sslvision.commandline"),
+    *(
+        "sslvision.workflows.pretraining",
+        "sslvision.workflows.probing",
+        "sslvision.workflows.finetuning",
+        "sslvision.cli.main",
+    ),
     *("peers", "resident", "reference", "whole_run"),
     *("lightly.models.modules", "lightly.loss", "transformers.models.vit_mae"),
 )

@@ -78,13 +78,13 @@ def set_up():
     """Choose kernels as training on this machine does. A dry run uses a GPU's choice of attention, and a quick compiler."""
     from timm.layers import set_fused_attn
 
-    from sslvision.nn import compiled
+    from sslvision.nn import compilation
     from sslvision.training.trainer import choose_kernels
 
     choose_kernels("cpu" if DRY else "gpu")
     if DRY:
         set_fused_attn(True)
-        compiled.BACKEND = "aot_eager"
+        compilation.BACKEND = "aot_eager"
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from whole_run import draw_photographs
 
 from benchmarks.on_gpu.findings import DRY, attempt, device, set_up, wait
 from benchmarks.on_gpu.recipe import TINY, TRAINER, under_trainer
-from sslvision import config
-from sslvision.data.loading import training_loader
+from sslvision.cli import compose
+from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.stage_one import build_method, open_splits
+from sslvision.workflows.pretraining import method_of, open_splits
 
 DRAWN, NAMES = (16, 64) if DRY else (200, 40_000)  # pictures, and names for them: as many as a minute's run wants
 RECIPES = {"mae_vitb16_in1k": 1, "dino_vits16_in1k": 4}  # and what part of `batch` a batch is
@@ -30,8 +30,8 @@ def loader(batch="256", processes="4,8,14", seconds="10", steps="60"):
             words = [f"recipe={recipe}", f"data.root={folder}", f"batch_size={size}", "data.holdout=0.01"]
             if DRY:
                 words += [f"trainer.accelerator={TRAINER['accelerator']}", *TINY, *tiny_of(recipe)]
-            settings = config.tree(config.prepare(words))
-            splits, method = open_splits(settings.data), build_method(settings)
+            settings = compose.tree(compose.prepare(words))
+            splits, method = open_splits(settings.data), method_of(settings)
             for count in counts:
                 attempt(f"{recipe}, {count} processes", rate, splits.train, method.crops, size, count, float(seconds))
             settings = dataclasses.replace(settings, data={**settings.data, "workers": counts[-1]})
@@ -39,7 +39,7 @@ def loader(batch="256", processes="4,8,14", seconds="10", steps="60"):
 
 
 def tiny_of(recipe):
-    return ["decoder_depth=1", "decoder_width=16", "decoder_heads=2"] if "mae" in recipe else ["prototypes=64"]
+    return ["decoder_depth=1", "decoder_embed_dim=16", "decoder_num_heads=2"] if "mae" in recipe else ["prototypes=64"]
 
 
 def draw_names(scratch):

@@ -8,18 +8,18 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.on_gpu.findings import DRY, attempt, device, milliseconds, set_up
-from sslvision.nn.attention import block_of_shared
-from sslvision.nn.compiled import compiled
-from sslvision.nn.packed import packed_attention
-from sslvision.nn.patches import gather_tokens
-from sslvision.nn.randomness import ImageRandom
-from sslvision.views.photometry import (
+from sslvision.augment.color import (
     Photometry,
     apply_photometry,
     draw_photometry,
     recolor,
     solarize,
 )
+from sslvision.augment.randomness import ImageRandom
+from sslvision.nn.attention import block_of_shared
+from sslvision.nn.compilation import compiled
+from sslvision.nn.packed_attention import packed_attention
+from sslvision.nn.patches import gather_tokens
 
 WIDTH, HEADS = (32, 2) if DRY else (512, 16)  # of MAE's decoder
 

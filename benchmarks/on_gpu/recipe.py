@@ -53,11 +53,11 @@ def trainer(recipes="mae_gpu,dino_gpu", steps="300"):
 
 
 def steps_of(recipe, steps):
-    from sslvision import config
-    from sslvision.stage_one import open_splits
+    from sslvision.cli import compose
+    from sslvision.workflows.pretraining import open_splits
 
     words = [*TINY, "batch_size=64", f"trainer.accelerator={TRAINER['accelerator']}"] if DRY else []
-    settings = config.tree(config.prepare([f"recipe={recipe}", *words]))
+    settings = compose.tree(compose.prepare([f"recipe={recipe}", *words]))
     return under_trainer(settings, open_splits(settings.data), steps)
 
 

@@ -3,12 +3,12 @@
 import torch
 
 from benchmarks.on_gpu.findings import DRY
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.nn.randomness import ImageRandom
 
 CLOCK = Clock(step=30, steps=100, steps_per_epoch=10)
 PAIRS = [(method, backbone) for backbone in ("vit", "swin") for method in ("mae", "dino")]
@@ -39,7 +39,7 @@ def small_method(method, backbone, drop_path=0.0):
     torch.manual_seed(0)
     built = build_backbone(**BACKBONES[backbone], drop_path_rate=drop_path)
     if method == "mae":
-        return MAE(built, decoder_width=64, decoder_depth=2 if DRY else 3, decoder_heads=2).train()
+        return MAE(built, decoder_embed_dim=64, decoder_depth=2 if DRY else 3, decoder_num_heads=2).train()
     local_size = BACKBONES["swin"]["image_size"] // 2 if backbone == "swin" else 16
     return DINO(built, prototypes=128, hidden=64, bottleneck=32, local_crops=3, local_size=local_size).train()
 
@@ -56,7 +56,7 @@ def random_batch(method, place="cpu", size=4 if DRY else 64):
 
 
 def views_of(method, batch):
-    return method.views(batch, ImageRandom(0, batch.epoch, batch.places))
+    return method.views(batch, ImageRandom(0, batch.epoch, batch.indices))
 
 
 def gradients(method, views, *, bf16=False):

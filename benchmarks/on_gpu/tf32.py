@@ -5,20 +5,20 @@ import time
 import torch
 
 from benchmarks.on_gpu.findings import DRY, device, matmul_precision
+from sslvision.augment.blur import SIGMAS, gaussian_blur
+from sslvision.augment.color import Photometry, apply_photometry, draw_photometry
+from sslvision.augment.crops import Crop
+from sslvision.augment.randomness import ImageRandom
 from sslvision.data.batch import Batch
-from sslvision.data.loading import cut_crops
-from sslvision.downstream.knn import knn_rankings
-from sslvision.downstream.linear import linear_probe
-from sslvision.nn.randomness import ImageRandom
-from sslvision.views.blur import SIGMAS, gaussian_blur
-from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
+from sslvision.data.loader import cut_crops
+from sslvision.evaluation.knn import knn_rankings
+from sslvision.evaluation.linear_probe import linear_probe
 
 # Name: device, precision of fp32 products
 PLACES = {"CPU": ("cpu", "highest"), "without TF32": (device(), "highest"), "with TF32": (device(), "high")}
-LEVELS = 1e-2  # grey levels of 255, the largest difference to the CPU that is no fault
+LEVELS = 1e-2  # gray levels of 255, the largest difference to the CPU that is no fault
 CROPS = (Crop(32, (0.4, 1.0)), Crop(16, (0.1, 0.4)))
-KINDS = (Photometry(), Photometry(blur_probability=0.0, jitter_probability=0.0, grey_probability=0.0))
+KINDS = (Photometry(), Photometry(blur_probability=0.0, jitter_probability=0.0, gray_probability=0.0))
 
 
 def views():

@@ -8,7 +8,7 @@ from timm.layers import PatchEmbed
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.dense import Dense, options_for
 from sslvision.backbones.swin import Swin
 from sslvision.backbones.vit import ViT

@@ -16,11 +16,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
-from sslvision.nn.compiled import compiled
+from sslvision.nn.compilation import compiled
 
-# B images, L places of the output map, P class and register tokens, D channels of a token, F of a feature
+# B images, L indices of the output map, P class and register tokens, D channels of a token, F of a feature
 
 
 class Dense(Backbone):
@@ -31,7 +31,7 @@ class Dense(Backbone):
         image_size: side of the square images in pixels.
 
     Attributes:
-        width: F. Tokens have as many channels but where timm's head has more in it than pooling (MobileNetV3's last
+        embed_dim: F. Tokens have as many channels but where timm's head has more in it than pooling (MobileNetV3's last
             convolution, VGG's hidden layers).
         stride: pixels to a side of the output map; rounded where it is no whole number (InceptionV3: 299 / 8).
 
@@ -55,7 +55,7 @@ class Dense(Backbone):
                 f"backbone.name={self.name} makes features of shape {shape[1:]} of an image, not one row: leave timm's "
                 "global_pool alone."
             )
-        self.width = shape[1]
+        self.embed_dim = shape[1]
         self.stride = max(1, round(image_size / self.grid[0]))
 
     @property
@@ -120,7 +120,7 @@ class Dense(Backbone):
                 tokens = tokens.permute(0, 3, 1, 2)  # (B, D, rows, columns)
         return self.model.forward_head(tokens, pre_logits=True)
 
-    def takes(self, size: int) -> bool:
+    def supports_image_size(self, size: int) -> bool:
         """Return whether the model reads square images of another side in pixels, as DINO's local crops are."""
         try:
             *_, grid, _ = self._survey(size)
@@ -130,7 +130,7 @@ class Dense(Backbone):
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks: the network as a whole, up to its head, unless it is to spare memory."""
-        if not self.sparing:  # in one graph batch norms would count what is computed again
+        if not self.activation_checkpointing:  # in one graph batch norms would count what is computed again
             self._compiled = compiled(self.model.forward_features)
 
     def _survey(self, size: int) -> tuple[str, int, tuple[int, int], tuple[int, ...]]:

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
@@ -72,7 +72,7 @@ def load_backbone(
             position embeddings and tables.
         channels: of the images, which the weights must have; timm adapts its own weights to any number.
         pool: what stands for the image in a plain ViT; by default as with the weights. Other models have their own.
-        pretrained: False leaves the weights as timm initialises the model.
+        pretrained: False leaves the weights as timm initializes the model.
         head: False leaves an exported classifier's head aside.
         seed: of what is random. The global random numbers are left alone.
         timm_options: keywords of the timm model, in place of those of the weights: drop_path_rate, drop_rate, num_heads, ...
@@ -175,7 +175,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
 
 
 def _released(file: Path, heads: int | None) -> _Source:
-    """Return what a checkpoint of MAE's or DINO's authors holds. They all normalised by ImageNet's statistics."""
+    """Return what a checkpoint of MAE's or DINO's authors holds. They all normalized by ImageNet's statistics."""
     state, arguments = released_vit(file, heads=heads)
     size, channels, mean, std = arguments["img_size"], arguments["in_chans"], list(IMAGENET_MEAN), list(IMAGENET_STD)
     return _Source(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
 
@@ -72,7 +72,7 @@ def released_vit(file: str | Path, *, heads: int | None = None) -> tuple[dict[st
 
 
 def released_dino(checkpoint: str | Path | Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-    """Return the weights of "student" and "teacher", and the centre if there is one, of a DINO checkpoint.
+    """Return the weights of "student" and "teacher", and the center if there is one, of a DINO checkpoint.
 
     Names are those of our DINO: "backbone.model..." and "head...". A plain backbone serves as both.
 

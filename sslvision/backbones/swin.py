@@ -4,12 +4,12 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.vit import init_transformer
 from sslvision.errors import UsageError
-from sslvision.nn.compiled import compile_module, compiled, share_graphs
-from sslvision.nn.patches import all_patches, take_patches
-from sslvision.nn.recompute import run_sparingly
+from sslvision.nn.activation_checkpointing import run_checkpointed
+from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.patches import gather_patches, patchify
 from sslvision.nn.windows import Cut, SoundAttention, Windows, all_windows, cut_windows, window_attention
 
 
@@ -17,7 +17,7 @@ class Swin(Backbone):
     """A timm Swin of any width, depth, number of stages, window, patch and image size.
 
     A unit, which is visible or hidden as a whole, is one output token: 32 x 32 pixels with four stages and patches of 4.
-    Merging four neighbours to one stays inside a unit. So visible units are encoded as by the dense model from whose
+    Merging four neighbors to one stays inside a unit. So visible units are encoded as by the dense model from whose
     attention the hidden tokens are removed, without computing anything for these.
 
     Maps that windows do not divide are cut into windows with less in them, and windows larger than the map shrink to it, so
@@ -27,7 +27,7 @@ class Swin(Backbone):
         UsageError: the model is no Swin of the first version, or the image size is not a multiple of a unit.
     """
 
-    hides = True
+    supports_masking = True
 
     # B images, L units, K of them visible, n tokens of a unit in a stage, C its width, D the last one's, p patch side
 
@@ -49,7 +49,7 @@ class Swin(Backbone):
         self.model = model
         self.levels = len(model.layers) - 1  # of merging
         self.image_size = model.patch_embed.img_size
-        self.channels, self.width = model.patch_embed.proj.in_channels, model.num_features
+        self.channels, self.embed_dim = model.patch_embed.proj.in_channels, model.num_features
         self.stride = patch[0] * 2**self.levels
         self.grid = self.units_of(*self.image_size)
         self.num_prefix = 0
@@ -71,9 +71,9 @@ class Swin(Backbone):
         if keep is None and (height, width) == tuple(self.image_size) and self.windows_divide:
             return self.model.forward_features(images).flatten(1, 2)  # (B, L, D)
         if keep is None:
-            units = all_patches(images, self.stride).unflatten(2, (-1, self.stride, self.stride))
+            units = patchify(images, self.stride).unflatten(2, (-1, self.stride, self.stride))
         else:
-            units = take_patches(images, keep, self.stride)  # (B, K, channels, stride, stride)
+            units = gather_patches(images, keep, self.stride)  # (B, K, channels, stride, stride)
         tokens = self._embed(units)  # (B, K * n, C)
         for level, stage in zip(range(self.levels, -1, -1), self.model.layers, strict=True):
             if not isinstance(stage.downsample, nn.Identity):
@@ -137,8 +137,8 @@ class Swin(Backbone):
             elif cut not in windows and keep is not None:
                 count = self._counts and keep.device.type == "cpu"
                 windows[cut] = cut_windows(keep, unit, cut, B // len(keep), count=count)
-            sparing = stage.grad_checkpointing and self.training
-            tokens = run_sparingly(self._run_block, block, tokens, windows[cut], sparing=sparing)
+            checkpointed = stage.grad_checkpointing and self.training
+            tokens = run_checkpointed(self._run_block, block, tokens, windows[cut], enabled=checkpointed)
         return tokens
 
     def compile_blocks(self) -> None:
@@ -150,7 +150,7 @@ class Swin(Backbone):
         self._run_block, self._counts = compiled(run_block), False
 
     def init_weights(self) -> None:
-        """Initialise as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices; biases of attention near 0."""
+        """Initialize as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices; biases of attention near 0."""
         init_transformer(self.model)
         nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.flatten(1))
         for stage in self.model.layers:

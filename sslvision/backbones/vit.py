@@ -8,13 +8,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
+from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
-from sslvision.nn.compiled import compile_module, compiled, share_graphs
-from sslvision.nn.patches import all_patches, gather_tokens, take_patches
+from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.patches import gather_patches, gather_tokens, patchify
 from sslvision.nn.position import sincos_position
-from sslvision.nn.recompute import run_sparingly
 from sslvision.nn.residual import in_compute_type
 
 
@@ -25,7 +25,7 @@ class ViT(Backbone):
         UsageError: the image size is not a multiple of the patch size.
     """
 
-    hides = True
+    supports_masking = True
 
     # B images, L patches of an image, K of them visible, P class and register tokens, D width, p patch side
 
@@ -34,7 +34,7 @@ class ViT(Backbone):
         embed = model.patch_embed
         self.model = model
         self.image_size, self.grid = embed.img_size, embed.grid_size
-        self.channels, self.width = model.in_chans, model.embed_dim
+        self.channels, self.embed_dim = model.in_chans, model.embed_dim
         self.stride = embed.patch_size[0]
         self.num_prefix = model.num_prefix_tokens
         self._block_part, self._block_joined = block_part, block_joined
@@ -59,13 +59,19 @@ class ViT(Backbone):
             return super().forward(*images)
         embedded = [self._embed(one) for one in images]  # each (B, P+L, D)
         sizes = tuple((tokens.shape[0], tokens.shape[1]) for tokens in embedded)
-        sparing = self.sparing and self.training
+        checkpointed = self.activation_checkpointing and self.training
         joined = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # (T, D)
         for block in blocks:
-            joined = run_sparingly(self._block_joined, block, joined, sizes, sparing=sparing)
+            joined = run_checkpointed(self._block_joined, block, joined, sizes, enabled=checkpointed)
         of_size = joined.split([B * N for B, N in sizes])
         features = [
-            run_sparingly(self._block_part, last, tokens.view(B, N, -1), slice(0, 1), sparing=sparing)  # (B, 1, D)
+            run_checkpointed(
+                self._block_part,
+                last,
+                tokens.view(B, N, -1),
+                slice(0, 1),
+                enabled=checkpointed,
+            )  # (B, 1, D)
             for tokens, (B, N) in zip(of_size, sizes, strict=True)
         ]
         return self.pool(self.model.norm(torch.cat(features)))
@@ -76,7 +82,7 @@ class ViT(Backbone):
         images = in_compute_type(images)  # as the projection would have its patches
         # (B, L or K, C * p * p)
         patches = (
-            all_patches(images, self.stride) if keep is None else take_patches(images, keep, self.stride).flatten(2)
+            patchify(images, self.stride) if keep is None else gather_patches(images, keep, self.stride).flatten(2)
         )
         # A convolution whose windows never overlap is a matrix product.
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
@@ -94,7 +100,7 @@ class ViT(Backbone):
     def _attend(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
         """Run some blocks (B, N, D) -> (B, N, D), keeping only their inputs for the backward pass if so set."""
         for block in blocks:
-            tokens = run_sparingly(block, tokens, sparing=self.sparing and self.training)
+            tokens = run_checkpointed(block, tokens, enabled=self.activation_checkpointing and self.training)
         return tokens
 
     def _add_prefix(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
@@ -107,8 +113,8 @@ class ViT(Backbone):
         position = model.pos_embed
         if tuple(grid) != tuple(self.grid):
             position = resample_abs_pos_embed(position, list(grid), list(self.grid), num_prefix_tokens=first)
-        places = position[:, first:]  # (1, rows * columns, D)
-        tokens = tokens + (places if keep is None else gather_tokens(places, keep))
+        indices = position[:, first:]  # (1, rows * columns, D)
+        tokens = tokens + (indices if keep is None else gather_tokens(indices, keep))
         tokens = torch.cat([*prefix, tokens], dim=1)
         if first:
             tokens = torch.cat([tokens[:, :first] + position[:, :first], tokens[:, first:]], dim=1)
@@ -142,13 +148,13 @@ class ViT(Backbone):
             )
         first = position.shape[1] - self.grid[0] * self.grid[1]
         with torch.no_grad():
-            position.copy_(sincos_position(self.width, self.grid, num_prefix=first))
+            position.copy_(sincos_position(self.embed_dim, self.grid, num_prefix=first))
         position.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Initialise as the MAE paper does (appendix A.1): Xavier-uniform matrices, tokens normal with deviation 0.02."""
+        """Initialize as the MAE paper does (appendix A.1): Xavier-uniform matrices, tokens normal with deviation 0.02."""
         init_transformer(self.model)
-        nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.view(self.width, -1))
+        nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.view(self.embed_dim, -1))
         for token in (self.model.cls_token, self.model.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02)

@@ -10,7 +10,7 @@ class Batch(NamedTuple):
 
     Attributes:
         crops: uint8 crops (B, C, S, S), one tensor for each of the method's crops.
-        places: (B,) int64, the place in the data set of each image asked for: the key of its randomness.
+        indices: (B,) int64, the place in the data set of each image asked for: the key of its randomness.
         epoch: (B,) int64.
         unreadable: images that could not be decoded, (place, reason); others stand in for them.
         shown: (B,) int64, the place of each image that is in the crops, a stand-in's where there is one: the key of its
@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     """
 
     crops: list[Tensor]
-    places: Tensor
+    indices: Tensor
     epoch: Tensor
     unreadable: list[tuple[int, str]]
     shown: Tensor

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvision.data.base import Source, Splits, UnreadableImage
 from sslvision.data.cache_build import build, shrunk
-from sslvision.data.folder import FileSource
+from sslvision.data.source import Source, Splits, UnreadableImage
+from sslvision.data.sources.folder import FileSource
 from sslvision.errors import DataError, StorageError, UsageError
 
 try:
@@ -59,7 +59,7 @@ class CachedSource:
     source: FileSource
     side: int  # short side of the largest images
     folder: Path
-    starts: np.ndarray  # (N,) int64, places in the file of pixels
+    starts: np.ndarray  # (N,) int64, indices in the file of pixels
     sizes: np.ndarray  # (N, 2) int32, height and width; 0 where an image is not in the cache
     reasons: dict[int, str]  # why it is not; those without a reason are read from their files
     images: Tensor | None = None

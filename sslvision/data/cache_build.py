@@ -12,12 +12,12 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sslvision.data.base import UnreadableImage
+from sslvision.augment.crops import resize
 from sslvision.data.decode import image_size
-from sslvision.data.folder import FileSource
+from sslvision.data.source import UnreadableImage
+from sslvision.data.sources.folder import FileSource
 from sslvision.data.workers import begin_worker
 from sslvision.errors import StorageError
-from sslvision.views.geometry import resize
 
 KEPT_FREE = 0.1  # of the room that is free
 Cached = tuple[int, int, str | None]  # height, width, and why an image has none; "": ask the file again

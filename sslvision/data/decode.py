@@ -1,14 +1,14 @@
 """Image files to 8-bit tensors, through PIL: every kind of file has one defined conversion, every failure a reason.
 
-PIL, because torchvision's own decoder crashes the process on a damaged PNG. Of an upright colour JPEG, the usual file,
+PIL, because torchvision's own decoder crashes the process on a damaged PNG. Of an upright color JPEG, the usual file,
 torchvision makes the same bytes in three quarters of the time, and where it fails PIL has the last word. The conversions:
 
-- Transparency (RGBA, LA, palettes and colour keys) is composited on white: what a person sees on a page.
-- CMYK, YCbCr, palette and 1-bit images become RGB; grey is repeated; colour becomes grey by its luma (ITU-R 601).
-- 16-bit grey, 32-bit integers within 0..65535: value / 257, rounded, whatever the image's own range, so that images
+- Transparency (RGBA, LA, palettes and color keys) is composited on white: what a person sees on a page.
+- CMYK, YCbCr, palette and 1-bit images become RGB; gray is repeated; color becomes gray by its luma (ITU-R 601).
+- 16-bit gray, 32-bit integers within 0..65535: value / 257, rounded, whatever the image's own range, so that images
   stay comparable. Floats within 0..1: value * 255; floats beyond 1 but within 0..65535: as 16-bit. Values outside
   0..65535 have no agreed range: each such image is stretched from its least to its greatest value. NaN and infinity
-  are refused. PIL hands out 16-bit colour as its high bytes.
+  are refused. PIL hands out 16-bit color as its high bytes.
 - The EXIF orientation is applied; ICC profiles are not. Of several pages or frames the first is read, except below.
 - `channels` other than 1 and 3: a file with exactly that many bands (their values as they are: alpha is a band like
   any other), or with exactly that many pages of one band and one size, such as a TIFF stack. PIL opens no file of
@@ -28,7 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-from sslvision.data.base import UnreadableImage
+from sslvision.data.source import UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 MAX_PIXELS = 100_000_000
@@ -122,7 +122,7 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS)
     Raises UnreadableImage where the image has not the bands asked for, and PIL's own errors: see `reasons_in_words`.
     """
     if channels in (1, 3):
-        return _tensor(_grey_or_colour(_upright(image), channels))
+        return _tensor(_gray_or_color(_upright(image), channels))
     bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
     if bands == channels and pages == 1:
         return _tensor(np.array(_upright(image)))
@@ -186,7 +186,7 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _grey_or_colour(image: Image.Image, channels: int) -> np.ndarray:
+def _gray_or_color(image: Image.Image, channels: int) -> np.ndarray:
     """Return (H, W) uint8 for one channel, (H, W, 3) for three."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
@@ -207,7 +207,7 @@ def _stack(image: Image.Image, pages: int) -> np.ndarray:
         image.seek(page)
         if len(image.getbands()) != 1:
             raise UnreadableImage(f"page {page + 1} of {pages} has {len(image.getbands())} bands, not one")
-        stack.append(_grey_or_colour(_upright(image), 1))
+        stack.append(_gray_or_color(_upright(image), 1))
         if stack[-1].shape != stack[0].shape:
             raise UnreadableImage(f"pages of different sizes: page {page + 1} of {pages} is unlike the first")
     return np.stack(stack, axis=-1)

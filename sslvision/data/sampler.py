@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import Sampler
 
+from sslvision.augment.randomness import permutation
 from sslvision.errors import DataError, UsageError
-from sslvision.nn.randomness import permutation
 
 Key = tuple[int, int]  # (epoch, index): all a worker needs to draw an image's randomness
 

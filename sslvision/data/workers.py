@@ -6,7 +6,7 @@ import sys
 import threading
 from types import TracebackType
 
-from sslvision.nn.allocator import keep_freed_memory
+from sslvision.system.allocator import keep_freed_memory
 
 
 def begin_worker(worker: int) -> None:

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from sslvision.backbones.base import Backbone
+from sslvision.augment.crops import Crop
+from sslvision.augment.randomness import ImageRandom, number
+from sslvision.backbones.backbone import Backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
-from sslvision.nn.capture import CapturedStep
-from sslvision.nn.compiled import compile_module, compiled
-from sslvision.nn.head import DINOHead
+from sslvision.nn.compilation import compiled
+from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.normalize import Normalize
-from sslvision.nn.randomness import ImageRandom, number
 from sslvision.optim.groups import decay_groups
-from sslvision.optim.guard import guard
-from sslvision.views.geometry import Crop
+from sslvision.optim.nonfinite import skip_nonfinite
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Method(L.LightningModule):
 
     @abstractmethod
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
-        """Return "loss", which is minimised, and whatever else is worth logging, all scalars.
+        """Return "loss", which is minimized, and whatever else is worth logging, all scalars.
 
         A pure function of weights, buffers, views and time. In a CUDA graph (`capturable`), `clock` is None: Python runs once,
         at the capture, so what depends on time is in buffers that `set_clock` has written.
@@ -130,7 +129,7 @@ class Method(L.LightningModule):
     def after_update(self, clock: Clock) -> None:
         """Do what follows an optimizer update, such as moving a teacher. Called once per update."""
 
-    def spare_memory(self) -> None:
+    def enable_activation_checkpointing(self) -> None:
         """Keep only the inputs of blocks for the backward pass, and compute the rest again there: the same numbers, slower.
 
         Raises:
@@ -138,20 +137,18 @@ class Method(L.LightningModule):
         """
         for module in self.modules():
             if isinstance(module, Backbone) and any(parameter.requires_grad for parameter in module.parameters()):
-                module.spare_memory()
+                module.enable_activation_checkpointing()
 
     def compile_blocks(self) -> None:
-        """Have blocks, heads and `compilable` functions compiled when they first run. Before DDP wraps the method."""
+        """Have blocks and `compilable` functions compiled when they first run. Before DDP wraps the method."""
         for module in self.modules():
             if isinstance(module, Backbone):
                 module.compile_blocks()
-            elif isinstance(module, DINOHead):
-                compile_module(module)
         for name in self.compilable:
             setattr(self, name, compiled(getattr(self, name)))
 
     def capture_steps(self) -> None:
-        """Have views and losses captured as CUDA graphs in the first step, see nn/capture.py. After `compile_blocks`."""
+        """Have views and losses captured as CUDA graphs in the first step, see nn/cuda_graphs.py. After `compile_blocks`."""
         self.captures = True
 
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
@@ -187,7 +184,7 @@ class Method(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch. Dropout and drop-path draw from (seed, update, process, accumulated batch)."""
         clock = self.clock
-        inputs = [*batch.crops, batch.places, batch.epoch, batch.shown]
+        inputs = [*batch.crops, batch.indices, batch.epoch, batch.shown]
         if self.captures and self._captured is None:
             self._captured = CapturedStep(self._step_of, self, inputs)
         seed = number(self.seed, clock.step, self.trainer.global_rank, len(self._micro_batches))
@@ -209,13 +206,13 @@ class Method(L.LightningModule):
 
     def _step(self, batch: Batch, clock: Clock | None) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, enabled=False):
-            views = self.views(batch, ImageRandom(self.seed, batch.epoch, batch.places))
+            views = self.views(batch, ImageRandom(self.seed, batch.epoch, batch.indices))
         return self.losses(views, clock)
 
     def _step_of(self, *inputs: Tensor) -> dict[str, Tensor]:
         """Return the losses of a batch given as its tensors; the clock is that of `set_clock`."""
-        *crops, places, epoch, shown = inputs
-        return self._step(Batch(crops, places, epoch, [], shown), None)
+        *crops, indices, epoch, shown = inputs
+        return self._step(Batch(crops, indices, epoch, [], shown), None)
 
     def optimizer_step(
         self,
@@ -250,7 +247,7 @@ class Method(L.LightningModule):
     def ready(self, optimizer: Optimizer, clock: Clock) -> Tensor:
         """Do all that is due between the gradients and the update. Return the norm of all gradients, a scalar on the device."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm, norms = guard(optimizer, gradients)
+        norm, norms = skip_nonfinite(optimizer, gradients)
         self.before_update(clock, gradients, norms)
         return norm
 

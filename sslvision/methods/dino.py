@@ -1,12 +1,12 @@
 """Emerging properties in self-supervised vision transformers (DINO; Caron et al. 2021, arXiv:2104.14294).
 
 A student sees two global and several local crops of an image, a teacher the global ones. The student learns to tell,
-from each crop, what the teacher says of the other global crop. The teacher is the student's running mean; centring keeps
+from each crop, what the teacher says of the other global crop. The teacher is the student's running mean; centering keeps
 it from giving one answer to all, sharpening from giving all answers at once.
 
     crops -> student -> p_s            loss = mean over t, s != t of H(p_t, p_s)
-    global crops -> teacher -> centre, sharpen -> p_t
-    teacher <- m teacher + (1 - m) student,   centre <- c centre + (1 - c) mean of the teacher's outputs
+    global crops -> teacher -> center, sharpen -> p_t
+    teacher <- m teacher + (1 - m) student,   center <- c center + (1 - c) mean of the teacher's outputs
 """
 
 import copy
@@ -20,24 +20,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sslvision.backbones.base import Backbone
-from sslvision.backbones.pictures import look_inside
+from sslvision.augment.color import Photometry, apply_photometry, draw_photometry, recolor, solarize_and_normalize
+from sslvision.augment.crops import Crop
+from sslvision.augment.randomness import ImageRandom
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.released import part_of, released_dino, vit_like
+from sslvision.backbones.visualize import visualize_features
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.nn.collapse import name_collapse
-from sslvision.nn.ema import follow, own_statistics
-from sslvision.nn.head import DINOHead
+from sslvision.methods.dino_collapse import name_collapse
+from sslvision.methods.dino_head import DINOHead
+from sslvision.methods.dino_loss import cross_entropy_of_pairs
+from sslvision.nn.compilation import compile_module
+from sslvision.nn.ema import own_statistics, update_ema
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.nn.pairs import cross_entropy_of_pairs
-from sslvision.nn.randomness import ImageRandom
 from sslvision.optim.schedules import cosine_by_step
-from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry, recolor, solarize_and_normalize
 
-# Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the centre.
-SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "centre"}
+# Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the center.
+SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "center"}
 
 
 class DINO(Method):
@@ -46,20 +47,20 @@ class DINO(Method):
     Args:
         backbone: becomes the student; its copy is the teacher.
         prototypes: K, outputs of the head (65,536).
-        hidden, bottleneck, batch_norm, unit_prototypes: see DINOHead.
+        hidden, bottleneck, batch_norm, norm_last_layer: see DINOHead.
         student_temp: sharpness of the student (0.1).
         warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: sharpness of the teacher, linear per epoch.
-        centre_momentum: of the centre (0.9).
+        center_momentum: of the center (0.9).
         momentum: of the teacher at the start; 1 at the end, by half a cosine.
         freeze_prototypes_epochs: epochs in which the prototypes stay as they are.
         clip_gradient: largest norm of each parameter's gradient; 0 for no bound.
         global_scale, local_scale: share of the image's area of the crops.
         local_crops, local_size: how many, and their side in pixels.
-        jitter, grey: probabilities of colour jitter and of greyscale.
+        jitter, gray: probabilities of color jitter and of grayscale.
         jitter_strength: see Photometry.
         blur: probabilities of a blur of the first global crop, the second, and the local ones.
         blur_sigma: weakest and strongest blur, in pixels.
-        solarize: probability of solarising the second global crop.
+        solarize: probability of solarizing the second global crop.
         lr, min_lr, warmup_epochs, weight_decay, weight_decay_end, betas: of AdamW, by update.
         mean, std: of the pixels, per channel, on the scale 0..1.
         seed: of the views.
@@ -86,12 +87,12 @@ class DINO(Method):
         hidden: int = 2048,
         bottleneck: int = 256,
         batch_norm: bool = False,
-        unit_prototypes: bool = True,
+        norm_last_layer: bool = True,
         student_temp: float = 0.1,
         warmup_teacher_temp: float = 0.04,
         teacher_temp: float = 0.04,
         warmup_teacher_temp_epochs: int = 0,
-        centre_momentum: float = 0.9,
+        center_momentum: float = 0.9,
         momentum: float = 0.996,
         freeze_prototypes_epochs: int = 1,
         clip_gradient: float = 3.0,
@@ -101,7 +102,7 @@ class DINO(Method):
         local_size: int = 96,
         jitter: float = 0.8,
         jitter_strength: float = 1.0,
-        grey: float = 0.2,
+        gray: float = 0.2,
         blur: tuple[float, float, float] = (1.0, 0.1, 0.5),
         blur_sigma: tuple[float, float] = (0.1, 2.0),
         solarize: float = 0.2,
@@ -117,20 +118,20 @@ class DINO(Method):
     ):
         if min(student_temp, warmup_teacher_temp, teacher_temp) <= 0:
             raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
-        if not (0 <= momentum <= 1 and 0 <= centre_momentum <= 1):
-            raise UsageError(f"{momentum=} and {centre_momentum=} must each be from 0 to 1.")
-        if local_crops < 0 or (local_crops and not backbone.takes(local_size)):
+        if not (0 <= momentum <= 1 and 0 <= center_momentum <= 1):
+            raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
+        if local_crops < 0 or (local_crops and not backbone.supports_image_size(local_size)):
             raise UsageError(
                 f"{local_crops=} of {local_size=} pixels cannot be: give 0 or more, of a size that the backbone can read, such "
                 f"as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
             )
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
-        colour = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "grey_probability": grey}
-        view = partial(Photometry, **colour, blur_sigma=blur_sigma)
+        color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}
+        view = partial(Photometry, **color, blur_sigma=blur_sigma)
         first, second = view(blur_probability=blur[0]), view(blur_probability=blur[1], solarize_probability=solarize)
         self.photometry = [first, second, *[view(blur_probability=blur[2])] * local_crops]  # of each crop
-        self.student_temp, self.centre_momentum, self.clip_gradient = student_temp, centre_momentum, clip_gradient
+        self.student_temp, self.center_momentum, self.clip_gradient = student_temp, center_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
         self.schedule_lr = partial(cosine_by_step, start=lr, end=min_lr)
@@ -138,12 +139,12 @@ class DINO(Method):
         self.schedule_momentum = partial(cosine_by_step, start=momentum, end=1.0)
 
         head = DINOHead(
-            backbone.width,
+            backbone.embed_dim,
             prototypes,
             hidden=hidden,
             bottleneck=bottleneck,
             batch_norm=batch_norm,
-            unit_prototypes=unit_prototypes,
+            norm_last_layer=norm_last_layer,
         )
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
@@ -160,9 +161,15 @@ class DINO(Method):
         self.teacher.eval()
         return self
 
+    def compile_blocks(self) -> None:
+        """Treat the heads as the blocks; see Method.compile_blocks."""
+        super().compile_blocks()
+        for network in (self.student, self.teacher):
+            compile_module(network["head"])
+
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return S augmented, normalised crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
-        augmented, B = list[Tensor](), len(batch.places)
+        """Return S augmented, normalized crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
+        augmented, B = list[Tensor](), len(batch.indices)
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
         finish = partial(self.finish, normalize=self.normalize)
         for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
@@ -175,14 +182,14 @@ class DINO(Method):
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts.
 
-        Keeps the mean of the teacher's outputs, by which `after_update` moves the centre.
+        Keeps the mean of the teacher's outputs, by which `after_update` moves the center.
         """
         B = len(views[0])
         if clock is not None:
             self.set_clock(clock)
         with torch.no_grad(), own_statistics(self.teacher):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
-            q = ((target - self.center) / self.teacher_temperature).softmax(dim=-1)  # with the centre of before
+            q = ((target - self.center) / self.teacher_temperature).softmax(dim=-1)  # with the center of before
             self.teacher_means += target.mean(dim=0, keepdim=True)
             self.micro_batches += 1
         z = embed(self.student, *(torch.cat(crops) for crops in (views[:2], views[2:]) if crops))  # (SB, K)
@@ -210,8 +217,8 @@ class DINO(Method):
 
     @torch.no_grad()
     def after_update(self, clock: Clock) -> None:
-        """Move the teacher towards the student, and the centre towards the mean of the teacher's outputs (Eq. 4)."""
-        follow(self.teacher, self.student, self.schedule_momentum(clock.step, steps=clock.steps))
+        """Move the teacher towards the student, and the center towards the mean of the teacher's outputs (Eq. 4)."""
+        update_ema(self.teacher, self.student, self.schedule_momentum(clock.step, steps=clock.steps))
         mean = self.teacher_means / self.micro_batches  # (1, K)
         self.teacher_means.zero_()
         self.micro_batches.zero_()
@@ -219,7 +226,7 @@ class DINO(Method):
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
         mean = mean.where(mean.isfinite(), self.center)  # one broken batch must not spoil all that follow
-        self.center.lerp_(mean, 1 - self.centre_momentum)
+        self.center.lerp_(mean, 1 - self.center_momentum)
 
     def set_clock(self, clock: Clock) -> None:
         """Write the teacher's temperature to its buffer."""
@@ -246,9 +253,9 @@ class DINO(Method):
         return backbone
 
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return where the teacher's class token looks, and what its patches hold; see `look_inside`."""
+        """Return where the teacher's class token looks, and what its patches hold; see `visualize_features`."""
         seen = self.normalize(images)
-        return look_inside(self.pretrained(), seen, self.normalize.undo(seen))
+        return visualize_features(self.pretrained(), seen, self.normalize.undo(seen))
 
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
         """Name a collapse in words (section 5.3, figure 7). Near-uniform answers are no alarm before the warm-up's end."""

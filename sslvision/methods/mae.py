@@ -19,34 +19,34 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from sslvision.backbones.base import Backbone
-from sslvision.backbones.pictures import look_inside
+from sslvision.augment.crops import Crop
+from sslvision.augment.randomness import ImageRandom
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.released import read_released, vit_like
+from sslvision.backbones.visualize import visualize_features
 from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
+from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.attention import block_of_shared, block_part
-from sslvision.nn.compiled import compile_module, compiled
+from sslvision.nn.compilation import compile_module, compiled
 from sslvision.nn.masking import random_keep, visible_count
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.nn.patches import gather_tokens, put_patches, take_patches
+from sslvision.nn.patches import gather_patches, gather_tokens, scatter_patches
 from sslvision.nn.position import sincos_position
-from sslvision.nn.randomness import ImageRandom
-from sslvision.nn.recompute import run_sparingly
 from sslvision.nn.residual import in_compute_type
 from sslvision.optim.schedules import warmup_cosine
-from sslvision.views.geometry import Crop
 
 
 class MAE(Method):
     """Masked autoencoder on a ViT.
 
     Args:
-        backbone: the encoder; its weights are initialised as in the paper and its positions become sine-cosine.
+        backbone: the encoder; its weights are initialized as in the paper and its positions become sine-cosine.
         mask_ratio: share of patches hidden (section 3; 0.75).
-        norm_pix: predict each patch's pixels normalised by its own mean and deviation (section 3, "Reconstruction target").
-        decoder_width, decoder_depth, decoder_heads: of the decoder (table 1; 512, 8, 16).
+        norm_pix: predict each patch's pixels normalized by its own mean and deviation (section 3, "Reconstruction target").
+        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder (table 1; 512, 8, 16).
         crop_scale: share of the image's area a random resized crop covers (appendix A.1; 0.2 to 1).
         flip: mirror half of the images.
         lr: peak learning rate of the whole batch (appendix A.1: 1.5e-4 x batch / 256).
@@ -72,9 +72,9 @@ class MAE(Method):
         *,
         mask_ratio: float = 0.75,
         norm_pix: bool = True,
-        decoder_width: int = 512,
+        decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         flip: bool = True,
         lr: float = 1.5e-4,
@@ -86,7 +86,7 @@ class MAE(Method):
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
-        check_settings(backbone, mask_ratio, decoder_width, decoder_depth, decoder_heads)
+        check_settings(backbone, mask_ratio, decoder_embed_dim, decoder_depth, decoder_num_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
         if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
@@ -97,20 +97,20 @@ class MAE(Method):
         self.weight_decay = weight_decay
 
         patch, grid, prefix = backbone.stride, backbone.grid, backbone.num_prefix
-        self.decoder_embed = nn.Linear(backbone.width, decoder_width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_width))
-        self.register_buffer("decoder_pos_embed", sincos_position(decoder_width, grid, num_prefix=prefix))
+        self.decoder_embed = nn.Linear(backbone.embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.register_buffer("decoder_pos_embed", sincos_position(decoder_embed_dim, grid, num_prefix=prefix))
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.decoder_blocks = nn.Sequential(
-            *(Block(decoder_width, decoder_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
+            *(Block(decoder_embed_dim, decoder_num_heads, qkv_bias=True, norm_layer=norm) for _ in range(decoder_depth))
         )
-        self.decoder_norm = norm(decoder_width)
-        self.decoder_pred = nn.Linear(decoder_width, patch**2 * backbone.channels)
-        self.sparing, self.block_part, self.block_of_shared = False, block_part, block_of_shared
+        self.decoder_norm = norm(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch**2 * backbone.channels)
+        self.activation_checkpointing, self.block_part, self.block_of_shared = False, block_part, block_of_shared
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise encoder and decoder as the paper does (appendix A.1)."""
+        """Initialize encoder and decoder as the paper does (appendix A.1)."""
         self.backbone.init_weights()
         if isinstance(self.backbone, ViT):  # a Swin knows positions by the biases of its windows
             self.backbone.use_sincos_positions()
@@ -118,10 +118,10 @@ class MAE(Method):
             init_transformer(module)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def spare_memory(self) -> None:
-        """Treat the decoder's blocks as the encoder's; see Method.spare_memory."""
-        super().spare_memory()
-        self.sparing = True
+    def enable_activation_checkpointing(self) -> None:
+        """Treat the decoder's blocks as the encoder's; see Method.enable_activation_checkpointing."""
+        super().enable_activation_checkpointing()
+        self.activation_checkpointing = True
 
     def compile_blocks(self) -> None:
         """Treat the decoder's blocks as the encoder's; see Method.compile_blocks."""
@@ -131,7 +131,7 @@ class MAE(Method):
         self.block_part, self.block_of_shared = compiled(block_part), compiled(block_of_shared)
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalised images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
+        """Return normalized images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
         rows, columns = self.backbone.grid
         return [self.normalize(batch.crops[0]), rng.uniform("mask", rows * columns)]
 
@@ -158,24 +158,33 @@ class MAE(Method):
         masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
         *blocks, last = self.decoder_blocks
         if blocks:
-            tokens = run_sparingly(self.block_of_shared, blocks[0], tokens, masked, hidden, sparing=self.sparing)
+            tokens = run_checkpointed(
+                self.block_of_shared,
+                blocks[0],
+                tokens,
+                masked,
+                hidden,
+                enabled=self.activation_checkpointing,
+            )
         else:
             tokens = torch.cat([tokens, gather_tokens(masked, hidden)], dim=1)  # (B, P+K+H, E)
         for block in blocks[1:]:
-            tokens = run_sparingly(block, tokens, sparing=self.sparing)
+            tokens = run_checkpointed(block, tokens, enabled=self.activation_checkpointing)
         unseen = slice(prefix + keep.shape[1], None)
-        tokens = run_sparingly(self.block_part, last, tokens, unseen, sparing=self.sparing)  # (B, H, E)
+        tokens = run_checkpointed(
+            self.block_part, last, tokens, unseen, enabled=self.activation_checkpointing
+        )  # (B, H, E)
         return self.decoder_pred(self.decoder_norm(tokens))
 
     def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """Return the pixels of hidden patches (B, H, p*p*C), channels last, normalised per patch if `norm_pix`."""
-        pixels = take_patches(images, hidden, self.backbone.stride).permute(0, 1, 3, 4, 2).flatten(2)
+        """Return the pixels of hidden patches (B, H, p*p*C), channels last, normalized per patch if `norm_pix`."""
+        pixels = gather_patches(images, hidden, self.backbone.stride).permute(0, 1, 3, 4, 2).flatten(2)
         if not self.norm_pix:
             return pixels
-        centred = pixels - pixels.mean(dim=-1, keepdim=True)  # torch.var_mean takes ten times as long on a CPU
+        centerd = pixels - pixels.mean(dim=-1, keepdim=True)  # torch.var_mean takes ten times as long on a CPU
         # unbiased, as the authors' code has it
-        variance = centred.square().sum(dim=-1, keepdim=True) / (pixels.shape[-1] - 1)
-        return centred * (variance + 1e-6).rsqrt()
+        variance = centerd.square().sum(dim=-1, keepdim=True) / (pixels.shape[-1] - 1)
+        return centerd * (variance + 1e-6).rsqrt()
 
     def schedule(self, clock: Clock) -> dict[str, float]:
         """Learning rate: linear warm-up, then half a cosine, per update (appendix A.1)."""
@@ -187,9 +196,9 @@ class MAE(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return originals, what the encoder saw of them, and reconstructions of uint8 images (N, C, S, S); and `look_inside`.
+        """Return uint8 images (N, C, S, S), what the encoder saw of them, and reconstructions; and `visualize_features`.
 
-        Where targets are normalised, a patch's own mean and deviation are given back to its prediction, as in the
+        Where targets are normalized, a patch's own mean and deviation are given back to its prediction, as in the
         authors' pictures: the reconstruction shows structure, not brightness.
         """
         seen = self.normalize(images)
@@ -200,17 +209,17 @@ class MAE(Method):
         keep, hidden = random_keep(noise, self.mask_ratio)
         prediction = self.decode(self.backbone.encode(seen, keep), keep, hidden).float()  # (N, H, p*p*C)
         patch = self.backbone.stride
-        pixels = take_patches(seen, hidden, patch)  # (N, H, C, p, p)
+        pixels = gather_patches(seen, hidden, patch)  # (N, H, C, p, p)
         if self.norm_pix:
             flat = pixels.flatten(2)
             prediction = prediction * (flat.var(-1, keepdim=True) + 1e-6).sqrt() + flat.mean(-1, keepdim=True)
         prediction = prediction.unflatten(2, (patch, patch, -1)).permute(0, 1, 4, 2, 3)  # (N, H, C, p, p)
         originals = self.normalize.undo(seen)
-        masked = put_patches(originals, torch.full_like(pixels, 0.5), hidden)
-        rebuilt = self.normalize.undo(put_patches(seen, prediction.to(seen.dtype), hidden))
+        masked = scatter_patches(originals, torch.full_like(pixels, 0.5), hidden)
+        rebuilt = self.normalize.undo(scatter_patches(seen, prediction.to(seen.dtype), hidden))
         seen_as = f"{100 * hidden.shape[1] / noise.shape[1]:.3g} % hidden"
         reconstructions = [("original", originals), (seen_as, masked), ("reconstructed", rebuilt)]
-        return {"reconstructions": reconstructions, **look_inside(self.backbone, seen, originals)}
+        return {"reconstructions": reconstructions, **visualize_features(self.backbone, seen, originals)}
 
     def describe(self) -> dict[str, str]:
         """Return the exact mask ratio and the number of visible patches."""
@@ -227,7 +236,7 @@ class MAE(Method):
         checkpoint: str | Path | Mapping[str, Any],
         *,
         heads: int | None = None,
-        decoder_heads: int = 16,
+        decoder_num_heads: int = 16,
         **settings: Any,
     ) -> "MAE":
         """Read a checkpoint in the format the authors released: encoder and decoder.
@@ -235,7 +244,7 @@ class MAE(Method):
         Args:
             checkpoint: a file (loaded with weights_only=True), or its state dict, with or without the "model" level.
             heads: attention heads of the encoder, which weights do not tell; by default 64 channels each (80 for ViT-H).
-            decoder_heads: attention heads of the decoder.
+            decoder_num_heads: attention heads of the decoder.
             settings: further arguments of MAE, such as norm_pix.
 
         Raises:
@@ -257,9 +266,9 @@ class MAE(Method):
             settings = {"mean": (0.5,) * channels, "std": (0.5,) * channels} | settings
         method = cls(
             backbone,
-            decoder_width=state["mask_token"].shape[-1],
+            decoder_embed_dim=state["mask_token"].shape[-1],
             decoder_depth=1 + max(int(name.split(".")[1]) for name in state if name.startswith("decoder_blocks.")),
-            decoder_heads=decoder_heads,
+            decoder_num_heads=decoder_num_heads,
             **settings,
         )
         own = {name for name in state if name.startswith(("decoder_", "mask_token"))}
@@ -273,12 +282,12 @@ class MAE(Method):
 def check_settings(
     backbone: Backbone,
     mask_ratio: float,
-    decoder_width: int,
+    decoder_embed_dim: int,
     decoder_depth: int,
-    decoder_heads: int,
+    decoder_num_heads: int,
 ) -> None:
     """Raise UsageError for settings MAE cannot have."""
-    if not backbone.hides:
+    if not backbone.supports_masking:
         raise UsageError(
             f"MAE needs a backbone that encodes visible patches alone, which a {type(backbone.model).__name__} cannot: choose "
             "a plain ViT, such as vit_base_patch16_224, or a Swin, such as swin_tiny_patch4_window7_224; or recipe=dino."
@@ -296,5 +305,7 @@ def check_settings(
         )
     if decoder_depth < 1:
         raise UsageError(f"decoder_depth={decoder_depth} is too small: the decoder has at least one block.")
-    if decoder_heads < 1 or decoder_width % decoder_heads or decoder_width % 4:
-        raise UsageError(f"decoder_width={decoder_width} must be a multiple of 4 and of decoder_heads={decoder_heads}.")
+    if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads or decoder_embed_dim % 4:
+        raise UsageError(
+            f"decoder_embed_dim={decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads={decoder_num_heads}."
+        )

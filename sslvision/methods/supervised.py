@@ -18,20 +18,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from sslvision.backbones.base import Backbone
-from sslvision.backbones.head import classify, put_head
+from sslvision.augment.crops import Crop
+from sslvision.augment.mixing import check_share, erase, mix_images
+from sslvision.augment.randomness import ImageRandom
+from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.classifier import classify, put_head
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.nn.compiled import eagerly
+from sslvision.nn.compilation import eagerly
 from sslvision.nn.freezing import freeze_lowest, hold_still, layers
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.nn.randomness import ImageRandom
-from sslvision.optim.build import build_optimizer
 from sslvision.optim.groups import layer_groups
+from sslvision.optim.optimizers import build_optimizer
 from sslvision.optim.schedules import warmup_cosine
-from sslvision.views.geometry import Crop
-from sslvision.views.mixing import check_share, erase, mix_images
 
 
 class Supervised(Method):
@@ -160,7 +160,7 @@ class Supervised(Method):
     # A step.
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalised images (B, C, S, S), erased and mixed, and their targets (B, K), shares of the classes."""
+        """Return normalized images (B, C, S, S), erased and mixed, and their targets (B, K), shares of the classes."""
         labels = self.labels[batch.shown][:, None]  # (B, 1)
         targets = torch.zeros(len(labels), len(self.classes), device=labels.device).scatter_(1, labels, 1.0)
         images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
@@ -211,12 +211,12 @@ class Supervised(Method):
 
     @eagerly()
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Take note of how well (places (B,), uint8 images (B, C, S, S)) of the validation source are classified."""
-        places, images = batch
-        if not len(places):  # none of this batch could be read
+        """Take note of how well (indices (B,), uint8 images (B, C, S, S)) of the validation source are classified."""
+        indices, images = batch
+        if not len(indices):  # none of this batch could be read
             return
         assert self.validation_labels is not None
-        labels = self.validation_labels[places]
+        labels = self.validation_labels[indices]
         logits = classify(self.evaluated, self.normalize(images))
         right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
         self._measured.append(torch.stack([right, loss, torch.full_like(loss, len(labels))]))
@@ -255,7 +255,7 @@ class Supervised(Method):
         settings = {"Mixup": self.mixup, "CutMix": self.cutmix, "erase": self.erasing}
         settings |= {"label smoothing": self.label_smoothing, "weight decay": self.weight_decay}
         settings["mean of weights"] = self.ema.decay if self.ema else 0
-        rows["regularisation"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
+        rows["regularization"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
         return rows
 
 
@@ -275,7 +275,7 @@ def checked_labels(labels: Tensor | None, classes: int) -> Tensor | None:
     if labels is not None and len(labels) and not (labels.min() >= 0 and labels.max() < classes):
         raise UsageError(
             f"Labels from {labels.min()} to {labels.max()} do not number {classes} classes, from 0 to {classes - 1}: were "
-            "all images labelled, and training and validation images alike?"
+            "all images labeled, and training and validation images alike?"
         )
     return labels
 

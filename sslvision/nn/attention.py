@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
-from sslvision.nn.packed import PackedAttention, packed_attention, packs
+from sslvision.nn.packed_attention import PackedAttention, packed_attention, packs
 from sslvision.nn.patches import gather_tokens
 
 # B images, N tokens, n of them asked for, D width, d width of a head
@@ -39,7 +39,7 @@ def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
     return _rest_of_block(block, tokens, block.attn.qkv(block.norm1(tokens)), sizes)
 
 
-def block_of_shared(block: Block, own: Tensor, shared: Tensor, places: Tensor) -> Tensor:
+def block_of_shared(block: Block, own: Tensor, shared: Tensor, indices: Tensor) -> Tensor:
     """Run a pre-norm timm Block on tokens of each image, and then on such as images have in common.
 
     What a token of those asks and answers is computed once, not for every image that has it.
@@ -48,7 +48,7 @@ def block_of_shared(block: Block, own: Tensor, shared: Tensor, places: Tensor) -
         block: see `divisible`.
         own: (B, n, D).
         shared: (1, L, D).
-        places: (B, H), those of the L that each image has.
+        indices: (B, H), those of the L that each image has.
 
     Returns:
         (B, n + H, D).
@@ -57,8 +57,8 @@ def block_of_shared(block: Block, own: Tensor, shared: Tensor, places: Tensor) -
     qkv = block.attn.qkv(block.norm1(torch.cat([own.flatten(0, 1), shared[0]])))  # (B * n + L, 3 * heads * d)
     of_own, of_shared = qkv.split([B * n, shared.shape[1]])
     of_own = of_own.unflatten(0, (B, n))  # (B, n, 3 * heads * d)
-    qkv = torch.cat([of_own, gather_tokens(of_shared[None], places)], dim=1)  # (B, n + H, 3 * heads * d)
-    tokens = torch.cat([own, gather_tokens(shared, places)], dim=1)  # (B, n + H, D)
+    qkv = torch.cat([of_own, gather_tokens(of_shared[None], indices)], dim=1)  # (B, n + H, 3 * heads * d)
+    tokens = torch.cat([own, gather_tokens(shared, indices)], dim=1)  # (B, n + H, D)
     after = _rest_of_block(block, tokens.flatten(0, 1), qkv.flatten(0, 1), ((B, tokens.shape[1]),))
     return after.view(tokens.shape)
 

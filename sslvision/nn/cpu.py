@@ -131,7 +131,7 @@ class PlainAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """Return the gradient of queries, keys and values."""
         T, d = len(gradient), gradient.shape[1] // ctx.heads
-        of_qkv, kept, start = gradient.new_empty(T, 3 * ctx.heads * d), iter(ctx.saved_tensors), 0
+        grad_qkv, kept, start = gradient.new_empty(T, 3 * ctx.heads * d), iter(ctx.saved_tensors), 0
         for B, N in ctx.sizes:
             q, k, v, p = next(kept), next(kept), next(kept), next(kept)
             rows = slice(start, start := start + B * N)
@@ -142,5 +142,5 @@ class PlainAttention(torch.autograd.Function):
             torch.baddbmm(none, of_logits.mT, q, beta=0, alpha=ctx.scale, out=by_head[1])
             torch.bmm(p.mT, of_out, out=by_head[2])
             by_image = by_head.view(3, B, ctx.heads, N, d).permute(1, 3, 0, 2, 4)  # (B, N, 3, heads, d)
-            of_qkv[rows].view(by_image.shape).copy_(by_image)
-        return of_qkv, None, None, None
+            grad_qkv[rows].view(by_image.shape).copy_(by_image)
+        return grad_qkv, None, None, None

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy persistent buffers.
 
     But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`.
@@ -26,7 +26,7 @@ def follow(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 @contextmanager
 def own_statistics(teacher: nn.Module) -> Iterator[None]:
-    """Let a network in eval mode normalise by its batch where it has batch norms, and keep running statistics of it.
+    """Let a network in eval mode normalize by its batch where it has batch norms, and keep running statistics of it.
 
     The authors' teacher does so, being in train mode. The student's statistics would be those of other weights and, with
     multi-crop, of other crops.

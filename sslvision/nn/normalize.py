@@ -33,5 +33,5 @@ class Normalize(nn.Module):
         return images.float().sub_(mean).div_(std).to(self.mean.dtype)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Return normalised images (B, C, H, W) on the scale 0..1, clipped to it."""
+        """Return normalized images (B, C, H, W) on the scale 0..1, clipped to it."""
         return (images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)

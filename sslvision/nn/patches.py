@@ -5,19 +5,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def all_patches(images: Tensor, patch: int) -> Tensor:
-    """Return the patches of images (B, C, H, W), in the order of `take_patches`: (B, L, C * patch * patch)."""
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Return the patches of images (B, C, H, W), in the order of `gather_patches`: (B, L, C * patch * patch)."""
     B, C, H, W = images.shape
     grid = images.view(B, C, H // patch, patch, W // patch, patch)
     return grid.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)
 
 
-def take_patches(images: Tensor, index: Tensor, patch: int) -> Tensor:
+def gather_patches(images: Tensor, index: Tensor, patch: int) -> Tensor:
     """Copy some patches of each image: nothing depends on another pixel.
 
     Args:
         images: (B, C, H, W), sides divisible by `patch`.
-        index: (B, K), places on the row-major patch grid.
+        index: (B, K), indices on the row-major patch grid.
         patch: side in pixels.
 
     Returns:
@@ -26,11 +26,11 @@ def take_patches(images: Tensor, index: Tensor, patch: int) -> Tensor:
     B, C = images.shape[:2]
     batch = torch.arange(B, device=images.device)[:, None]
     # Whole rows of a contiguous copy are taken faster than scattered pixels of the images.
-    return all_patches(images, patch)[batch, index].unflatten(2, (C, patch, patch))
+    return patchify(images, patch)[batch, index].unflatten(2, (C, patch, patch))
 
 
-def put_patches(canvas: Tensor, patches: Tensor, index: Tensor) -> Tensor:
-    """Return a copy of `canvas` (B, C, H, W) with `patches` (B, K, C, p, p) at grid places `index` (B, K)."""
+def scatter_patches(canvas: Tensor, patches: Tensor, index: Tensor) -> Tensor:
+    """Return a copy of `canvas` (B, C, H, W) with `patches` (B, K, C, p, p) at grid indices `index` (B, K)."""
     B, C, H, W = canvas.shape
     patch = patches.shape[-1]
     columns = W // patch

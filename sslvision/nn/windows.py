@@ -5,7 +5,7 @@ another. That is to say: the map is cut every w tokens, in a shifted block w // 
 if no cut lies between them. So cut, a map of any size needs neither rolling nor padding, and hidden tokens are simply not
 there: attention among visible tokens equals the dense model's with the hidden keys removed.
 
-    visible units -> Windows: who meets whom, and the pairs' places in Swin's table of biases -> window_attention
+    visible units -> Windows: who meets whom, and the pairs' indices in Swin's table of biases -> window_attention
 
 That Swin can encode visible tokens alone is known from GreenMIM (Huang et al. 2022, arXiv:2205.13515), which packs windows
 into groups of equal size; here a window without tokens is left out.
@@ -66,11 +66,11 @@ class Cut:
         return rows * columns
 
     def code(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return a number for each token at y, x: see `pair_places`."""
+        """Return a number for each token at y, x: see `pair_indices`."""
         return y * (2 * self.table[1] - 1) + x
 
-    def pair_places(self, code: Tensor) -> Tensor:
-        """Return the places (b, N, N) in Swin's table of biases of all pairs of tokens (b, N), those of one window."""
+    def pair_indices(self, code: Tensor) -> Tensor:
+        """Return the indices (b, N, N) in Swin's table of biases of all pairs of tokens (b, N), those of one window."""
         middle = (self.table[0] - 1) * (2 * self.table[1] - 1) + self.table[1] - 1  # a token to itself
         return (code + middle)[:, :, None] - code[:, None, :]
 
@@ -82,7 +82,7 @@ class Windows:
     Attributes:
         rows, slots: R, of all images, and S.
         place: (B * N,) the slot of each token among R * S; None where tokens already lie in their slots.
-        bias: (1, S, S), or (b, S, S) where slots have no fixed coordinates: places in the table of biases. b is 1 where all
+        bias: (1, S, S), or (b, S, S) where slots have no fixed coordinates: indices in the table of biases. b is 1 where all
             images have the same tokens.
         unseen: (R, 1 or S, S), 0 or -inf, which is added to keys that may not be seen; None where all may.
     """
@@ -98,10 +98,10 @@ class Geometry(NamedTuple):
     """What of a cut depends on no mask; L units, row by row, their n tokens in `nested_order`.
 
     Attributes:
-        code: (L, n) a number for each token, by which those of two tell their place in the table of biases: `pair_places`.
+        code: (L, n) a number for each token, by which those of two tell their place in the table of biases: `pair_indices`.
         window: (L, n) the window each token is in.
         slot: (L, n) its slot among those of all windows.
-        bias_of_unit, bias_of_window: (1, n, n) and (1, area, area) places in the table of biases.
+        bias_of_unit, bias_of_window: (1, n, n) and (1, area, area) indices in the table of biases.
         ahead: (windows,) how many windows there are up to each.
     """
 
@@ -129,8 +129,8 @@ def geometry_of(cut: Cut, unit: int, device: torch.device) -> Geometry:
         code := cut.code(y, x),
         window,
         slot,
-        bias_of_unit=cut.pair_places(code[:1]),
-        bias_of_window=cut.pair_places(cut.code(in_window // cut.window[1], in_window % cut.window[1])),
+        bias_of_unit=cut.pair_indices(code[:1]),
+        bias_of_window=cut.pair_indices(cut.code(in_window // cut.window[1], in_window % cut.window[1])),
         ahead=torch.arange(1, cut.counts[0] * cut.counts[1] + 1, device=device),
     )
 
@@ -152,7 +152,7 @@ def cut_windows(keep: Tensor, unit: int, cut: Cut, alike: int = 1, *, count: boo
     """Lay visible tokens out for attention within windows, in the cheapest of three ways.
 
     Where units are windows, tokens stay as they lie. Few tokens: all of an image's make one row, and those of other windows
-    are masked. Else every window is a row, tokens at their places in it, and windows without any are left out.
+    are masked. Else every window is a row, tokens at their indices in it, and windows without any are left out.
 
     Args:
         keep: (b, K) visible units of each image; their tokens are laid out one unit after the other, in `nested_order`.
@@ -169,7 +169,7 @@ def cut_windows(keep: Tensor, unit: int, cut: Cut, alike: int = 1, *, count: boo
     window = geometry.window[keep].flatten(1)  # (b, N)
     # Biases of each image's own, or a mask on every pair, cost about as much as the attention itself.
     if (K * n) ** 2 * (1 if b == total == 1 else 2) <= rows * area**2:
-        bias = cut.pair_places(geometry.code[keep].flatten(1))  # (b, N, N)
+        bias = cut.pair_indices(geometry.code[keep].flatten(1))  # (b, N, N)
         if total == 1:
             return Windows(alike * b, K * n, place=None, bias=bias, unseen=None)
         same = window[:, :, None] == window[:, None, :]  # (b, N, N)

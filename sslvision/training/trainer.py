@@ -11,14 +11,14 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
 from timm.layers import set_fused_attn
 
-from sslvision.backbones.base import Backbone
+from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
-from sslvision.nn.allocator import keep_freed_memory
-from sslvision.nn.compiled import wanted
+from sslvision.nn.compilation import wanted
 from sslvision.nn.cpu import suit_cpu
-from sslvision.nn.packed import suit_cuda
-from sslvision.training.checkpoint import AtomicCheckpoints
+from sslvision.nn.packed_attention import suit_cuda
+from sslvision.runs.checkpoint import AtomicCheckpoints
+from sslvision.system.allocator import keep_freed_memory
 
 
 def build_trainer(
@@ -127,8 +127,8 @@ def choose_layers(
         method: before DDP wraps it.
         device: on which it trains.
         compiled: have its blocks and losses compiled; by default on CUDA. If not, a CPU computes them its own way.
-        captured: have each step be two CUDA graphs, see nn/capture.py; by default with a ViT or Swin on one CUDA device, unless
-            activations are computed again in the backward pass, whose random numbers a graph cannot wind back.
+        captured: have each step be two CUDA graphs, see nn/cuda_graphs.py; by default with a ViT or Swin on one CUDA device,
+            unless activations are computed again in the backward pass, whose random numbers a graph cannot wind back.
         processes: how many train together. Graphs leave gradients where DDP does not see them.
         accumulated: batches of an update. Graphs of more than one are taken only if asked for: no GPU has proved them yet.
 
@@ -146,7 +146,7 @@ def choose_layers(
         raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
     backbones = [module for module in method.modules() if isinstance(module, Backbone)]
     # ViT and Swin, which encode visible patches alone, are known to ask the device nothing; of others only a person can say.
-    usual = accumulated == 1 and all(backbone.hides for backbone in backbones)
+    usual = accumulated == 1 and all(backbone.supports_masking for backbone in backbones)
     if captured or (captured is None and not reason and usual):
         method.capture_steps()
 
@@ -171,8 +171,8 @@ def why_not_captured(method: Method, device: torch.device, processes: int) -> st
         return f"{processes} processes exchange gradients during the backward pass"
     if not vars(type(method)).get("capturable"):  # a subclass may do in Python what a graph would do but once
         return f"{type(method).__name__} is not made for them"
-    sparing = any(isinstance(module, Backbone) and module.sparing for module in method.modules())
-    return "memory=low computes activations a second time" if sparing else ""
+    checkpointed = any(isinstance(one, Backbone) and one.activation_checkpointing for one in method.modules())
+    return "activation_checkpointing=true computes activations a second time" if checkpointed else ""
 
 
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from sslvision.backbones.build import build_backbone
-from sslvision.training.weights import export_backbone
+from sslvision.runs.weights import export_backbone
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}

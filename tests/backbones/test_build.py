@@ -23,8 +23,8 @@ def test_a_name_becomes_the_backbone_that_knows_it_best(name):
     kind, options = SMALL[name]
     backbone = build_backbone(name, image_size=32, **options).eval()
     assert type(backbone) is kind
-    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, backbone.width)
-    assert backbone.hides == (kind is not Dense)
+    assert backbone(torch.rand(2, 3, 32, 32)).shape == (2, backbone.embed_dim)
+    assert backbone.supports_masking == (kind is not Dense)
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -38,4 +38,4 @@ def test_its_arguments_build_the_same_model_in_plain_timm(name):
 
 def test_mae_on_a_backbone_that_cannot_skip_is_refused_with_those_that_can():
     with pytest.raises(UsageError, match=r"ResNet cannot: choose a plain ViT.*or a Swin.*recipe=dino"):
-        MAE(build_backbone("resnet10t", image_size=32), decoder_width=16, decoder_heads=2)
+        MAE(build_backbone("resnet10t", image_size=32), decoder_embed_dim=16, decoder_num_heads=2)

@@ -53,7 +53,7 @@ def timm_model(kind, size=SIZE, **more):
 def build(kind, size=SIZE, **more):
     torch.manual_seed(0)
     backbone = Dense(timm_model(kind, size, **more), image_size=size)
-    for parameter in backbone.parameters():  # nothing may be without effect by initialisation
+    for parameter in backbone.parameters():  # nothing may be without effect by initialization
         if parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, std=0.3)
     return backbone.eval()
@@ -66,7 +66,7 @@ def test_features_are_those_of_stock_timm_with_the_same_weights(kind):
     stock = timm_model(kind).double().eval()
     stock.load_state_dict(backbone.model.state_dict())
     features = backbone(images)
-    assert features.shape == (2, backbone.width)
+    assert features.shape == (2, backbone.embed_dim)
     assert torch.allclose(features, stock(images), atol=1e-12)
     if kind not in APART:
         assert torch.allclose(backbone.pool(backbone.encode(images)), features, atol=1e-12)
@@ -104,8 +104,8 @@ def test_dino_trains_it_with_local_crops_and_its_teacher_follows(kind):
     half = FAMILIES[kind][2]
     local = SIZE // 2 if half else SIZE
     backbone = build(kind)
-    assert backbone.takes(local)
-    assert backbone.takes(SIZE // 2) == half
+    assert backbone.supports_image_size(local)
+    assert backbone.supports_image_size(SIZE // 2) == half
     method = dino(backbone).train()
     optimizer = torch.optim.SGD(method.student.parameters(), lr=0.1)
     images = torch.rand(2, 3, SIZE, SIZE)
@@ -146,7 +146,7 @@ def test_it_takes_the_sizes_that_the_network_really_reads(size):
             reads = True
         except (AssertionError, RuntimeError):
             reads = False
-        assert backbone.takes(size) == reads, kind
+        assert backbone.supports_image_size(size) == reads, kind
 
 
 def test_asking_leaves_weights_statistics_modes_and_random_numbers_alone():
@@ -156,7 +156,7 @@ def test_asking_leaves_weights_statistics_modes_and_random_numbers_alone():
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     options_for("test_resnet", SIZE)
-    Dense(model, image_size=SIZE).takes(32)
+    Dense(model, image_size=SIZE).supports_image_size(32)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -182,7 +182,7 @@ def test_in_eval_mode_too_features_follow_the_weights():
 def test_a_model_of_one_channel_says_so():
     backbone = build("ResNet", in_chans=1)
     assert backbone.channels == 1
-    assert backbone(torch.rand(2, 1, SIZE, SIZE)).shape == (2, backbone.width)
+    assert backbone(torch.rand(2, 1, SIZE, SIZE)).shape == (2, backbone.embed_dim)
 
 
 def test_a_map_that_does_not_divide_the_image_has_the_nearest_stride():

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import save_for_hf
 
 from sslvision.backbones.load import load_backbone
-from sslvision.training.weights import export_backbone
+from sslvision.runs.weights import export_backbone
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,7 @@ from sslvision.errors import UsageError
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.nn.normalize import IMAGENET_MEAN
-from sslvision.training.weights import export_backbone
+from sslvision.runs.weights import export_backbone
 
 
 @pytest.mark.parametrize("with_decoder", [True, False])
@@ -21,7 +21,7 @@ def test_a_released_mae_loads_as_its_encoder(released, with_decoder, tmp_path):
     state = released if with_decoder else {name: v for name, v in released.items() if not name.startswith("decoder")}
     torch.save({"model": state, "args": Namespace(lr=1.5e-4)}, tmp_path / "mae.pth")
     loaded = load_backbone(tmp_path / "mae.pth", num_heads=3)
-    assert equal(loaded.backbone, MAE.from_official(released, heads=3, decoder_heads=4).backbone)
+    assert equal(loaded.backbone, MAE.from_official(released, heads=3, decoder_num_heads=4).backbone)
     assert loaded.mean == list(IMAGENET_MEAN)
     assert loaded.weights == f"released checkpoint {tmp_path / 'mae.pth'}"
     export_backbone(loaded.backbone, tmp_path / "export", mean=loaded.mean, std=loaded.std)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from sslvision.backbones.build import build_backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.errors import UsageError
-from sslvision.training.weights import export_backbone
+from sslvision.runs.weights import export_backbone
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def build(name=TINY, image_size=128, window_size=4, dtype=torch.float64, **optio
     torch.manual_seed(0)
     options = {"embed_dim": 24, "drop_path_rate": 0.0, **options}
     model = timm.create_model(name, num_classes=0, img_size=image_size, window_size=window_size, **options)
-    # Nothing may be 0 or 1 by initialisation, and attention is to be sharp.
+    # Nothing may be 0 or 1 by initialization, and attention is to be sharp.
     for name, parameter in model.named_parameters():
         scale = 2 * parameter[0].numel() ** -0.5 if "qkv.w" in name or "embed.proj.w" in name else 0.3
         torch.nn.init.normal_(parameter, mean=float("norm" in name and "weight" in name), std=scale)
@@ -148,7 +148,7 @@ def test_other_swins_are_encoded_as_well(options, kept):
 def test_gradients_are_the_dense_models_without_hidden_keys(image_size, window_size):
     backbone = build(TINY, image_size, window_size, embed_dim=12, num_heads=(1, 2, 4, 8))
     images, keep = torch.randn(2, 3, image_size, image_size, dtype=torch.float64), some_units(backbone)
-    shape = (*keep.shape, backbone.width)
+    shape = (*keep.shape, backbone.embed_dim)
     weight = torch.randn(shape, dtype=torch.float64)
     right = gradients_of(backbone, (weight * dense_without_hidden(backbone.model, images, keep)).sum())
     for name, gradient in gradients_of(backbone, (weight * backbone.encode(images, keep)).sum()).items():
@@ -219,7 +219,7 @@ def test_an_own_size_that_windows_do_not_divide_is_encoded_without_padding():
 def test_at_another_size_gradients_are_right_and_reach_every_parameter():
     backbone = build(TINY, 224, 7, embed_dim=12, num_heads=(1, 2, 4, 8))
     images = torch.randn(2, 3, 96, 96, dtype=torch.float64)
-    weight = torch.randn(2, 9, backbone.width, dtype=torch.float64)
+    weight = torch.randn(2, 9, backbone.embed_dim, dtype=torch.float64)
     right = gradients_of(backbone, (weight * on_whole_maps(backbone.model, images)).sum())
     for name, gradient in gradients_of(backbone, (weight * backbone.encode(images)).sum()).items():
         assert torch.allclose(gradient, right[name], rtol=1e-9, atol=1e-9), name
@@ -334,7 +334,7 @@ def test_exported_weights_load_in_stock_timm_at_another_size_and_window(tmp_path
 def test_the_wrapper_knows_its_grid():
     backbone = build(image_size=(128, 192))
     assert (backbone.stride, backbone.grid, backbone.num_prefix, backbone.channels) == (32, (4, 6), 0, 3)
-    assert backbone.width == 24 * 8
+    assert backbone.embed_dim == 24 * 8
     small = build(image_size=32, patch_size=2, depths=(2, 2, 2), num_heads=(2, 4, 8))
     assert (small.stride, small.grid, small.width) == (8, (4, 4), 24 * 4)
 

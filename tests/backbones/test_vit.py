@@ -19,7 +19,7 @@ def build(kind, image_size=32, patch_size=8, **more):
     torch.manual_seed(0)
     name, options = KINDS[kind]
     backbone = build_backbone(name, image_size=image_size, **{**TINY, "patch_size": patch_size, **options, **more})
-    for parameter in backbone.parameters():  # nothing may be zero by initialisation
+    for parameter in backbone.parameters():  # nothing may be zero by initialization
         torch.nn.init.normal_(parameter, std=0.2)
     return backbone.eval().double()
 

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from sslvision.data import cache as cache_module
-from sslvision.data.base import Splits
 from sslvision.data.cache import cached
+from sslvision.data.source import Splits
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def written(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Return a folder of photographs of many sizes in two classes, one of them grey, one on its side."""
+    """Return a folder of photographs of many sizes in two classes, one of them gray, one on its side."""
     rng = np.random.default_rng(0)
     for number, (height, width) in enumerate([(40, 60), (90, 50), (64, 64), (20, 200), (31, 77), (48, 48), (128, 96)]):
         folder = tmp_path / "photos" / ("cat" if number % 2 else "dog")

@@ -17,5 +17,5 @@ def png_bytes(image):
     return buffer.getvalue()
 
 
-def colour(tensor, row=0, column=0):
+def color(tensor, row=0, column=0):
     return tuple(tensor[:, row, column].tolist())

@@ -11,17 +11,17 @@ import torch
 from caches import KINDS, built
 from PIL import Image
 
+from sslvision.augment.crops import Crop, resize
 from sslvision.data import cache as cache_module
 from sslvision.data import cache_build
-from sslvision.data.base import Splits, UnreadableImage
 from sslvision.data.cache import CachedSource, cached
-from sslvision.data.embedded import open_embedded
-from sslvision.data.folder import open_folder
-from sslvision.data.loading import training_loader
+from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
+from sslvision.data.source import Splits, UnreadableImage
+from sslvision.data.sources.embedded import open_embedded
+from sslvision.data.sources.folder import open_folder
 from sslvision.errors import StorageError, UsageError
-from sslvision.stage_one import open_splits
-from sslvision.views.geometry import Crop, resize
+from sslvision.workflows.pretraining import open_splits
 
 # The pixels
 

@@ -12,13 +12,14 @@ from caches import KINDS, built
 
 from sslvision.data import cache as cache_module
 from sslvision.data import cache_build
-from sslvision.data.folder import open_folder
+from sslvision.data.sources.folder import open_folder
 from sslvision.errors import DataError
 
 SCRIPT = """
 import sys, time
-from sslvision.data import cache, folder
-from sslvision.data.base import Splits
+from sslvision.data import cache
+from sslvision.data.sources import folder
+from sslvision.data.source import Splits
 
 def slow(self, index, read=folder.FileSource.read):
     print("decoding", flush=True)

@@ -6,11 +6,11 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from image_files import RED, WHITE, colour, noise
+from image_files import RED, WHITE, color, noise
 from PIL import Image
 
-from sslvision.data.base import UnreadableImage
 from sslvision.data.decode import from_pil, read_image
+from sslvision.data.source import UnreadableImage
 
 
 def test_rgb_is_read_as_it_is(saved):
@@ -21,14 +21,14 @@ def test_rgb_is_read_as_it_is(saved):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
 
 
-def test_grey_is_read_as_it_is_or_repeated(saved):
+def test_gray_is_read_as_it_is_or_repeated(saved):
     pixels = noise(5, 7)
     path = saved(Image.fromarray(pixels), "a.png")
     assert np.array_equal(read_image(path, 1).numpy(), pixels[None])
     assert np.array_equal(read_image(path, 3).numpy(), np.stack([pixels] * 3))
 
 
-def test_colour_becomes_grey_by_its_luma(saved):
+def test_color_becomes_gray_by_its_luma(saved):
     image = Image.new("RGB", (3, 1))
     image.putdata([(255, 0, 0), (0, 255, 0), (0, 0, 255)])
     assert read_image(saved(image, "a.png"), 1).flatten().tolist() == [76, 150, 29]  # .299, .587, .114 of 255
@@ -45,13 +45,13 @@ def test_transparency_is_composited_on_white(saved):
     image = Image.new("RGBA", (3, 1))
     image.putdata([(255, 0, 0, 255), (0, 0, 0, 0), (0, 0, 0, 128)])
     read = read_image(saved(image, "a.png"), 3)
-    assert colour(read, 0, 0) == RED
-    assert colour(read, 0, 1) == WHITE
-    assert colour(read, 0, 2) == (127, 127, 127)
+    assert color(read, 0, 0) == RED
+    assert color(read, 0, 1) == WHITE
+    assert color(read, 0, 2) == (127, 127, 127)
     assert read_image(saved(image, "b.png"), 1)[0, 0].tolist() == [76, 255, 127]
 
 
-def test_transparent_grey_is_composited_on_white(saved):
+def test_transparent_gray_is_composited_on_white(saved):
     image = Image.new("LA", (2, 1))
     image.putdata([(40, 255), (40, 0)])
     assert read_image(saved(image, "a.png"), 1).flatten().tolist() == [40, 255]
@@ -60,27 +60,27 @@ def test_transparent_grey_is_composited_on_white(saved):
 def test_a_premultiplied_image_is_composited_on_white():
     image = Image.new("LA", (1, 1), (40, 0)).convert("La")
     assert from_pil(image, 1).flatten().tolist() == [255]
-    assert colour(from_pil(Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert("RGBa"), 3)) == WHITE
+    assert color(from_pil(Image.new("RGBA", (1, 1), (0, 0, 0, 0)).convert("RGBa"), 3)) == WHITE
 
 
-def test_a_palette_becomes_its_colours(saved):
+def test_a_palette_becomes_its_colors(saved):
     image = Image.new("P", (2, 1))
     image.putpalette([*RED, 0, 0, 255])
     image.putdata([0, 1])
     read = read_image(saved(image, "a.png"), 3)
-    assert (colour(read, 0, 0), colour(read, 0, 1)) == (RED, (0, 0, 255))
+    assert (color(read, 0, 0), color(read, 0, 1)) == (RED, (0, 0, 255))
 
 
-def test_a_transparent_palette_entry_and_colour_key_become_white(saved):
+def test_a_transparent_palette_entry_and_color_key_become_white(saved):
     image = Image.new("P", (2, 1))
     image.putpalette([*RED, 0, 0, 255])
     image.putdata([0, 1])
     read = read_image(saved(image, "a.png", transparency=b"\xff\x00"), 3)
-    assert (colour(read, 0, 0), colour(read, 0, 1)) == (RED, WHITE)
+    assert (color(read, 0, 0), color(read, 0, 1)) == (RED, WHITE)
     keyed = Image.new("RGB", (2, 1), RED)
     keyed.putpixel((1, 0), (1, 2, 3))
     read = read_image(saved(keyed, "b.png", transparency=(1, 2, 3)), 3)
-    assert (colour(read, 0, 0), colour(read, 0, 1)) == (RED, WHITE)
+    assert (color(read, 0, 0), color(read, 0, 1)) == (RED, WHITE)
 
 
 def test_one_bit_becomes_black_and_white(saved):
@@ -89,17 +89,17 @@ def test_one_bit_becomes_black_and_white(saved):
     assert read_image(saved(image, "a.tif"), 1).flatten().tolist() == [0, 255]
 
 
-def test_cmyk_becomes_the_colour_it_prints(saved):
+def test_cmyk_becomes_the_color_it_prints(saved):
     path = saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "a.tif")
-    assert colour(read_image(path, 3)) == RED
-    red, green, blue = colour(read_image(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "a.jpg"), 3))
+    assert color(read_image(path, 3)) == RED
+    red, green, blue = color(read_image(saved(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "a.jpg"), 3))
     assert red > 250
     assert green < 5
     assert blue < 5
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_a_16_bit_grey_file_keeps_its_range(saved, name):
+def test_a_16_bit_gray_file_keeps_its_range(saved, name):
     values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
     path = saved(Image.fromarray(values), name)
     assert read_image(path, 1).flatten().tolist() == [0, 0, 1, 1, 128, 255]  # value / 257, rounded
@@ -153,14 +153,14 @@ def test_floats_that_are_no_numbers_are_refused(saved, value):
         read_image(path, 1)
 
 
-def test_a_16_bit_colour_png_gives_its_high_bytes(written):
+def test_a_16_bit_color_png_gives_its_high_bytes(written):
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     pixels = zlib.compress(b"\0" + struct.pack(">HHH", 0x1280, 0xFFFF, 0x00FF))
     content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    assert colour(read_image(written(content), 3)) == (0x12, 0xFF, 0x00)
+    assert color(read_image(written(content), 3)) == (0x12, 0xFF, 0x00)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -188,25 +188,25 @@ def test_damaged_exif_does_not_cost_the_image(saved):
     path = saved(Image.new("RGB", (16, 16), WHITE), "a.png", exif=b"Exif\0\0nonsense")
     with Image.open(path) as image, pytest.raises(SyntaxError):
         image.getexif()
-    assert colour(read_image(path, 3)) == WHITE
+    assert color(read_image(path, 3)) == WHITE
 
 
 def test_a_gif_named_jpg_is_read_by_its_content(saved):
     path = saved(Image.new("RGB", (2, 2), RED), "a.jpg", format="GIF")
-    assert colour(read_image(path, 3)) == RED
+    assert color(read_image(path, 3)) == RED
 
 
 def test_the_first_page_of_several_is_read(saved):
     pages = [Image.new("RGB", (2, 2), RED), Image.new("RGB", (2, 2), WHITE)]
-    assert colour(read_image(saved(pages[0], "a.tif", save_all=True, append_images=pages[1:]), 3)) == RED
-    assert colour(read_image(saved(pages[0], "a.gif", save_all=True, append_images=pages[1:]), 3)) == RED
+    assert color(read_image(saved(pages[0], "a.tif", save_all=True, append_images=pages[1:]), 3)) == RED
+    assert color(read_image(saved(pages[0], "a.gif", save_all=True, append_images=pages[1:]), 3)) == RED
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.bmp", "a.tiff", "a.gif"])
 def test_the_common_formats_are_read(saved, name):
     read = read_image(saved(Image.new("RGB", (16, 24), (10, 200, 30)), name), 3)
     assert read.shape == (3, 24, 16)
-    assert np.allclose(colour(read), (10, 200, 30), atol=3)
+    assert np.allclose(color(read), (10, 200, 30), atol=3)
 
 
 # Other numbers of channels
@@ -218,7 +218,7 @@ def test_four_channels_are_the_bands_as_they_are(saved):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), pixels)
 
 
-def test_five_pages_of_grey_are_five_channels(saved):
+def test_five_pages_of_gray_are_five_channels(saved):
     pages = [noise(5, 7, seed=page) for page in range(5)]
     images = [Image.fromarray(page) for page in pages]
     path = saved(images[0], "a.tif", save_all=True, append_images=images[1:])

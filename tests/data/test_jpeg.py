@@ -1,13 +1,13 @@
-"""JPEGs: decoded smaller where that will do, and in colour by a shorter way to the bytes that PIL gives."""
+"""JPEGs: decoded smaller where that will do, and in color by a shorter way to the bytes that PIL gives."""
 
 import numpy as np
 import pytest
 import torch
-from image_files import colour, noise
+from image_files import color, noise
 from PIL import Image
 
-from sslvision.data.base import UnreadableImage
 from sslvision.data.decode import from_pil, read_image
+from sslvision.data.source import UnreadableImage
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,14 @@ def test_a_large_jpeg_is_decoded_no_smaller_than_needed(saved, at_least, expecte
     path = saved(Image.new("RGB", (640, 480), (10, 200, 30)), "a.jpg")
     read = read_image(path, 3, at_least=at_least)
     assert tuple(read.shape[1:]) == expected
-    assert np.allclose(colour(read, 5, 5), (10, 200, 30), atol=3)
+    assert np.allclose(color(read, 5, 5), (10, 200, 30), atol=3)
 
 
 def test_other_formats_are_decoded_in_full_whatever_is_needed(saved):
     assert read_image(saved(Image.new("RGB", (640, 480)), "a.png"), 3, at_least=8).shape == (3, 480, 640)
 
 
-# The shorter way of a colour JPEG
+# The shorter way of a color JPEG
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def pixels_of():
     return read
 
 
-def test_a_colour_jpeg_has_the_bytes_that_pil_gives_whatever_its_encoding(saved, pixels_of):
+def test_a_color_jpeg_has_the_bytes_that_pil_gives_whatever_its_encoding(saved, pixels_of):
     image = Image.fromarray(noise(40, 60, 3)).resize((237, 119))
     for subsampling in (0, 1, 2):
         for options in ({}, {"progressive": True}, {"quality": 100}, {"quality": 20, "restart_marker_rows": 1}):
@@ -79,7 +79,7 @@ def test_what_torchvision_does_not_read_pil_does(saved, pixels_of, monkeypatch):
     assert torch.equal(read_image(path, 3), pixels_of(path))
 
 
-def test_a_turned_jpeg_in_colour_is_put_upright(saved, pixels_of):
+def test_a_turned_jpeg_in_color_is_put_upright(saved, pixels_of):
     exif = Image.Exif()
     exif[0x0112] = 6
     path = saved(Image.fromarray(noise(8, 16, 3)), "a.jpg", exif=exif)

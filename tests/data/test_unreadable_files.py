@@ -9,11 +9,11 @@ import zlib
 
 import numpy as np
 import pytest
-from image_files import RED, colour, noise, png_bytes
+from image_files import RED, color, noise, png_bytes
 from PIL import Image, ImageFile
 
-from sslvision.data.base import UnreadableImage
 from sslvision.data.decode import read_image
+from sslvision.data.source import UnreadableImage
 
 
 def test_an_empty_file_is_named_as_such(written):
@@ -148,7 +148,7 @@ def test_pils_warnings_are_dropped_and_its_settings_left_alone(saved, monkeypatc
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         filters = list(warnings.filters)
-        assert colour(read_image(path, 3)) == RED
+        assert color(read_image(path, 3)) == RED
         assert warnings.filters == filters
     assert seen == []
     assert Image.MAX_IMAGE_PIXELS == 10

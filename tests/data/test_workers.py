@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslvision.data import module
-from sslvision.data.base import Splits
+from sslvision.data import datamodule
+from sslvision.data.source import Splits
 from sslvision.data.workers import begin_worker
 
 
@@ -77,7 +77,7 @@ def machine(monkeypatch, tmp_path):
     def make(cores, quota="max 100000", **environment):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
         (tmp_path / "cpu.max").write_text(quota)
-        monkeypatch.setattr(module, "CGROUP", tmp_path / "cpu.max")
+        monkeypatch.setattr(datamodule, "CGROUP", tmp_path / "cpu.max")
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
 
@@ -87,43 +87,43 @@ def machine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("cores", "workers"), [(1, 1), (2, 2), (3, 2), (4, 3), (16, 15), (128, 32)])
 def test_there_are_as_many_workers_as_cores_but_one_that_trains(machine, cores, workers):
     machine(cores)
-    assert module.available_workers() == workers
+    assert datamodule.available_workers() == workers
 
 
 def test_the_quota_of_a_container_counts(machine):
     machine(64, "400000 100000")
-    assert (module.available_cores(), module.available_workers()) == (4, 3)
+    assert (datamodule.available_cores(), datamodule.available_workers()) == (4, 3)
     machine(64, "50000 100000")
-    assert module.available_cores() == 1
+    assert datamodule.available_cores() == 1
     machine(2, "400000 100000")
-    assert module.available_cores() == 2
-    module.CGROUP.unlink()
-    assert module.available_cores() == 2
+    assert datamodule.available_cores() == 2
+    datamodule.CGROUP.unlink()
+    assert datamodule.available_cores() == 2
 
 
 def test_processes_share_the_cores_of_a_machine(machine):
     machine(64)
-    assert module.available_workers(8) == 7
+    assert datamodule.available_workers(8) == 7
     machine(64, LOCAL_WORLD_SIZE=4)
-    assert module.available_workers() == 15
-    assert module.available_workers(4) == 15
+    assert datamodule.available_workers() == 15
+    assert datamodule.available_workers(4) == 15
     machine(4, LOCAL_WORLD_SIZE=8)
-    assert module.available_workers() == 1
+    assert datamodule.available_workers() == 1
 
 
 def test_processes_that_slurm_started_have_cores_of_their_own(machine):
     machine(16, SLURM_NTASKS=8, SLURM_CPUS_PER_TASK=16)
-    assert module.available_workers(8) == 15
+    assert datamodule.available_workers(8) == 15
     machine(128, SLURM_NTASKS=8, SLURM_CPUS_PER_TASK=16)  # not bound to them
-    assert module.available_workers(8) == 15
-    machine(16, SLURM_NTASKS=1, SLURM_CPUS_PER_TASK=16, LOCAL_WORLD_SIZE=8)  # one task that started torchrun
-    assert module.available_workers() == 2
+    assert datamodule.available_workers(8) == 15
+    machine(16, SLURM_NTASKS=1, SLURM_CPUS_PER_TASK=16, LOCAL_WORLD_SIZE=8)  # one labeled that started torchrun
+    assert datamodule.available_workers() == 2
 
 
 def test_the_loader_of_a_trainer_counts_its_processes(machine):
     machine(16)
-    data = module.ImageData(Splits(Slow(), None), (), batch_size=1)
+    data = datamodule.ImageData(Splits(Slow(), None), (), batch_size=1)
     assert data.workers == 15
     data.trainer = SimpleNamespace(num_devices=2)
     assert data.workers == 7
-    assert module.ImageData(Splits(Slow(), None), (), batch_size=1, workers=3).workers == 3
+    assert datamodule.ImageData(Splits(Slow(), None), (), batch_size=1, workers=3).workers == 3

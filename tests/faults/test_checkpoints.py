@@ -15,9 +15,9 @@ import torch
 
 from sslvision.errors import Diverged, StorageError, UsageError
 from sslvision.methods.mae import MAE
-from sslvision.training import checkpoint as checkpoints
-from sslvision.training.checkpoint import AtomicCheckpoints, newest_good
-from sslvision.training.sealed import read_sealed, write_sealed
+from sslvision.runs import checkpoint as checkpoints
+from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good
+from sslvision.runs.sealed import read_sealed, write_sealed
 
 pytestmark = pytest.mark.faults
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.stage_two import finetune
-from sslvision.training.metrics import read_metrics
+from sslvision.runs.metrics import read_metrics
+from sslvision.workflows.finetuning import finetune
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]  # two processes take their time to start
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.data.folder import open_folder
+from sslvision.data.sources.folder import open_folder
 from sslvision.errors import DataError
 
 pytestmark = pytest.mark.faults
@@ -62,22 +62,22 @@ def half_and_half():
 
 def odd_images():
     """Return files that have one defined conversion each: name -> (content, its pixel at (5, 5), shape)."""
-    grey16 = Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16))
+    gray16 = Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16))
     sideways = Image.Exif()
     sideways[0x0112] = 6  # to be turned by 90 degrees clockwise
     see_through = Image.new("RGBA", (20, 20), (*RED, 128))
     palette = Image.new("P", (20, 20), 1)
     palette.putpalette([0, 0, 0, *BLUE])
-    half_white = tuple(round((colour * 128 + 255 * 127) / 255) for colour in RED)
+    half_white = tuple(round((color * 128 + 255 * 127) / 255) for color in RED)
     return {
-        "16bit.png": (encoded(grey16, "PNG"), (156, 156, 156), (20, 20)),  # 40,000 / 257
+        "16bit.png": (encoded(gray16, "PNG"), (156, 156, 156), (20, 20)),  # 40,000 / 257
         "print.jpg": (
             encoded(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "JPEG", quality=95),
             (254, 0, 0),
             (20, 20),
         ),
         "see_through.png": (encoded(see_through, "PNG"), half_white, (20, 20)),
-        "grey.png": (encoded(Image.new("L", (20, 20), 77), "PNG"), (77, 77, 77), (20, 20)),
+        "gray.png": (encoded(Image.new("L", (20, 20), 77), "PNG"), (77, 77, 77), (20, 20)),
         "palette.png": (encoded(palette, "PNG"), BLUE, (20, 20)),
         "sideways.png": (encoded(half_and_half(), "PNG", exif=sideways), BLUE, (20, 40)),
         "really_a_gif.jpg": (encoded(Image.new("RGB", (20, 20), BLUE).quantize(2), "GIF"), BLUE, (20, 20)),

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.data.base import SourceGone, UnreadableImage
 from sslvision.data.decode import read_image
-from sslvision.data.folder import open_folder
-from sslvision.data.loading import evaluation_loader
-from sslvision.data.torchvision_sets import open_torchvision
-from sslvision.training.callbacks import UnreadableImages
+from sslvision.data.loader import evaluation_loader
+from sslvision.data.source import SourceGone, UnreadableImage
+from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.torchvision_sets import open_torchvision
+from sslvision.training.callbacks.unreadable_images import UnreadableImages
 
 pytestmark = pytest.mark.faults
 

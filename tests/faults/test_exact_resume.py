@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
-from sslvision import stage_one
-from sslvision.nn.randomness import number
+from sslvision.augment.randomness import number
+from sslvision.workflows import pretraining
 
 pytestmark = pytest.mark.faults
 
@@ -61,14 +61,14 @@ def raise_power():
 @pytest.fixture
 def run(monkeypatch, tiny_settings):
     """Make a tiny run, broken after some updates if so asked: run(folder, words, recipe=, cut=3)."""
-    build = stage_one.watchers
+    build = pretraining.watchers
 
     def run(folder, *words, recipe="mae", cut=None, where="an update", how=raise_power):
         more = [] if cut is None else [Cut(cut, where, how)]
-        monkeypatch.setattr(stage_one, "watchers", lambda *given: [*build(*given), *more])
+        monkeypatch.setattr(pretraining, "watchers", lambda *given: [*build(*given), *more])
         settings = stage_one_settings(tiny_settings, recipe, words)
         try:
-            stage_one.pretrain(settings, Path(folder))
+            pretraining.pretrain(settings, Path(folder))
         except Power:
             assert cut is not None
         else:
@@ -78,13 +78,13 @@ def run(monkeypatch, tiny_settings):
 
 
 def stage_one_settings(tiny_settings, recipe, words):
-    from sslvision import config
+    from sslvision.cli import compose
 
     tiny = tiny_settings(recipe.removesuffix("_swin"))
     tiny = [word for word in tiny if not (recipe.endswith("_swin") and word.startswith(NOT_SWIN))]
     given = {word.split("=")[0]: word for word in (*DIGITS, *KINDS[recipe], *words)}  # the last one counts
-    return config.tree(
-        config.prepare([f"recipe={recipe}", *(w for w in tiny if w.split("=")[0] not in given), *given.values()])
+    return compose.tree(
+        compose.prepare([f"recipe={recipe}", *(w for w in tiny if w.split("=")[0] not in given), *given.values()])
     )
 
 
@@ -167,12 +167,13 @@ def test_the_seed_of_an_update_is_a_number_of_its_own_for_each_process_and_accum
 
 VANISHING = """
 import os, sys
-from sslvision import pretrain, stage_one
+from sslvision import pretrain
+from sslvision.workflows import pretraining
 sys.path.insert(0, os.environ["HERE"])
 from test_exact_resume import Cut
 
-build, cut = stage_one.watchers, int(os.environ["CUT"])
-stage_one.watchers = lambda *given: [*build(*given), Cut(cut, "an update", lambda: os._exit(9))]
+build, cut = pretraining.watchers, int(os.environ["CUT"])
+pretraining.watchers = lambda *given: [*build(*given), Cut(cut, "an update", lambda: os._exit(9))]
 pretrain.main()
 """
 

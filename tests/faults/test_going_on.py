@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from sslvision import stage_two
 from sslvision.errors import UsageError
 from sslvision.methods.mae import MAE
+from sslvision.runs.resume import MAY_DIFFER
+from sslvision.runs.sealed import read_sealed
 from sslvision.settings import Finetune, Pretrain
-from sslvision.training.resume import MAY_DIFFER
-from sslvision.training.sealed import read_sealed
+from sslvision.workflows import finetuning
 
 pytestmark = pytest.mark.faults
 
@@ -168,7 +168,7 @@ def finetune(settings_of, tiny_run):
     def run(folder, *words):
         given = {word.split("=")[0] for word in words}
         kept = [word for word in (f"run={tiny_run}", *short) if word.split("=")[0] not in given]
-        return stage_two.finetune(settings_of("finetune", *kept, *words), folder, words)
+        return finetuning.finetune(settings_of("finetune", *kept, *words), folder, words)
 
     return run
 
@@ -265,7 +265,7 @@ def test_there_is_nothing_to_resume_where_nothing_is(run_tiny, tmp_path):
 
 def test_two_processes_do_not_go_on_with_one_run_at_once(finished, run_tiny, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    code = "import pathlib, sys; from sslvision.training.run_folder import claim\n"
+    code = "import pathlib, sys; from sslvision.runs.run_folder import claim\n"
     code += (
         "claim(pathlib.Path(sys.argv[1]), overwrite=False, resume=True); print('held', flush=True); sys.stdin.read()"
     )

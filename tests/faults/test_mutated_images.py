@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from sslvision.data.base import UnreadableImage
+from sslvision.augment.crops import Crop
 from sslvision.data.cache import cached
-from sslvision.data.folder import open_folder
-from sslvision.data.loading import training_loader
+from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.data.scan import EXTENSIONS
-from sslvision.views.geometry import Crop
+from sslvision.data.source import UnreadableImage
+from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.scan import EXTENSIONS
 
 pytestmark = pytest.mark.faults
 
@@ -109,8 +109,8 @@ def test_every_damaged_file_is_an_image_or_has_a_reason_and_no_worker_dies(damag
     readable, reasons, asked = set(), {}, []
     for batch in training_loader(source, CROPS, batches, workers=2, pin_memory=False):
         reasons |= dict(batch.unreadable)
-        asked += batch.places.tolist()
-        readable |= set(batch.shown[batch.shown == batch.places].tolist())
+        asked += batch.indices.tolist()
+        readable |= set(batch.shown[batch.shown == batch.indices].tolist())
         (crops,) = batch.crops
         assert crops.shape == (48, channels, 16, 16)
         assert crops.dtype == torch.uint8

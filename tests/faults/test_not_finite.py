@@ -8,11 +8,11 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from sslvision import stage_one
 from sslvision.errors import Diverged
 from sslvision.methods.mae import MAE
-from sslvision.optim.guard import guard
-from sslvision.training.skipped import longest_row
+from sslvision.optim.nonfinite import skip_nonfinite
+from sslvision.training.callbacks.skipped_updates import longest_row
+from sslvision.workflows import pretraining
 
 pytestmark = pytest.mark.faults
 
@@ -44,8 +44,8 @@ class Weights(Callback):
 
 @pytest.fixture
 def weights(monkeypatch):
-    build, watching = stage_one.watchers, Weights()
-    monkeypatch.setattr(stage_one, "watchers", lambda *given: [*build(*given), watching])
+    build, watching = pretraining.watchers, Weights()
+    monkeypatch.setattr(pretraining, "watchers", lambda *given: [*build(*given), watching])
     return watching.after
 
 
@@ -75,7 +75,7 @@ def test_the_images_of_a_broken_update_are_named_and_its_crops_kept(run_tiny, tm
     spoil(monkeypatch, MAE, {4: math.nan})
     run_tiny(tmp_path / "run", *WORDS)
     rows = rows_of(tmp_path / "run" / "not_finite" / "update-00000004.csv")
-    assert [(int(row["epoch"]), int(row["place"])) for row in rows] == [(0, int(place)) for place in seen[3].places]
+    assert [(int(row["epoch"]), int(row["place"])) for row in rows] == [(0, int(place)) for place in seen[3].indices]
     assert rows[0]["image"]
     kept = torch.load(tmp_path / "run" / "not_finite" / "update-00000004.pt")
     assert torch.equal(kept["crops"][0], seen[3].crops[0])
@@ -138,7 +138,7 @@ def test_optimizers_without_a_fused_kernel_are_kept_from_harm(kind):
     optimizer = kind([weight], lr=0.1)
     for gradient in ([1.0, 1.0, 1.0], [1.0, math.nan, math.inf]):
         weight.grad = torch.tensor(gradient)
-        norm, _ = guard(optimizer, [weight.grad])
+        norm, _ = skip_nonfinite(optimizer, [weight.grad])
         optimizer.step()
     assert not norm.isfinite()
     assert weight.isfinite().all()
@@ -151,7 +151,7 @@ def test_the_guard_asks_the_device_nothing(monkeypatch):
     weight.grad = torch.tensor([1.0, math.nan, 1.0])
     for name in ("item", "__bool__", "__float__", "__int__", "tolist", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} was called"))
-    guard(optimizer, [weight.grad])
+    skip_nonfinite(optimizer, [weight.grad])
     monkeypatch.undo()
     optimizer.step()
     assert torch.equal(weight, torch.ones(3))

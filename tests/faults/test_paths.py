@@ -9,12 +9,12 @@ import pytest
 import torchvision.datasets.utils as archives
 from PIL import Image
 
-from sslvision.data.folder import open_folder
-from sslvision.data.torchvision_sets import _safe_archives, open_torchvision
-from sslvision.downstream.predict import open_images
+from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.torchvision_sets import _safe_archives, open_torchvision
 from sslvision.errors import DataError, UsageError
-from sslvision.stage_two import finetune
-from sslvision.training.run_folder import claim
+from sslvision.runs.run_folder import claim
+from sslvision.workflows.finetuning import finetune
+from sslvision.workflows.predicting import open_images
 
 pytestmark = pytest.mark.faults
 
@@ -109,7 +109,7 @@ def test_class_names_from_a_folder_name_no_files_and_break_no_file(tmp_path, tin
     assert not [path for path in written if set(path.name) & set("=\n<>\"'")]
 
 
-def test_one_image_of_any_name_can_be_labelled_but_nothing_beside_it(tmp_path):
+def test_one_image_of_any_name_can_be_labeled_but_nothing_beside_it(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
     assert len(open_images(tmp_path / "a.png", channels=3)) == 1

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.training.sealed import read_sealed
+from sslvision.runs.sealed import read_sealed
 
 pytestmark = pytest.mark.faults
 

@@ -9,17 +9,17 @@ import yaml
 
 from sslvision.backbones.load import load_backbone
 from sslvision.errors import UsageError
-from sslvision.stage_two import finetune
-from sslvision.task import pretraining_rate, untrained
+from sslvision.workflows.finetuning import finetune
+from sslvision.workflows.labeled_data import pretraining_rate, untrained
 
 pytestmark = pytest.mark.faults
 
 TRAPS = (
     "os.system",
     "subprocess.check_output",
-    "sslvision.data.folder.os.system",  # by way of a module of ours
-    "sslvision.data.folder:os.system",  # as pkgutil also reads it
-    "sslvision.training.run_folder.claim",  # ours, but no source: with overwrite it empties a folder
+    "sslvision.data.sources.folder.os.system",  # by way of a module of ours
+    "sslvision.data.sources.folder:os.system",  # as pkgutil also reads it
+    "sslvision.runs.run_folder.claim",  # ours, but no source: with overwrite it empties a folder
     "booby.trap",
 )
 

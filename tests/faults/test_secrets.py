@@ -7,16 +7,16 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from sslvision.config import SweepFile
+from sslvision.cli.compose import SweepFile
 from sslvision.errors import UsageError
-from sslvision.training.redact import REDACTED, redact
+from sslvision.runs.redaction import REDACTED, redact
 
 pytestmark = pytest.mark.faults
 
 KEY, TOKEN, PASSWORD = "0123456789abcdef0123456789abcdef01234567", "tok/en+of=mine", "hunter2"
 
 OWN_SOURCE = """
-from sslvision.data.embedded import open_embedded
+from sslvision.data.sources.embedded import open_embedded
 
 
 def open_private(*, channels: int = 1, api_key: str = "", url: str = ""):
@@ -83,7 +83,7 @@ def test_the_file_of_hydras_sweep_is_never_on_the_disk(tmp_path):
 
 
 def test_a_run_whose_files_hold_no_secret_asks_for_it_again(tmp_path, settings_of):
-    target = {"_target_": "sslvision.data.folder.open_folder", "root": f"https://{REDACTED}@example.org"}
+    target = {"_target_": "sslvision.data.sources.folder.open_folder", "root": f"https://{REDACTED}@example.org"}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": target}))
     with pytest.raises(UsageError, match=r"data.root is not kept .* give it again, data.root="):
         settings_of("probe", f"run={tmp_path}")

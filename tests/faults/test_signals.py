@@ -10,13 +10,13 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from safetensors.torch import load_file
 
-from sslvision import stage_two
 from sslvision.errors import Stopped
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.training import interrupts, signals
-from sslvision.training.interrupts import Interrupted
-from sslvision.training.sealed import read_sealed
+from sslvision.runs.sealed import read_sealed
+from sslvision.system.signals import Interrupted
+from sslvision.training.callbacks import stop_on_signal
+from sslvision.workflows import finetuning
 
 pytestmark = pytest.mark.faults
 
@@ -76,8 +76,8 @@ def send(monkeypatch):
 @pytest.fixture
 def handlers():
     """Have signals outside of training raise, as on the command line, and leave them as they were."""
-    before = {signum: signal.getsignal(signum) for signum in (*interrupts.handled_signals(), signal.SIGUSR1)}
-    interrupts.raise_interrupted()
+    before = {signum: signal.getsignal(signum) for signum in (*stop_on_signal.handled_signals(), signal.SIGUSR1)}
+    stop_on_signal.raise_interrupted()
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -105,7 +105,7 @@ def test_a_signal_stops_at_the_update_it_comes_in_and_the_resumed_run_ends_the_s
     signum, exit_code, batch, step, send, run_tiny, undisturbed, tmp_path
 ):
     """Rows 2 and 4."""
-    before = {one: signal.getsignal(one) for one in interrupts.handled_signals()}
+    before = {one: signal.getsignal(one) for one in stop_on_signal.handled_signals()}
     send(signum, batch=batch)
     with pytest.raises(Stopped, match=rf"{signal.Signals(signum).name}: saved at step {step} in .*last.ckpt") as end:
         run_tiny(tmp_path / "run")
@@ -129,7 +129,7 @@ def test_between_accumulated_batches_a_signal_waits_for_the_update(send, run_tin
 
 
 def test_a_second_signal_ends_the_run_at_once_and_unsaved(handlers, run_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(signals, "SAME_REQUEST_S", 0.0)
+    monkeypatch.setattr(stop_on_signal, "SAME_REQUEST_S", 0.0)
     losses = MAE.losses
 
     def twice(self, views, clock):
@@ -169,7 +169,7 @@ def test_fine_tuning_stops_and_goes_on_as_if_nothing_had_been(update, settings_o
         *("trainer.enable_progress_bar=false", "resume=auto"),
     ]
     settings = settings_of("finetune", *words)
-    whole = stage_two.finetune(settings, tmp_path / "whole")
+    whole = finetuning.finetune(settings, tmp_path / "whole")
     after_update, sent = Supervised.after_update, []
 
     def interrupted(self, clock):
@@ -180,8 +180,8 @@ def test_fine_tuning_stops_and_goes_on_as_if_nothing_had_been(update, settings_o
 
     monkeypatch.setattr(Supervised, "after_update", interrupted)
     with pytest.raises(Stopped, match=f"saved at step {update} "):
-        stage_two.finetune(settings, tmp_path / "run")
-    again = stage_two.finetune(settings, tmp_path / "run")
+        finetuning.finetune(settings, tmp_path / "run")
+    again = finetuning.finetune(settings, tmp_path / "run")
     assert {**again, "seconds": 0} == {**whole, "seconds": 0}
     one, other = (load_file(tmp_path / run / "export" / "model.safetensors") for run in ("whole", "run"))
     assert_same(one, other)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from sslvision.training.loggers import build_loggers, close_loggers
+from sslvision.runs.loggers import build_loggers, close_loggers
 
 pytestmark = pytest.mark.faults
 
@@ -101,7 +101,7 @@ def test_a_client_that_fails_to_start_goes_offline_as_well(server, tmp_path, mon
 
 
 def test_an_outage_after_the_welcome_is_waited_for_no_longer_than_said(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("sslvision.training.loggers.PATIENCE_AT_THE_START", 2)
+    monkeypatch.setattr("sslvision.runs.loggers.PATIENCE_AT_THE_START", 2)
     server(200, {"id": "me"})
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     left, seconds = log_once(tmp_path / "run")

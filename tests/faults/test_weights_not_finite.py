@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from sslvision.backbones.fitting import load_fitting
 from sslvision.backbones.load import load_backbone
 from sslvision.errors import UsageError
-from sslvision.probing import probe
-from sslvision.stage_two import finetune
+from sslvision.workflows.finetuning import finetune
+from sslvision.workflows.probing import probe
 
 pytestmark = pytest.mark.faults
 
@@ -99,4 +99,4 @@ def test_whole_numbers_and_half_precision_are_looked_at_as_they_are():
 
 def test_a_sound_export_is_loaded_as_ever(tiny_run):
     config = json.loads((tiny_run / "export" / "config.json").read_text())
-    assert load_backbone(tiny_run).backbone.width == config["model_args"]["embed_dim"]
+    assert load_backbone(tiny_run).backbone.embed_dim == config["model_args"]["embed_dim"]

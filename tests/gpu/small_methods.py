@@ -5,12 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.nn.randomness import ImageRandom
 
 VIT = {"name": "vit_tiny_patch16_224", "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2, "image_size": 32}
 SWIN = {"name": "swin_tiny_patch4_window7_224", "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [1, 2]}
@@ -29,7 +29,7 @@ def small(kind, backbone, drop_path=0.0):
     torch.manual_seed(0)
     built = build_backbone(**BACKBONES[backbone], drop_path_rate=drop_path)  # timm's Swin has 0.1 of its own
     if kind == "mae":
-        return MAE(built, decoder_width=64, decoder_depth=3, decoder_heads=2).train()
+        return MAE(built, decoder_embed_dim=64, decoder_depth=3, decoder_num_heads=2).train()
     local = 16 if backbone == "vit" else 32
     return DINO(built, prototypes=128, hidden=64, bottleneck=32, local_crops=3, local_size=local).train()
 
@@ -39,14 +39,14 @@ def batch_for(method, device="cpu", images=64):
     generator = torch.Generator().manual_seed(0)
     shapes = [(images, 3, crop.size, crop.size) for crop in method.crops]
     crops = [torch.randint(256, shape, dtype=torch.uint8, generator=generator).to(device) for shape in shapes]
-    places = torch.arange(images, device=device)
-    return Batch(crops, places, torch.zeros_like(places), [], places)
+    indices = torch.arange(images, device=device)
+    return Batch(crops, indices, torch.zeros_like(indices), [], indices)
 
 
 def views_of(method, batch):
     """Return what a step sees of a batch."""
     with torch.no_grad():
-        return [view.clone() for view in method.views(batch, ImageRandom(0, batch.epoch, batch.places))]
+        return [view.clone() for view in method.views(batch, ImageRandom(0, batch.epoch, batch.indices))]
 
 
 def on(device, views):

@@ -10,7 +10,7 @@ from sslvision.data.batch import Batch
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.nn.capture import CapturedStep
+from sslvision.nn.cuda_graphs import CapturedStep
 
 pytestmark = pytest.mark.gpu
 
@@ -22,7 +22,7 @@ def method_of(kind, drop=0.0):
     torch.manual_seed(0)
     backbone = build_backbone(**VIT, drop_path_rate=drop)
     if kind == "mae":
-        return MAE(backbone, decoder_width=64, decoder_depth=3, decoder_heads=2).cuda().train()
+        return MAE(backbone, decoder_embed_dim=64, decoder_depth=3, decoder_num_heads=2).cuda().train()
     return (
         DINO(backbone, prototypes=64, hidden=32, bottleneck=16, local_crops=2, local_size=16, **WARM_UP).cuda().train()
     )
@@ -33,14 +33,14 @@ def inputs_of(method, number):
     generator = torch.Generator().manual_seed(number)
     size = (16, 3)
     crops = [torch.randint(256, (*size, c.size, c.size), dtype=torch.uint8, generator=generator) for c in method.crops]
-    places = torch.arange(16) + 16 * number
-    return [tensor.cuda() for tensor in (*crops, places, torch.zeros_like(places), places)]
+    indices = torch.arange(16) + 16 * number
+    return [tensor.cuda() for tensor in (*crops, indices, torch.zeros_like(indices), indices)]
 
 
 def as_it_stands(method):
     def step(*inputs):
-        *crops, places, epoch, shown = inputs
-        return method._step(Batch(crops, places, epoch, [], shown), None)
+        *crops, indices, epoch, shown = inputs
+        return method._step(Batch(crops, indices, epoch, [], shown), None)
 
     return step
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sslvision.downstream.knn import knn_rankings
-from sslvision.downstream.linear import linear_probe
+from sslvision.evaluation.knn import knn_rankings
+from sslvision.evaluation.linear_probe import linear_probe
 
 pytestmark = pytest.mark.gpu
 
@@ -13,18 +13,18 @@ pytestmark = pytest.mark.gpu
 def features():
     """Return features and labels for training and for testing: twenty clouds that overlap."""
     generator = torch.Generator().manual_seed(0)
-    centres, labels = torch.randn(20, 192, generator=generator), torch.arange(6000) % 20
-    features = centres[labels] + 3 * torch.randn(6000, 192, generator=generator)
+    centers, labels = torch.randn(20, 192, generator=generator), torch.arange(6000) % 20
+    features = centers[labels] + 3 * torch.randn(6000, 192, generator=generator)
     return features[:3000], labels[:3000], features[3000:], labels[3000:]
 
 
-def test_neighbours_vote_alike(cuda, features):
+def test_neighbors_vote_alike(cuda, features):
     train, labels, test, _ = features
     right, found = (
         knn_rankings(train.to(device), labels, test, ks=[20], num_classes=20)[20][:, 0].cpu()
         for device in ("cpu", cuda)
     )
-    assert (right != found).float().mean() < 2e-3  # neighbours as good as equally near
+    assert (right != found).float().mean() < 2e-3  # neighbors as good as equally near
 
 
 def test_a_probe_of_one_strength_has_the_same_optimum(cuda, features):

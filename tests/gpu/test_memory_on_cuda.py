@@ -1,4 +1,4 @@
-"""memory=low computes on CUDA what a step computes without it, drop-path included."""
+"""activation_checkpointing=true computes on CUDA what a step computes without it, drop-path included."""
 
 import copy
 
@@ -17,7 +17,7 @@ def test_losses_and_gradients_are_those_of_a_step_that_keeps_all(cuda, kind, bac
     for low in (False, True):
         one = copy.deepcopy(method)
         if low:
-            one.spare_memory()
+            one.enable_activation_checkpointing()
         if compiled:
             one.compile_blocks()
         torch.manual_seed(5)

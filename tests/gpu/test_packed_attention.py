@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sslvision.nn.packed import packed_attention
+from sslvision.nn.packed_attention import packed_attention
 
 # What inductor warns of is not ours.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default"), pytest.mark.usefixtures("compiling")]

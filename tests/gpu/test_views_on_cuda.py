@@ -1,20 +1,20 @@
-"""Crops, masks and colours on CUDA are those of a CPU, in the precision in which a run on CUDA computes."""
+"""Crops, masks and colors on CUDA are those of a CPU, in the precision in which a run on CUDA computes."""
 
 import pytest
 import torch
 
+from sslvision.augment.color import Photometry, apply_photometry, draw_photometry
+from sslvision.augment.crops import Crop
+from sslvision.augment.randomness import ImageRandom
 from sslvision.data.batch import Batch
-from sslvision.data.loading import cut_crops
-from sslvision.nn.randomness import ImageRandom
-from sslvision.views.geometry import Crop
-from sslvision.views.photometry import Photometry, apply_photometry, draw_photometry
+from sslvision.data.loader import cut_crops
 
 pytestmark = pytest.mark.gpu
 
 PHOTOMETRY = [
     Photometry(),
     Photometry(blur_probability=0.1, solarize_probability=0.2),
-    Photometry(blur_probability=0.0, jitter_probability=0.0, grey_probability=0.0),  # nothing to do
+    Photometry(blur_probability=0.0, jitter_probability=0.0, gray_probability=0.0),  # nothing to do
 ]
 
 
@@ -23,8 +23,8 @@ def images(count, size):
 
 
 def random(device, count=8):
-    places = torch.arange(count, device=device)
-    return ImageRandom(0, torch.zeros_like(places), places)
+    indices = torch.arange(count, device=device)
+    return ImageRandom(0, torch.zeros_like(indices), indices)
 
 
 def test_random_numbers_are_the_same_to_the_last_bit(cuda):
@@ -34,8 +34,8 @@ def test_random_numbers_are_the_same_to_the_last_bit(cuda):
 def test_crops_are_the_same_bytes_but_for_rounding(cuda):
     crops, cut = (Crop(32, (0.4, 1.0)), Crop(16, (0.1, 0.4))), []
     for device in ("cpu", cuda):
-        places = torch.arange(64, device=device)
-        whole = Batch([images(64, 32).to(device)], places, torch.zeros_like(places), [], places)
+        indices = torch.arange(64, device=device)
+        whole = Batch([images(64, 32).to(device)], indices, torch.zeros_like(indices), [], indices)
         cut.append(cut_crops(whole, crops, 0).crops)
     for right, found in zip(*cut, strict=True):
         off = (right.int() - found.cpu().int()).abs()
@@ -44,7 +44,7 @@ def test_crops_are_the_same_bytes_but_for_rounding(cuda):
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_colours_and_blurs_are_the_same_to_a_hundredth_of_a_grey_level(cuda, size):
+def test_colors_and_blurs_are_the_same_to_a_hundredth_of_a_gray_level(cuda, size):
     right, found = (
         apply_photometry(images(24, size).to(device), draw_photometry(random(device), range(3), PHOTOMETRY)).cpu()
         for device in ("cpu", cuda)

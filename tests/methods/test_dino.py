@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO, cross_entropy_of_pairs, embed
-from sslvision.nn.randomness import ImageRandom
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def followed(golden):
     return method, steps
 
 
-def test_losses_centres_and_gradients_equal_the_authors_for_four_steps(golden, followed):
+def test_losses_centers_and_gradients_equal_the_authors_for_four_steps(golden, followed):
     tensors, config = golden
     for step, (rates, loss, norms, center) in enumerate(followed[1]):
         assert abs(rates["lr"] - config["lr"][step]) <= 1e-9
@@ -135,7 +135,7 @@ def test_the_teacher_never_trains_and_is_never_in_train_mode():
 
 
 def test_the_teacher_moves_by_the_stated_share_once_per_update():
-    method = tiny(momentum=0.75, centre_momentum=0.9)
+    method = tiny(momentum=0.75, center_momentum=0.9)
     method.teacher_means.fill_(1)  # of ones and of zeros
     method.micro_batches.fill_(2)
     for parameter in method.student.parameters():
@@ -147,7 +147,7 @@ def test_the_teacher_moves_by_the_stated_share_once_per_update():
     assert torch.allclose(method.center, torch.full((1, 96), 0.05))
 
 
-def test_the_loss_uses_the_centre_of_before_the_update():
+def test_the_loss_uses_the_center_of_before_the_update():
     method = tiny()
     views = [torch.randn(2, 3, 32, 32) for _ in range(4)]
     first = method.losses(views, Clock(0, 8, 2))["loss"]
@@ -188,7 +188,7 @@ def official(tensors, whose, prefix=""):
     return {prefix + name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
 
 
-def test_a_released_checkpoint_is_read_with_student_teacher_and_centre(golden, tmp_path):
+def test_a_released_checkpoint_is_read_with_student_teacher_and_center(golden, tmp_path):
     tensors, _ = golden
     released = {
         "student": official(tensors, "final_student", prefix="module."),
@@ -220,12 +220,12 @@ def test_what_is_no_dino_checkpoint_is_refused():
 
 def test_views_differ_and_are_a_function_of_image_and_epoch():
     method = tiny(local_size=16)
-    places, epoch = torch.tensor([3, 8]), torch.tensor([0, 0])
+    indices, epoch = torch.tensor([3, 8]), torch.tensor([0, 0])
     crops = [torch.randint(0, 256, (2, 3, crop.size, crop.size), dtype=torch.uint8) for crop in method.crops]
     crops[1] = crops[0].clone()
 
     def views(epoch):
-        return method.views(Batch(crops, places, epoch, [], places), ImageRandom(0, epoch, places))
+        return method.views(Batch(crops, indices, epoch, [], indices), ImageRandom(0, epoch, indices))
 
     first = views(epoch)
     assert [tuple(view.shape) for view in first] == [(2, 3, 32, 32)] * 2 + [(2, 3, 16, 16)] * 2
@@ -235,7 +235,7 @@ def test_views_differ_and_are_a_function_of_image_and_epoch():
 
 
 def test_norms_of_prototypes_survive_saving_and_reading_in_the_released_format(tmp_path):
-    method = tiny(unit_prototypes=False)
+    method = tiny(norm_last_layer=False)
     for network in (method.student, method.teacher):
         network["head"].last_layer.weight_g.data.uniform_(0.5, 2.0)
     state = {
@@ -243,7 +243,7 @@ def test_norms_of_prototypes_survive_saving_and_reading_in_the_released_format(t
         for whose, network in (("student", method.student), ("teacher", method.teacher))
     }
     torch.save(state, tmp_path / "dino.pth")
-    read = DINO.from_official(tmp_path / "dino.pth", heads=3, unit_prototypes=False, local_size=16).eval()
+    read = DINO.from_official(tmp_path / "dino.pth", heads=3, norm_last_layer=False, local_size=16).eval()
     images = torch.randn(2, 3, 32, 32)
     for whose in ("student", "teacher"):
         ours, theirs = (embed(getattr(one, whose).eval(), images) for one in (method, read))

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock
 from sslvision.methods.mae import MAE
 from sslvision.nn.masking import random_keep
-from sslvision.nn.randomness import ImageRandom
 
 CLOCK = Clock(step=0, steps=10, steps_per_epoch=5)
 
@@ -29,7 +29,9 @@ def golden():
 def official(golden, **settings):
     tensors, config = golden
     state = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
-    return MAE.from_official(state, heads=config["num_heads"], decoder_heads=config["decoder_num_heads"], **settings)
+    return MAE.from_official(
+        state, heads=config["num_heads"], decoder_num_heads=config["decoder_num_heads"], **settings
+    )
 
 
 @pytest.mark.parametrize("target", ["raw_pix", "norm_pix"])
@@ -70,7 +72,14 @@ def tiny(**settings):
     )
     return MAE(
         backbone,
-        **{"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2, "mean": [0.5], "std": [0.5], **settings},
+        **{
+            "decoder_embed_dim": 16,
+            "decoder_depth": 2,
+            "decoder_num_heads": 2,
+            "mean": [0.5],
+            "std": [0.5],
+            **settings,
+        },
     )
 
 
@@ -96,7 +105,7 @@ def test_a_prediction_belongs_to_its_place_whatever_the_order_of_the_patches():
     assert torch.allclose(shuffled, straight[:, shuffle_hidden], atol=1e-12)
 
 
-def test_views_are_normalised_bytes_and_masks_of_each_image_and_epoch():
+def test_views_are_normalized_bytes_and_masks_of_each_image_and_epoch():
     method = tiny(mean=[0.25], std=[0.5])
     crops = torch.full((2, 1, 16, 16), 255, dtype=torch.uint8)
     index = torch.tensor([4, 9])
@@ -118,7 +127,7 @@ def test_position_embeddings_are_not_trained():
     assert "decoder_pos_embed" not in dict(method.named_parameters())
 
 
-def test_predicting_nothing_costs_the_variance_of_normalised_targets():
+def test_predicting_nothing_costs_the_variance_of_normalized_targets():
     method = tiny(norm_pix=True)
     torch.nn.init.zeros_(method.decoder_pred.weight)
     loss = method.losses([torch.randn(64, 1, 16, 16), torch.rand(64, 16)], CLOCK)["loss"].item()
@@ -145,7 +154,7 @@ def test_pictures_show_the_visible_patches_as_they_are_and_the_mask_where_it_is(
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 is out of range"),
         ({"mask_ratio": 0.99}, "leaves 0 of 16 patches visible"),
         ({"decoder_depth": 0}, "decoder_depth=0"),
-        ({"decoder_heads": 3}, "decoder_width=16"),
+        ({"decoder_num_heads": 3}, "decoder_embed_dim=16"),
         ({"crop_scale": (0.9, 0.2)}, r"crop scale of \[0.9, 0.2\]"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1"),
         ({"warmup_epochs": -1}, "warmup_epochs=-1"),
@@ -172,7 +181,7 @@ def test_a_released_checkpoint_is_read_from_its_file(golden, tmp_path):
     tensors, _ = golden
     state = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
     torch.save({"model": state, "args": Namespace(lr=1.5e-4), "epoch": 799}, tmp_path / "mae.pth")
-    method = MAE.from_official(tmp_path / "mae.pth", heads=3, decoder_heads=4)
+    method = MAE.from_official(tmp_path / "mae.pth", heads=3, decoder_num_heads=4)
     assert torch.equal(method.backbone.model.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
     assert torch.equal(method.decoder_pred.weight, state["decoder_pred.weight"])
 
@@ -190,7 +199,7 @@ def on(kind):
     torch.manual_seed(0)
     name, options = KINDS[kind]
     backbone = build_backbone(name, image_size=32, drop_path_rate=0.0, **options)
-    method = MAE(backbone, decoder_width=16, decoder_depth=2, decoder_heads=2, norm_pix=False).double().eval()
+    method = MAE(backbone, decoder_embed_dim=16, decoder_depth=2, decoder_num_heads=2, norm_pix=False).double().eval()
     for parameter in method.parameters():
         if parameter.dim() > 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)

@@ -11,12 +11,12 @@ from pytorch_lightning.loggers import Logger
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.build import build_backbone
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock
 from sslvision.methods.supervised import Supervised
-from sslvision.nn.randomness import ImageRandom
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*eval mode at the start of training"),
@@ -59,10 +59,10 @@ def method_of(kind="ViT", *, backbone=None, **settings):
     return Supervised(backbone or backbone_of(kind), **{**fixed, **settings})
 
 
-def batch_of(places, epoch=0, shown=None):
-    places = torch.as_tensor(places)
-    seen = places if shown is None else torch.as_tensor(shown)
-    return Batch([IMAGES[seen]], places, torch.full_like(places, epoch), [], seen)
+def batch_of(indices, epoch=0, shown=None):
+    indices = torch.as_tensor(indices)
+    seen = indices if shown is None else torch.as_tensor(shown)
+    return Batch([IMAGES[seen]], indices, torch.full_like(indices, epoch), [], seen)
 
 
 def batches(count=4):
@@ -271,10 +271,10 @@ def test_balanced_weights_are_1_on_average_and_0_for_a_class_without_images():
     assert weights[labels].mean().item() == pytest.approx(1)
 
 
-def test_views_are_normalised_images_and_the_labels_of_what_is_shown():
+def test_views_are_normalized_images_and_the_labels_of_what_is_shown():
     method = method_of()
     batch = batch_of([3, 4, 5], shown=[3, 8, 5])  # a stand-in for image 4
-    images, targets = method.views(batch, ImageRandom(0, batch.epoch, batch.places))
+    images, targets = method.views(batch, ImageRandom(0, batch.epoch, batch.indices))
     assert torch.equal(images, method.normalize(IMAGES[[3, 8, 5]]))
     assert targets.argmax(dim=1).tolist() == LABELS[[3, 8, 5]].tolist()
     assert torch.equal(targets.sum(dim=1), torch.ones(3))
@@ -285,7 +285,7 @@ def test_views_are_erased_and_mixed_by_each_image_and_epoch():
 
     def views(epoch):
         batch = batch_of([0, 1, 2, 3], epoch)
-        return method.views(batch, ImageRandom(method.seed, batch.epoch, batch.places))
+        return method.views(batch, ImageRandom(method.seed, batch.epoch, batch.indices))
 
     images, targets = views(0)
     assert torch.equal(views(0)[0], images)
@@ -308,9 +308,9 @@ def test_a_step_never_waits_for_the_device():
     )
     batch = batch_of(range(8))
     # There are no numbers on this device: whoever asks for one, or for a shape that depends on one, is refused.
-    method, crops, places = method.to("meta"), [batch.crops[0].to("meta")], batch.places.to("meta")
-    batch = Batch(crops, places, places, [], places)
-    loss = method.losses(method.views(batch, ImageRandom(0, batch.epoch, batch.places)), CLOCK)["loss"]
+    method, crops, indices = method.to("meta"), [batch.crops[0].to("meta")], batch.indices.to("meta")
+    batch = Batch(crops, indices, indices, [], indices)
+    loss = method.losses(method.views(batch, ImageRandom(0, batch.epoch, batch.indices)), CLOCK)["loss"]
     loss.backward()
     method.after_update(CLOCK)
     with pytest.raises(RuntimeError):
@@ -440,7 +440,7 @@ def test_the_configuration_tells_what_trains_and_how():
     assert rows["trained"].endswith("; stem and lowest 2 of 4 blocks frozen")
     assert rows["optimizer"] == "sgd, momentum 0.8"
     assert rows["layer-wise rates"].startswith("0.00025 (lowest) to 0.001 (head)")
-    assert rows["regularisation"] == "Mixup 0.8, weight decay 0.05"
+    assert rows["regularization"] == "Mixup 0.8, weight decay 0.05"
     everything = method_of("ResNet").describe()
     assert everything["trained"] == "11.2 of 11.2 M parameters"
     assert "layer-wise rates" not in everything

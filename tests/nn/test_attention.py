@@ -82,9 +82,9 @@ def test_a_block_of_tokens_that_images_share_equals_that_of_each_images_own_and_
     block = random_block(**options)
     block.attn.fused_attn = fused
     own, shared = (torch.randn(*shape, 32, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (1, 9)))
-    places = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
-    whole = block(torch.cat([own, shared[0][places]], dim=1))
-    once = block_of_shared(block, own, shared, places)
+    indices = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
+    whole = block(torch.cat([own, shared[0][indices]], dim=1))
+    once = block_of_shared(block, own, shared, indices)
     assert torch.allclose(once, whole, atol=1e-12)
     above, everything = torch.randn_like(whole), [own, shared, *block.parameters()]
     gradients = zip(*(torch.autograd.grad(out, everything, above) for out in (once, whole)), strict=True)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from sslvision import stage_one
 from sslvision.nn.cpu import FewerCopies, PackedLinear, PlainAttention, _Product, suit_cpu
+from sslvision.workflows import pretraining
 
 ONE_KERNEL = torch.cpu.get_capabilities()["avx512_f"]  # oneDNN's, of weights laid out before and during a product
 
@@ -154,8 +154,8 @@ class Kinds(L.Callback):
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, tmp_path, monkeypatch, recipe):
-    kinds, watchers = Kinds(), stage_one.watchers
-    monkeypatch.setattr(stage_one, "watchers", lambda *about: [kinds, *watchers(*about)])
+    kinds, watchers = Kinds(), pretraining.watchers
+    monkeypatch.setattr(pretraining, "watchers", lambda *about: [kinds, *watchers(*about)])
     run_tiny(tmp_path / "run", recipe=recipe)
     assert {PackedLinear, FewerCopies} <= kinds.found
     assert not {nn.Linear, Attention} & kinds.found

@@ -1,4 +1,4 @@
-"""How a step is carried out: with less memory (memory=low), or compiled. Neither changes what is computed.
+"""How a step is carried out: with less memory (activation_checkpointing=true), or compiled. Neither changes what is computed.
 
 Compiling is tested with aot_eager, which traces and differentiates as inductor does but generates no code: it needs no
 compiler, and takes seconds.
@@ -14,16 +14,16 @@ from timm.layers import DropPath as TimmDropPath
 from torch import nn
 from torch._dynamo.utils import counters
 
-from sslvision import stage_one, stage_two
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.nn import compiled
-from sslvision.nn.compiled import DropPath, eagerly, share_graphs, wanted
-from sslvision.nn.recompute import count_batches_once, run_sparingly
+from sslvision.nn import compilation
+from sslvision.nn.activation_checkpointing import count_batches_once, run_checkpointed
+from sslvision.nn.compilation import DropPath, eagerly, share_graphs, wanted
+from sslvision.workflows import finetuning, pretraining
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, and hides the warning
 
@@ -37,7 +37,7 @@ HEAD = {"prototypes": 16, "hidden": 16, "bottleneck": 8, "local_crops": 2, "loca
 def method_on(kind, backbone):
     torch.manual_seed(0)
     if kind == "mae":
-        return MAE(build_backbone(**backbone), decoder_width=32, decoder_depth=4, decoder_heads=2)
+        return MAE(build_backbone(**backbone), decoder_embed_dim=32, decoder_depth=4, decoder_num_heads=2)
     if kind == "dino":
         return DINO(build_backbone(**backbone), **HEAD)
     return Supervised(build_backbone(**backbone), classes=["a", "b"], labels=torch.tensor([0, 1]), ema=0.9)
@@ -87,10 +87,10 @@ def step(method):
 )
 def test_losses_gradients_and_statistics_are_the_same_to_the_last_bit_and_less_is_kept(kind, backbone, share):
     method = method_on(kind, backbone)
-    sparing = copy.deepcopy(method)
-    sparing.spare_memory()
+    activation_checkpointing = copy.deepcopy(method)
+    activation_checkpointing.enable_activation_checkpointing()
     usual, much = step(method)
-    same, little = step(sparing)
+    same, little = step(activation_checkpointing)
     assert usual.keys() == same.keys()
     for name, value in usual.items():
         assert value is None or torch.equal(value, same[name]), name
@@ -101,7 +101,7 @@ def test_every_block_of_a_vit_is_spared_the_one_for_the_class_token_too():
     deep = {}
     for depth in (2, 6):
         method = method_on("dino", VIT | {"depth": depth})
-        method.spare_memory()
+        method.enable_activation_checkpointing()
         deep[depth] = step(method)[1]
     tokens = 4 * (2 * 17 + 2 * 17) * 32 * 4  # bytes: of all crops, what goes into a block
     assert deep[6] - deep[2] == 4 * tokens
@@ -109,7 +109,7 @@ def test_every_block_of_a_vit_is_spared_the_one_for_the_class_token_too():
 
 def test_what_is_not_trained_keeps_nothing_and_is_left_alone():
     method = method_on("dino", VIT)
-    method.spare_memory()
+    method.enable_activation_checkpointing()
     assert method.student["backbone"].model.grad_checkpointing
     assert not method.teacher["backbone"].model.grad_checkpointing
 
@@ -122,8 +122,8 @@ def test_nothing_is_computed_again_without_a_backward_pass():
         return x.exp()
 
     with torch.no_grad():
-        assert run_sparingly(function, torch.ones(1), sparing=True) > 2
-    run_sparingly(function, torch.ones(1, requires_grad=True), sparing=True).backward()
+        assert run_checkpointed(function, torch.ones(1), enabled=True) > 2
+    run_checkpointed(function, torch.ones(1, requires_grad=True), enabled=True).backward()
     assert len(calls) == 3
 
 
@@ -133,9 +133,9 @@ def test_batch_norms_count_a_batch_that_is_computed_again_once():
     again = copy.deepcopy(usual)
     count_batches_once(again)
     x = torch.randn(8, 3)
-    for net, sparing in ((usual, False), (again, True)):
+    for net, activation_checkpointing in ((usual, False), (again, True)):
         for _ in range(3):
-            run_sparingly(net, x, sparing=sparing).square().sum().backward()
+            run_checkpointed(net, x, enabled=activation_checkpointing).square().sum().backward()
     for (name, right), found in zip(usual.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(right, found), name
     assert again[1].num_batches_tracked == 3
@@ -143,28 +143,29 @@ def test_batch_norms_count_a_batch_that_is_computed_again_once():
 
 def test_a_model_that_timm_cannot_spare_is_refused_in_words():
     backbone = build_backbone("vgg11", image_size=32)
-    with pytest.raises(UsageError, match=r"memory=low: timm cannot .* VGG a second time.*accumulate_grad_batches=2"):
-        backbone.spare_memory()
+    with pytest.raises(UsageError, match=r"timm cannot .* VGG a second time.*accumulate_grad_batches=2"):
+        backbone.enable_activation_checkpointing()
 
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_run_that_spares_memory_ends_with_the_same_weights_and_says_so(
     run_tiny, tmp_path, monkeypatch, capsys, recipe
 ):
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
     words = ["backbone.depth=3", "backbone.drop_path_rate=0.2", "knn_every_epochs=0", "dry_run=true"]
-    for memory in ("normal", "low"):
-        run_tiny(tmp_path / memory, *words, f"memory={memory}", recipe=recipe)
-        assert ("computed a second time" in capsys.readouterr().out) == (memory == "low")
-    assert_same(weights_of(tmp_path / "normal"), weights_of(tmp_path / "low"))
+    for checkpointed in ("false", "true"):
+        run_tiny(tmp_path / checkpointed, *words, f"activation_checkpointing={checkpointed}", recipe=recipe)
+        assert ("computed again" in capsys.readouterr().out) == (checkpointed == "true")
+    assert_same(weights_of(tmp_path / "false"), weights_of(tmp_path / "true"))
 
 
 def test_fine_tuning_that_spares_memory_ends_with_the_same_weights(settings_of, tiny_run, tmp_path):
     words = ["labels_per_class=20", "epochs=1", "min_updates=3", "evaluations=1", "head_first=false", "scratch=false"]
-    for memory in ("normal", "low"):
-        settings = settings_of("finetune", f"run={tiny_run}", *words, f"memory={memory}", "trainer.accelerator=cpu")
-        stage_two.finetune(settings, tmp_path / memory)
-    assert_same(*(load_file(tmp_path / name / "export" / "model.safetensors") for name in ("normal", "low")))
+    for checkpointed in ("false", "true"):
+        given = [f"run={tiny_run}", *words, f"activation_checkpointing={checkpointed}", "trainer.accelerator=cpu"]
+        settings = settings_of("finetune", *given)
+        finetuning.finetune(settings, tmp_path / checkpointed)
+    assert_same(*(load_file(tmp_path / name / "export" / "model.safetensors") for name in ("false", "true")))
 
 
 def weights_of(run):
@@ -185,7 +186,7 @@ def aot_eager(monkeypatch):
     """Compile by a backend that generates no code, and leave dynamo as it was found."""
     torch._dynamo.reset()
     counters.clear()
-    monkeypatch.setattr(compiled, "BACKEND", "aot_eager")
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=False):
         yield
     torch._dynamo.reset()
@@ -213,7 +214,7 @@ def test_compiled_steps_compute_the_same_with_few_graphs_and_no_recompiling(aot_
     plain = method_on(kind, backbone)
     method = copy.deepcopy(plain)
     if low:
-        method.spare_memory()
+        method.enable_activation_checkpointing()
     method.compile_blocks()
     assert [*method.state_dict()] == [*plain.state_dict()]
     right, _ = step(plain)
@@ -283,9 +284,9 @@ class Strict(L.Callback):
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_tiny, tmp_path, monkeypatch, recipe):
-    strict, watchers = Strict(), stage_one.watchers
-    monkeypatch.setattr(stage_one, "watchers", lambda *about: [strict, *watchers(*about)])
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    strict, watchers = Strict(), pretraining.watchers
+    monkeypatch.setattr(pretraining, "watchers", lambda *about: [strict, *watchers(*about)])
+    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
     words = ["backbone.depth=2", "compile=true", "data=digits", "batch_size=300"]
     run_tiny(tmp_path / "run", *words, recipe=recipe)
     assert strict.graphs > 2
@@ -296,14 +297,14 @@ def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_
 def test_compiled_fine_tuning_is_validated_and_exported_as_it_stands(aot_eager, settings_of, tiny_run, tmp_path):
     words = ["labels_per_class=25", "epochs=1", "min_updates=6", "evaluations=3", "holdout=0.2", "scratch=false"]
     settings = settings_of("finetune", f"run={tiny_run}", *words, "compile=true", "trainer.accelerator=cpu")
-    stage_two.finetune(settings, tmp_path / "run")
+    finetuning.finetune(settings, tmp_path / "run")
     assert graphs() == 1  # the block; the class of an image is read off the mean of its patches
     names = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert not any("orig_mod" in name for name in names)
 
 
 def test_a_compiled_run_goes_on_to_the_same_weights(aot_eager, run_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
     words = ["compile=true", "backbone.drop_path_rate=0.3", "backbone.depth=3", "knn_every_epochs=0"]
     run_tiny(tmp_path / "whole", *words, "keep_checkpoints=5")
     run_tiny(tmp_path / "again", *words, f"resume={tmp_path / 'whole' / 'checkpoints' / 'last-1.ckpt'}")

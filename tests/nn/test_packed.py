@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from sslvision.backbones.build import build_backbone
-from sslvision.nn.packed import PackedAttention, packs, suit_cuda
+from sslvision.nn.packed_attention import PackedAttention, packs, suit_cuda
 
 SCRIPT = """
 import torch
 from torch.nn import functional as F
-from sslvision.nn.packed import run_backward, run_forward
+from sslvision.nn.packed_attention import run_backward, run_forward
 
 torch.manual_seed(0)
 for sizes, heads, d in (([2, 5, 3, 37], 2, 32), ([1, 50], 3, 64), ([1, 197], 1, 64), ([1, 70], 2, 32)):
@@ -29,9 +29,9 @@ for sizes, heads, d in (([2, 5, 3, 37], 2, 32), ([1, 50], 3, 64), ([1, 197], 1, 
     gradient = torch.randn(right.shape)
     right.backward(gradient.double())
     found, log_sums = run_forward(qkv, sizes, heads, d**-0.5, lambda kernel: kernel)
-    of_qkv = run_backward(qkv, found, log_sums, gradient, sizes, heads, d**-0.5, lambda kernel: kernel)
+    grad_qkv = run_backward(qkv, found, log_sums, gradient, sizes, heads, d**-0.5, lambda kernel: kernel)
     torch.testing.assert_close(found.double(), right.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(of_qkv.double(), exact.grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad_qkv.double(), exact.grad, rtol=1e-5, atol=1e-5)
 """
 
 

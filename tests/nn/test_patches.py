@@ -1,11 +1,11 @@
 import torch
 
-from sslvision.nn.patches import gather_tokens, put_patches, take_patches
+from sslvision.nn.patches import gather_patches, gather_tokens, scatter_patches
 
 
 def test_patches_are_taken_from_their_place_on_a_row_major_grid():
     images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
-    taken = take_patches(images, torch.tensor([[5, 0], [2, 3]]), 2)
+    taken = gather_patches(images, torch.tensor([[5, 0], [2, 3]]), 2)
     assert torch.equal(taken[0, 0], images[0, :, 2:4, 4:6])
     assert torch.equal(taken[0, 1], images[0, :, 0:2, 0:2])
     assert torch.equal(taken[1, 0], images[1, :, 0:2, 4:6])
@@ -15,8 +15,8 @@ def test_patches_are_taken_from_their_place_on_a_row_major_grid():
 def test_putting_back_what_was_taken_changes_nothing_and_other_patches_only_their_place():
     images = torch.rand(2, 1, 8, 8)
     index = torch.tensor([[0, 3], [1, 2]])
-    assert torch.equal(put_patches(images, take_patches(images, index, 4), index), images)
-    changed = put_patches(images, torch.zeros(2, 2, 1, 4, 4), index)
+    assert torch.equal(scatter_patches(images, gather_patches(images, index, 4), index), images)
+    changed = scatter_patches(images, torch.zeros(2, 2, 1, 4, 4), index)
     assert changed[0, :, :4, :4].sum() == 0
     assert torch.equal(changed[0, :, :4, 4:], images[0, :, :4, 4:])
 

@@ -5,17 +5,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sslvision import stage_one
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
 from sslvision.methods import base
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.nn.capture import CapturedStep
-from sslvision.nn.packed import PackedAttention
+from sslvision.nn.cuda_graphs import CapturedStep
+from sslvision.nn.packed_attention import PackedAttention
 from sslvision.training import trainer
 from sslvision.training.trainer import choose_layers
+from sslvision.workflows import pretraining
 
 CUDA = torch.device("cuda")
 VIT = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 1}
@@ -25,7 +25,7 @@ RESNET = {"name": "resnet10t", "image_size": 64}
 def method_of(kind, backbone=VIT):
     built = build_backbone(**backbone)
     if kind == "mae":
-        return MAE(built, decoder_width=32, decoder_depth=2, decoder_heads=1)
+        return MAE(built, decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=1)
     if kind == "dino":
         return DINO(built, prototypes=16, hidden=16, bottleneck=8, local_size=built.image_size[0])
     return Supervised(built, classes=["a", "b"], labels=torch.tensor([0, 1]))
@@ -54,13 +54,13 @@ def test_a_backbone_nobody_has_tried_and_accumulated_batches_are_captured_only_i
         ("mae", {"device": torch.device("cpu")}, "there are none on cpu"),
         ("mae", {"processes": 2}, "2 processes exchange gradients"),
         ("supervised", {}, "Supervised is not made for them"),
-        ("sparing", {}, "memory=low computes activations a second time"),
+        ("activation_checkpointing", {}, "activation_checkpointing=true computes activations a second time"),
     ],
 )
 def test_where_there_can_be_no_graph_there_is_none_and_asking_for_one_is_refused(kind, how, reason):
-    method = method_of("mae" if kind == "sparing" else kind)
-    if kind == "sparing":
-        method.spare_memory()
+    method = method_of("mae" if kind == "activation_checkpointing" else kind)
+    if kind == "activation_checkpointing":
+        method.enable_activation_checkpointing()
     where = {"device": CUDA, "compiled": False} | how
     choose_layers(method, **where)
     assert not method.captures
@@ -76,7 +76,7 @@ def test_a_method_made_of_another_is_captured_if_it_says_so_itself():
         capturable = True
 
     for kind, captures in ((Cautious, False), (Sure, True)):
-        method = kind(build_backbone(**VIT), decoder_width=32, decoder_depth=2, decoder_heads=1)
+        method = kind(build_backbone(**VIT), decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=1)
         choose_layers(method, CUDA, compiled=False)
         assert method.captures == captures
 
@@ -88,7 +88,7 @@ def test_a_run_on_a_cpu_that_asks_for_graphs_ends_before_the_first_step(run_tiny
 
 
 class Replayed(CapturedStep):
-    """Graphs for a CPU: a replay computes into the same tensors, and the forward one spoils the gradients' memory as CUDA's may."""
+    """Graphs for a CPU: a replay computes into the same tensors; the first spoils the gradients' memory, as CUDA's may."""
 
     made = 0
 
@@ -121,7 +121,7 @@ class Replayed(CapturedStep):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_training_by_replayed_steps_ends_with_the_same_weights(run_tiny, tmp_path, monkeypatch, recipe, accumulate):
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
     monkeypatch.setattr(trainer, "why_not_captured", lambda *_: "")
     monkeypatch.setattr(base, "CapturedStep", Replayed)
     made, weights = Replayed.made, []

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslvision import stage_one, stage_two
 from sslvision.backbones import swin
-from sslvision.training.signals import StopOnSignal
+from sslvision.training.callbacks.stop_on_signal import StopOnSignal
+from sslvision.workflows import finetuning, pretraining
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim"}
 COPIES = {"tolist", "cpu", "numpy", "__array__", "tensor", "as_tensor", "from_numpy"}
@@ -56,8 +56,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.on:
             name = func.overloadpacket.__name__
-            places = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
-            if name in READS or any(place is not None and place.dtype == torch.bool for place in places):
+            indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+            if name in READS or any(place is not None and place.dtype == torch.bool for place in indices):
                 self.note(name)
         return func(*args, **(kwargs or {}))
 
@@ -138,7 +138,7 @@ BACKBONES = {
     "_swin": ["embed_dim=16", "depths=[2,2]", "num_heads=[2,4]", "patch_size=4", "image_size=32"],
 }
 METHODS = {
-    "mae": ["decoder_width=16", "decoder_heads=2"],
+    "mae": ["decoder_embed_dim=16", "decoder_num_heads=2"],
     "dino": ["prototypes=64", "hidden=32", "bottleneck=16", "local_size=16"],
 }
 MORE = ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"]
@@ -147,9 +147,9 @@ MORE = ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"]
 @pytest.fixture
 def watch(monkeypatch):
     """Watch training as on a GPU, and leave out what comes after it."""
-    watch, watchers = Watch(), stage_one.watchers
-    monkeypatch.setattr(stage_one, "watchers", lambda *about: [From(watch), *watchers(*about)])
-    monkeypatch.setattr(stage_one, "finish", lambda *_: {})
+    watch, watchers = Watch(), pretraining.watchers
+    monkeypatch.setattr(pretraining, "watchers", lambda *about: [From(watch), *watchers(*about)])
+    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
     cut = swin.cut_windows
     # On a CPU the windows with tokens are counted, as it costs nothing there.
     monkeypatch.setattr(swin, "cut_windows", lambda *about, count: cut(*about, count=False))
@@ -163,7 +163,7 @@ def test_a_step_of_pretraining_asks_the_device_nothing(watch, settings_of, tmp_p
     words = [*SMALL, *METHODS[method], *(f"backbone.{word}" for word in BACKBONES[backbone]), *more]
     settings = settings_of("pretrain", f"recipe={method}{backbone}", *words)
     with watch:
-        stage_one.pretrain(settings, tmp_path / "run")
+        pretraining.pretrain(settings, tmp_path / "run")
     assert watch.steps == (14 if more else 7)
     assert not watch.found
 
@@ -173,10 +173,10 @@ def test_a_step_of_fine_tuning_asks_the_device_nothing(watch, settings_of, tiny_
     regular = ["mixup=0.8", "cutmix=1", "erase=0.5", "label_smoothing=0.1", "class_weights=balanced", "ema=0.9"]
     words = [*few, *regular, "scratch=false", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1000"]
     settings = settings_of("finetune", f"run={tiny_run}", *words)
-    fit = stage_two.fit
-    monkeypatch.setattr(stage_two, "fit", lambda *a, callbacks, **b: fit(*a, callbacks=[From(watch), *callbacks], **b))
+    fit = finetuning.fit
+    monkeypatch.setattr(finetuning, "fit", lambda *a, callbacks, **b: fit(*a, callbacks=[From(watch), *callbacks], **b))
     with watch:
-        stage_two.finetune(settings, tmp_path / "run")
+        finetuning.finetune(settings, tmp_path / "run")
     assert watch.steps == 7
     assert not watch.found
 

@@ -1,0 +1,130 @@
+"""Mixup, CutMix and random erasing: a whole batch at once, on the training device."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from sslvision.augment.crops import ATTEMPTS, Crop, crop_boxes
+from sslvision.augment.randomness import ImageRandom
+from sslvision.errors import UsageError
+
+TRIES = 32  # of Jöhnk's algorithm: all are rejected once in 2^32 draws or less
+ERASED = Crop(1, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))  # of this only area and ratio are used
+
+# B images, K classes
+
+
+def mix_images(
+    images: Tensor, targets: Tensor, rng: ImageRandom, *, mixup: float, cutmix: float
+) -> tuple[Tensor, Tensor]:
+    """Mix every image with the next one of the batch, and its target by the same share.
+
+    With both, each image chooses one of the two with probability 1/2.
+
+    Args:
+        images: (B, C, H, W).
+        targets: (B, K), shares of the classes.
+        rng: the images' randomness.
+        mixup: alpha of Mixup (Zhang et al. 2018, arXiv:1710.09412): an image keeps a share of every pixel, drawn from
+            Beta(alpha, alpha). 0 for none.
+        cutmix: alpha of CutMix (Yun et al. 2019, arXiv:1905.04899): a box of 1 - share of the area comes from the next
+            image. As boxes are cut off at the border, the target goes by the area that was really pasted.
+
+    Returns:
+        (images, targets), mixed.
+
+    Raises:
+        UsageError: an alpha is out of range.
+    """
+    check_share("mixup", mixup)
+    check_share("cutmix", cutmix)
+    if not mixup and not cutmix:
+        return images, targets
+    height, width = images.shape[2:]
+    pasted = rng.uniform("mix choice", 1)[:, 0] < (0.5 if mixup and cutmix else float(cutmix > 0))  # (B,) else mixed up
+    alpha = torch.where(pasted, cutmix or 1.0, mixup or 1.0)  # (B,); an alpha of 0 is never chosen
+    share = beta(rng.uniform("mix share", 2 * TRIES), alpha)  # (B,), of an image in its result
+    box = box_around(rng.uniform("mix box", 2), (1 - share).sqrt(), height, width) & pasted[:, None, None]  # (B, H, W)
+    share = torch.where(pasted, 1 - box.sum(dim=(1, 2)) / (height * width), share)
+    kept = torch.where(pasted, 1.0, share)[:, None, None].masked_fill(box, 0.0)[:, None]  # (B, 1, H, W), of each pixel
+    images = torch.lerp(images.roll(-1, 0), images, kept.to(images.dtype))
+    return images, torch.lerp(targets.roll(-1, 0), targets, share[:, None].to(targets.dtype))
+
+
+def beta(noise: Tensor, alpha: Tensor) -> Tensor:
+    """Turn uniform numbers into draws from Beta(alpha, alpha), by Jöhnk's algorithm (1964).
+
+    X = U^(1/alpha) and Y = V^(1/alpha), drawn until X + Y <= 1, give X / (X + Y). In logarithms, because a small alpha
+    makes them underflow.
+
+    Args:
+        noise: (B, 2 * TRIES) in [0, 1), multiples of 2^-24.
+        alpha: (B,), more than 0 and at most 1.
+
+    Returns:
+        (B,).
+    """
+    log = (noise + 2**-25).log() / alpha[:, None]  # (B, 2 * TRIES); the middle of each step, so never log 0
+    x, y = log.unflatten(1, (2, TRIES)).unbind(1)  # (B, TRIES) each
+    first = (torch.logaddexp(x, y) <= 0).int().argmax(dim=1, keepdim=True)  # the first accepted
+    return (x - y).gather(1, first)[:, 0].sigmoid()
+
+
+def box_around(noise: Tensor, side: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels (B, H, W) lie in boxes around uniformly drawn indices, cut off at the border.
+
+    Args:
+        noise: (B, 2) in [0, 1), the boxes' middles.
+        side: (B,), of each box as a share of the image's.
+        height, width: of the images.
+    """
+
+    def inside(middle: Tensor, length: int) -> Tensor:
+        place, middle = torch.arange(length, device=noise.device), (middle * length).long()[:, None]
+        extent = (side * length).long()[:, None]
+        start = middle - extent // 2
+        return (place >= start) & (place < start + extent)  # (B, length)
+
+    return inside(noise[:, 0], height)[:, :, None] & inside(noise[:, 1], width)[:, None]
+
+
+def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
+    """Fill a random box of some images with normal noise, another number in each pixel.
+
+    Source: Zhong et al. 2020 (arXiv:1708.04896), with the ranges and the noise of MAE's fine-tuning: 2 % to a third of the
+    area, height to width 0.3 to 1 / 0.3.
+
+    Args:
+        images: normalized (B, C, H, W), so the noise has their mean and deviation.
+        rng: the images' randomness.
+        probability: of an image to have a box erased; 0 for none.
+
+    Raises:
+        UsageError: the probability is out of range.
+    """
+    check_share("erase", probability)
+    if not probability:
+        return images
+    B, channels, height, width = images.shape
+    chosen = rng.uniform("erase", 1) < probability  # (B, 1)
+    heights, widths = (torch.full_like(rng.index, side) for side in (height, width))  # (B,), (B,)
+    (boxes,) = crop_boxes(rng.uniforms(["erase box"], 2 * ATTEMPTS + 2), heights, widths, [ERASED])  # (B, 4)
+    top, left, rows, columns = boxes.T[..., None]
+    y, x = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    inside_y, inside_x = (y >= top) & (y < top + rows) & chosen, (x >= left) & (x < left + columns)  # (B, H), (B, W)
+    box = (inside_y[:, :, None] & inside_x[:, None])[:, None]  # (B, 1, H, W)
+    noise = rng.uniform("erase noise", channels * height * width).view(B, channels, height, width)
+    normal = math.sqrt(2) * torch.erfinv(2 * noise - 1 + 2**-24)  # the middle of each step: never -1 or 1
+    return torch.where(box, normal.to(images.dtype), images)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise UsageError for an alpha of Mixup or CutMix, or a probability of erasing, that is out of range."""
+    if not 0 <= value <= 1:
+        what = (
+            "a probability"
+            if name == "erase"
+            else "the alpha of a Beta distribution, of which those above 1 are not drawn"
+        )
+        raise UsageError(f"{name}={value:g} must be from 0 (none) to 1: it is {what}.")

@@ -1,0 +1,39 @@
+"""What a backbone makes of images, for people to look at."""
+
+import torch
+from torch import Tensor
+
+from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.vit import ViT
+from sslvision.figures.maps import at_offsets, enlarged, heat, principal_components
+
+
+@torch.no_grad()
+def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
+    """Return pictures, each as columns of (heading, images in 0..1).
+
+    "patch_features": the three principal components of all the images' patch features, as red, green and blue.
+    "attention": where the class token looks in the last block, a column for each head (DINO, section 4.2.2); where it
+    stands for the image.
+
+    Args:
+        images: (N, C, S, S), normalized.
+        originals: the same from 0 to 1.
+    """
+    stride = backbone.stride
+
+    def patch_features(images: Tensor) -> Tensor:
+        patches = backbone.encode(images)[:, backbone.num_prefix :]  # (N, L, D)
+        return patches.transpose(1, 2).unflatten(2, backbone.grid)  # (N, D, rows, columns)
+
+    features = (
+        at_offsets(patch_features, images, stride).float().movedim(1, -1)
+    )  # (N, rows, columns, D), finer than patches
+    colors = principal_components(features.flatten(0, 2), 3).view(*features.shape[:3], 3).movedim(-1, 1)
+    pictures = {"patch_features": [("original", originals), ("patch features", enlarged(colors, images))]}
+    if isinstance(backbone, ViT) and backbone.has_attention_maps:
+        maps = at_offsets(backbone.attention_maps, images, stride)  # (N, heads, rows, columns)
+        maps = enlarged(maps / maps.amax(dim=(2, 3), keepdim=True), images)
+        heads = [(f"head {number + 1}", heat(maps[:, number])) for number in range(maps.shape[1])]
+        pictures["attention"] = [("original", originals), *heads]
+    return pictures

@@ -1,0 +1,144 @@
+"""Which keys exist, and what fits them. Knows nothing of command lines; the settings themselves are in settings.py."""
+
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, Literal, TypeVar
+
+from sslvision.errors import UsageError
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+
+Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
+
+# Trainer options that have one owner already, and what to use in their place.
+OURS = {
+    "max_epochs": "epochs",
+    "max_steps": "epochs (or dry_run=true)",
+    "min_epochs": "epochs",
+    "min_steps": "epochs",
+    "max_time": "epochs",
+    "fast_dev_run": "dry_run=true",
+    "overfit_batches": "a smaller data set",
+    "limit_train_batches": "epochs, or a smaller data set",
+    "logger": "logger=csv|wandb|tensorboard",
+    "callbacks": "a script of your own",
+    "default_root_dir": "output_dir",
+    "use_distributed_sampler": "nothing: sslvision deals the batches out to the processes",
+    "enable_checkpointing": "checkpoint_every_epochs",
+    "reload_dataloaders_every_n_epochs": "nothing: every epoch has an order of its own",
+    "barebones": "nothing in its place",
+}
+
+
+def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
+    """Return the settings of a command, after checking every key and value.
+
+    Args:
+        settings: by key; those of an open section in a dictionary of their own.
+        kind: one of the classes of settings.py.
+
+    Raises:
+        UsageError: an unknown key, with the nearest known ones; a value of the wrong type or range.
+    """
+    known = _known_keys(settings, kind)
+    sections = {section: settings.get(section) or {} if section else settings for section in known}
+    for section, values in sections.items():
+        any_key = None in known[section]
+        for key in values:
+            if key != "_target_" and key not in known[section] and not any_key:
+                raise UsageError(_unknown(f"{section}.{key}" if section else key, known))
+    for section, values in sections.items():
+        for key in [key for key in values if key in known[section]]:
+            values[key] = fit(f"{section}.{key}" if section else key, values[key], known[section][key])
+    return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
+
+
+def _known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dict[str | None, Any]]:
+    """Return the keys of every section and their types; the key None stands for any."""
+    known: dict[str, dict[str | None, Any]] = {"": {f.name: f.type for f in fields(kind)}}
+    for section, of in kind.sections.items():
+        target = (settings.get(section) or {}).get("_target_") if of is None else of
+        if target is not None:
+            known[section] = parameters(locate(section, target))
+    for key in kind.elsewhere:
+        known.get("method", {}).pop(key, None)
+    for key in OURS:
+        known.get("trainer", {}).pop(key, None)
+        if key in (settings.get("trainer") or {}):
+            raise UsageError(f"trainer.{key} is set by sslvision; use {OURS[key]}.")
+    known.get("data", {}).update({"workers": int | None, "normalize": Any, "max_unreadable": float})
+    cache = {"cache": Literal["none", "ram", "disk"], "cache_size": int, "cache_dir": str | None}
+    known.get("data", {}).update(cache)
+    return known
+
+
+def parameters(target: Callable[..., Any]) -> dict[str | None, Any]:
+    """Return the keyword parameters of a callable and their types; with **options there is also the key None."""
+    found: dict[str | None, Any] = {}
+    for name, parameter in inspect.signature(target, eval_str=False).parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found[None] = Any
+        elif name != "self":
+            found[name] = parameter.annotation
+    return found
+
+
+def fit(key: str, value: Any, kind: Any) -> Any:
+    """Return `value` as the type `kind`, or say why it is not one. Types beyond plain ones are left to their owner."""
+    if value is None:
+        if kind in (Any, inspect.Parameter.empty) or isinstance(kind, str) or type(None) in typing.get_args(kind):
+            return None
+        raise UsageError(f"{key} is not given, and it is needed: say {key}=...")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        return fit(key, value, kinds[0]) if len(kinds) == 1 else value
+    if origin is Literal:
+        if value not in arguments:
+            words = [str(argument) for argument in arguments]
+            near = difflib.get_close_matches(str(value), words, n=1)
+            raise UsageError(
+                f"{key}={value} is unknown: it is {', '.join(words)}." + (f" Did you mean {near[0]}?" if near else "")
+            )
+        return value
+    if origin in (tuple, list) and arguments:
+        if not isinstance(value, (list, tuple)):
+            raise UsageError(f"{key}={value} is not a list; write {key}=[...].")
+        wanted = arguments if origin is tuple and Ellipsis not in arguments else [arguments[0]] * len(value)
+        if len(wanted) != len(value):
+            raise UsageError(f"{key}={value} has {len(value)} values; {len(wanted)} are needed.")
+        return origin(
+            fit(f"{key}[{i}]", one, one_kind) for i, (one, one_kind) in enumerate(zip(value, wanted, strict=True))
+        )
+    plain = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", dict: "a section"}
+    kind = origin or kind
+    if kind not in plain:
+        return value
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is str and type(value) in (int, float):
+        return str(value)
+    if type(value) is not kind:
+        raise UsageError(f"{key}={value} is not {plain[kind]}.")
+    return value
+
+
+def _unknown(key: str, known: Mapping[str, Mapping[str | None, Any]]) -> str:
+    """Return the message for an unknown key, with the nearest known ones."""
+    everywhere = [
+        f"{section}.{name}" if section else str(name) for section, keys in known.items() for name in keys if name
+    ]
+    by_last_word: dict[str, list[str]] = {}
+    for name in everywhere:
+        by_last_word.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    last = key.rsplit(".", 1)[-1]
+    near = [
+        name for word in difflib.get_close_matches(last, by_last_word, n=2, cutoff=0.6) for name in by_last_word[word]
+    ]
+    shown = key.removeprefix("method.")  # what may have been typed without it
+    if last in OURS:
+        return f"There is no setting {shown}; use {OURS[last]}."
+    return f"There is no setting {shown}." + (f" Did you mean {' or '.join(near[:3])}?" if near else " See --help.")

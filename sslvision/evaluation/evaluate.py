@@ -1,0 +1,91 @@
+"""How good is a backbone: k-NN and linear probe on frozen features of labeled images, and raw pixels for comparison."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sslvision.backbones.backbone import Backbone
+from sslvision.data.loader import evaluation_loader
+from sslvision.data.source import Source, Splits
+from sslvision.errors import DataError
+from sslvision.evaluation.features import chosen_indices, extract_features
+from sslvision.evaluation.knn import knn_top
+from sslvision.evaluation.linear_probe import bytes_of_fit, linear_probe
+from sslvision.evaluation.placement import place_for
+from sslvision.evaluation.rankme import rankme
+from sslvision.nn.normalize import Normalize
+
+PIXELS = 32  # side to which larger images are shrunk before their pixels are compared
+
+Features = Callable[[Source, list[int]], tuple[Tensor, Tensor]]
+
+
+def has_labels(splits: Splits) -> bool:
+    """Return whether there is anything to evaluate with: labels on both sides, and more than one class."""
+    train, test = splits.train, splits.test
+    return train.labels is not None and test is not None and test.labels is not None and int(train.labels.max()) > 0
+
+
+def evaluate_backbone(
+    backbone: Backbone,
+    normalize: Normalize,
+    splits: Splits,
+    *,
+    at_most: int,
+    seed: int = 0,
+    workers: int = 0,
+    precision: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, the dimensions they fill.
+
+    Args:
+        backbone: in whatever state it is; its features are those of its own pooling.
+        normalize: as in pretraining.
+        splits: labeled; features of `train` are the neighbors and the training set of the probe.
+        at_most: training images used, drawn if there are more.
+        seed: of the draw and of the probe's held-out part.
+        workers: loader processes.
+        precision: of the backbone's matrix products.
+    """
+    return _evaluate(
+        lambda source, indices: extract_features(
+            backbone, normalize, source, indices, workers=workers, precision=precision
+        ),
+        splits,
+        at_most=at_most,
+        seed=seed,
+        device=next(backbone.parameters()).device,
+    )
+
+
+def evaluate_pixels(
+    splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0, device: torch.device | None = None
+) -> dict[str, float]:
+    """Return the same scores with the pixels themselves as features, at 32x32, computed on `device` (None: the CPU)."""
+
+    def pixels(source: Source, indices: list[int]) -> tuple[Tensor, Tensor]:
+        batches = list(evaluation_loader(source, PIXELS, indices, workers=workers))
+        where = torch.cat([where for where, _ in batches])
+        rows = [images.flatten(1) for _, images in batches if images.numel()]
+        return where, torch.cat(rows).float() / 255 if rows else torch.empty(0)
+
+    return _evaluate(pixels, splits, at_most=at_most, seed=seed, device=device or torch.device("cpu"))
+
+
+def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int, device: torch.device) -> dict[str, float]:
+    train, test = splits.train, splits.test
+    assert test is not None
+    assert train.labels is not None
+    assert test.labels is not None
+    train_indices, train_features = features(train, chosen_indices(train, at_most, seed=seed))
+    test_indices, test_features = features(test, chosen_indices(test, at_most, seed=seed))
+    if not len(train_indices) or not len(test_indices):
+        raise DataError(
+            f"None of the images to {'learn from' if len(test_indices) else 'score by'} can be read: {test.name}."
+        )
+    train_features = train_features.to(place_for(device, bytes_of_fit(train_features, int(train.labels.max()) + 1)))
+    labeled = (train_features, train.labels[train_indices], test_features, test.labels[test_indices])
+    top1, top5 = knn_top(*labeled)
+    probe = linear_probe(*labeled, seed=seed)
+    return {"knn_top1": top1, "knn_top5": top5, "linear_top1": probe.top1, "rankme": rankme(train_features)}

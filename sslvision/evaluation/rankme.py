@@ -1,0 +1,19 @@
+"""How many dimensions features fill."""
+
+import torch
+from torch import Tensor
+
+
+def rankme(features: Tensor) -> float:
+    """Return the effective rank of features (n, D): from 1, when they lie on a line, to D, when they fill the space.
+
+    The exponential of the entropy of the normalized singular values, centering nothing (Garrido et al. 2023, Eq. 1-2).
+    It never exceeds n, so take several times D images. NaN if a feature is not finite.
+    """
+    features = features.double()
+    if not features.isfinite().all():
+        return float("nan")
+    squares = torch.linalg.eigvalsh(features.T @ features).clamp(min=0)  # of the singular values
+    singular = squares.sqrt()
+    share = singular / singular.sum().clamp(min=1e-30) + 1e-7
+    return float(torch.special.entr(share).sum().exp())

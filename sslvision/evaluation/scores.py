@@ -1,0 +1,115 @@
+"""What a classifier is worth on a test set: accuracies, how sure of them one may be, and what is taken for what."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sslvision.errors import DataError
+
+RESAMPLES = 1000
+LOGITS_AT_ONCE = 1 << 24  # 128 MiB of indices while they are sorted: what bounds the memory
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The scores of one classifier on one test set, all but the confusion in percent.
+
+    Attributes:
+        top1: test images whose first class is the right one.
+        top5: test images with the right class among the first five.
+        interval: the 95 % confidence interval of top1, over test sets of this size.
+        per_class: (C,) the top-1 accuracy of each class's images; NaN for a class without test images.
+        confusion: (C, C) int64 counts of images; the row is the true class, the column the predicted one.
+    """
+
+    top1: float
+    top5: float
+    interval: tuple[float, float]
+    per_class: Tensor
+    confusion: Tensor
+
+    @property
+    def mean_per_class(self) -> float:
+        """The mean accuracy of the classes that have test images, in percent: what rare classes count in fully."""
+        return float(self.per_class.nanmean())
+
+
+def score(ranking: Tensor, labels: Tensor, *, classes: int, seed: int = 0) -> Scores:
+    """Compare the classes given to M test images with the true ones.
+
+    Args:
+        ranking: (M, R) int64, R of 1 to 5 classes for each image, best first.
+        labels: (M,) int64, the true ones.
+        classes: how many there are, C; all of `ranking` and `labels` lie in 0..C-1.
+        seed: of the resamples; the scores are a function of the arguments and of it alone.
+
+    Returns:
+        the scores, on the CPU. The interval is the percentile bootstrap's of 1,000 resamples of the test images (Efron
+        and Tibshirani 1993, chapter 13). It says how far another test set may differ, not another training run; it
+        has no width where all images are right, or none.
+
+    Raises DataError for arguments that do not fit.
+    """
+    ranking, labels = ranking.cpu(), labels.cpu()
+    M, C = len(labels), classes
+    if ranking.ndim != 2 or not 1 <= ranking.shape[1] <= 5 or labels.shape != ranking.shape[:1] or not M:
+        raise DataError(
+            "Scores need a ranking (M, 1 to 5) and labels (M,) with M above 0, "
+            f"but got {tuple(ranking.shape)} and {tuple(labels.shape)}."
+        )
+    for name, values in (("predicted classes", ranking), ("labels", labels)):
+        if values.min() < 0 or values.max() >= C:
+            raise DataError(
+                f"The {name} reach from {values.min()} to {values.max()}, but there are {C} classes, 0..{C - 1}. "
+                "Is every test image labeled, and the classifier one for this data set?"
+            )
+    confusion = (labels * C + ranking[:, 0]).bincount(minlength=C * C).view(C, C)
+    hits = confusion.diag()  # (C,)
+    correct = int(hits.sum())
+    # Images drawn with replacement from M of which p are right: M independent draws, so Binomial(M, p) right ones.
+    resampled = np.random.default_rng(seed).binomial(M, correct / M, size=RESAMPLES)
+    low, high = (100 * np.quantile(resampled, (0.025, 0.975)) / M).tolist()
+    return Scores(
+        top1=100 * correct / M,
+        top5=100 * int((ranking == labels[:, None]).sum()) / M,
+        interval=(low, high),
+        per_class=100 * hits.double() / confusion.sum(1),  # 0 / 0 is NaN
+        confusion=confusion,
+    )
+
+
+def ranking_of(logits: Tensor) -> Tensor:
+    """Return the best classes of each image, (M, min(5, C)) int64, best first; of equal ones the first by index.
+
+    `logits` are (M, C). Raises DataError if any is NaN.
+    """
+    M, C = logits.shape
+    if logits.isnan().any():
+        raise DataError(
+            f"The logits of {int(logits.isnan().any(1).sum())} of {M} images are NaN: the classifier has diverged."
+        )
+    parts = logits.split(max(1, LOGITS_AT_ONCE // C))
+    return torch.cat([part.sort(dim=1, descending=True, stable=True).indices[:, :5].clone() for part in parts])
+
+
+def as_json(scores: Scores, class_names: Sequence[str]) -> dict[str, object]:
+    """Return the scores as JSON can hold them, percent with two digits, None for what has no value.
+
+    Of classes that share a name (ImageNet has two "crane") each gets its number behind it. The confusion stays out.
+    """
+    shared = {name for name, count in Counter(class_names).items() if count > 1}
+    names = [f"{name} ({index})" if name in shared else name for index, name in enumerate(class_names)]
+    return {
+        "top1": round(scores.top1, 2),
+        "top5": round(scores.top5, 2),
+        "top1_interval": [round(end, 2) for end in scores.interval],
+        "mean_per_class": round(scores.mean_per_class, 2),
+        "per_class": {
+            name: None if percent != percent else round(percent, 2)
+            for name, percent in zip(names, scores.per_class.tolist(), strict=True)
+        },
+    }

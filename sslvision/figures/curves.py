@@ -1,0 +1,217 @@
+"""The pictures a run leaves behind: what the model reconstructs, and how training went.
+
+Both return a matplotlib `Figure` built without pyplot, so that drawing needs no display and leaves no global state.
+Save with `figure.savefig(path)`: the reconstruction grid maps every image pixel to whole pixels of the file.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+INK, MUTED, RULE = "#222222", "#6b6b6b", "#d9d9d9"
+BLUE, ORANGE, GREEN = "#2c6fab", "#c8641b", "#3d8256"
+WIDTH = 7.0  # inches: the text width of a page
+CELL = 160  # pixels: small images are enlarged by a whole factor to at least this
+
+
+def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figure:
+    """Return a grid of images, a row for each and a column for each thing made of it, two such groups side by side.
+
+    `columns` are (heading, images), the images (N, C, H, W) in 0..1, of one N, H and W; N = 16 fills a page. Values outside
+    are clipped, NaN is drawn in mid gray. Of images with more than three channels the first three are drawn, of two
+    channels the first.
+    """
+    rows = np.stack([_drawable(images) for _, images in columns], axis=1)  # (N, columns, H, W, 3)
+    groups = min(2, len(rows))
+    canvas, column_centers = _canvas(rows, groups)
+    px_height, px_width = canvas.shape[:2]
+
+    dpi = px_width / (WIDTH * groups / 2)
+    top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a little air elsewhere
+    width, height = px_width + 2 * edge, px_height + top + edge
+    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
+    axes = figure.add_axes((edge / width, edge / height, px_width / width, px_height / height))
+    axes.imshow(canvas, interpolation="nearest", aspect="auto")
+    axes.set_axis_off()
+    figure.text(
+        edge / width, 1 - 0.07 * dpi / height, title, size=10, color=INK, weight="bold", va="top", parse_math=False
+    )
+    for i, center in enumerate(column_centers):
+        x, y = (edge + center) / width, (edge + px_height + 0.05 * dpi) / height
+        figure.text(x, y, columns[i % len(columns)][0], size=8, color=MUTED, ha="center", va="bottom")
+    return figure
+
+
+def learning_curve_figure(
+    metrics: dict[str, list[float | None]],
+    *,
+    title: str,
+    steps_per_epoch: int | None = None,
+    untrained_knn: float | None = None,
+    untrained_loss: float | None = None,
+) -> Figure:
+    """Return the loss, accuracy on the way (if there is any) and the learning rate against the epoch, one above another.
+
+    `metrics` is what `read_metrics` returns, of which `step`, `epoch`, `loss`, `knn_top1` and `val_top1` (percent) and `lr`
+    are used; panels without a value are left out. With `steps_per_epoch` the epoch is step / steps_per_epoch, and so
+    fractional. The untrained values are dashed lines of reference.
+    """
+    wanted = {"loss": 3.0, "knn_top1": 1.9, "val_top1": 1.9, "lr": 1.0}  # relative heights
+    curves = {name: _curve(metrics, name, steps_per_epoch) for name in wanted}
+    heights = {name: height for name, height in wanted.items() if name == "loss" or len(curves[name][0])}
+    figure = Figure(
+        figsize=(WIDTH, 0.9 + 0.8 * sum(heights.values())), dpi=150, layout="constrained", facecolor="white"
+    )
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights.values()))[:, 0]
+    panel = dict(zip(heights, panels, strict=True))
+    for axes in panels:
+        _style(axes)
+
+    _plot_loss(panel["loss"], *curves["loss"])
+    _reference(panel["loss"], untrained_loss, "untrained {:.4g}", curves["loss"][1])
+    for name, label in (("knn_top1", "k-NN top-1 (%)"), ("val_top1", "validation\ntop-1 (%)")):
+        if name in panel:
+            x, y = curves[name]
+            panel[name].plot(x, y, color=GREEN, lw=1.6, marker="o", ms=3.5 if len(x) < 60 else 0)
+            panel[name].set_ylabel(label)
+            _annotate_last(panel[name], y, "{:.1f}", GREEN)
+    if "knn_top1" in panel:
+        _reference(panel["knn_top1"], untrained_knn, "untrained {:.1f}", curves["knn_top1"][1])
+    if "lr" in panel:
+        _plot_learning_rate(panel["lr"], *curves["lr"])
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
+    panels[-1].set_xlabel("epoch")
+    figure.align_ylabels(panels)
+    return figure
+
+
+def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figure | None:
+    """Return whatever else was logged while training (entropies, RankMe, ...) against the epoch, or None if nothing was."""
+    elsewhere = {"step", "epoch", "loss", "lr", "weight_decay"}
+    curves = {
+        name: _curve(metrics, name, None)
+        for name in metrics
+        if name not in elsewhere
+        and not name.endswith(("_top1", "_top5"))
+        and not name.startswith(("untrained", "pixels"))
+    }
+    curves = {name: (x, y) for name, (x, y) in curves.items() if len(x)}
+    if not curves:
+        return None
+    figure = Figure(figsize=(WIDTH, 0.9 + 1.1 * len(curves)), dpi=150, layout="constrained", facecolor="white")
+    panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, (x, y)) in zip(panels, curves.items(), strict=True):
+        _style(axes)
+        axes.plot(x, y, color=BLUE, lw=1.4, marker="o" if len(x) < 20 else None, ms=3.5)
+        axes.set_ylabel(name.replace("_", " ").replace(" ", "\n", 1))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        _annotate_last(axes, y, "{:.3g}", BLUE)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
+    panels[-1].set_xlabel("epoch")
+    figure.align_ylabels(panels)
+    return figure
+
+
+def _drawable(images: Tensor) -> np.ndarray:
+    """(N, C, H, W) of any number of channels -> (N, H, W, 3) in 0..1."""
+    images = images.detach().float().cpu()
+    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+    return torch.nan_to_num(images, nan=0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def _canvas(rows: np.ndarray, groups: int) -> tuple[np.ndarray, list[float]]:
+    """Lay (N, columns, H, W, 3) out on white: the canvas, and the horizontal center of every column in its pixels."""
+    N, columns, H, W, _ = rows.shape
+    factor = max(1, math.ceil(CELL / W))
+    rows = rows.repeat(factor, axis=2).repeat(factor, axis=3)
+    H, W = H * factor, W * factor
+    gap, gutter = max(2, W // 28), max(8, W // 6)
+    lefts = [column * (W + gap) + (column // columns) * (gutter - gap) for column in range(columns * groups)]
+    lines = math.ceil(N / groups)
+    canvas = np.ones((lines * (H + gap) - gap, lefts[-1] + W, 3), dtype=np.float32)
+    for n, row in enumerate(rows):
+        y = n // groups * (H + gap)
+        for image, x in zip(row, lefts[n % groups * columns :], strict=False):
+            canvas[y : y + H, x : x + W] = image
+    return canvas, [left + W / 2 for left in lefts]
+
+
+def _curve(
+    metrics: dict[str, list[float | None]], name: str, steps_per_epoch: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The epochs and values at which `name` was logged."""
+    at: Sequence[float | None] = metrics.get("epoch", [])
+    if steps_per_epoch:
+        at = [None if step is None else step / steps_per_epoch for step in metrics.get("step", [])]
+    pairs = [(x, y) for x, y in zip(at, metrics.get(name, []), strict=False) if x is not None and y is not None]
+    return np.array([x for x, _ in pairs]), np.array([y for _, y in pairs])
+
+
+def _plot_loss(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    smooth = _smoothed(y)
+    if smooth is not y:
+        axes.plot(x, y, color=BLUE, lw=0.7, alpha=0.35)
+    axes.plot(x, smooth, color=BLUE, lw=1.8)
+    axes.set_ylabel("training loss")
+    _annotate_last(axes, smooth, "{:.4g}", BLUE)
+
+
+def _plot_learning_rate(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    exponent = math.floor(math.log10(max(y.max(), 1e-30)))
+    axes.plot(x, y / 10.0**exponent, color=ORANGE, lw=1.4)
+    axes.set_ylabel(f"learning rate\n($10^{{{exponent}}}$)")
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+
+
+def _smoothed(y: np.ndarray) -> np.ndarray:
+    """A Gaussian running mean over about a fortieth of the run, renormalized at the ends and over what is not finite."""
+    sigma = len(y) / 80
+    if sigma < 0.5:
+        return y
+    reach = math.ceil(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    finite = np.isfinite(y)
+    total = np.convolve(np.where(finite, y, 0), kernel, mode="full")[reach:-reach]
+    weight = np.convolve(finite.astype(float), kernel, mode="full")[reach:-reach]
+    return np.where(finite, total / np.maximum(weight, 1e-12), np.nan)
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(RULE)
+    axes.grid(axis="y", color=RULE, lw=0.5)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+    axes.xaxis.label.set(color=INK, size=9)
+    axes.yaxis.label.set(color=INK, size=9)
+    axes.margins(x=0.01)
+
+
+def _reference(axes: Axes, value: float | None, text: str, curve: np.ndarray) -> None:
+    """Draw a dashed line, and name it inside the axes at the end where the curve is farther away."""
+    if value is None:
+        return
+    axes.axhline(value, color=MUTED, lw=1, ls=(0, (4, 3)))
+    left = len(curve) > 0 and abs(curve[0] - value) > abs(curve[-1] - value)
+    below = value > sum(axes.get_ylim()) / 2
+    axes.annotate(
+        text.format(value), (0 if left else 1, value), xycoords=("axes fraction", "data"), textcoords="offset points",
+        xytext=(4 if left else -4, -3 if below else 3), ha="left" if left else "right", va="top" if below else "bottom",
+        size=8, color=MUTED,
+    )  # fmt: skip
+
+
+def _annotate_last(axes: Axes, y: np.ndarray, text: str, color: str) -> None:
+    """Write the last value to the right of the axes, at its height."""
+    if len(y) and np.isfinite(y[-1]):
+        axes.annotate(
+            text.format(y[-1]), (1, y[-1]), xycoords=("axes fraction", "data"), xytext=(4, 0),
+            textcoords="offset points", size=8.5, color=color, va="center", weight="bold", annotation_clip=False,
+        )  # fmt: skip

@@ -1,0 +1,161 @@
+"""The folder of a run: made before anything else, and readable without us."""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sslvision.errors import UsageError
+from sslvision.runs.redaction import redact
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = ".lock"
+_held: dict[Path, int] = {}
+
+CONTENTS = """\
+# {name}
+
+Made by `{command}`.
+
+| file | what it is |
+| --- | --- |
+| results.json | k-NN, linear probe and RankMe at the end, pretrained and untrained; what went wrong, if anything |
+| config.yaml | every setting of the run, in full |
+| environment.json | versions, git commit and hardware |
+| metrics.csv | loss, learning rate, k-NN accuracy, RankMe and what else the method logs, by step |
+| figures/ | what the method makes of held-out images, learning curve, health |
+| checkpoints/last.ckpt, last-1.ckpt, ... | all that `resume=auto` needs to go on, and the same of before |
+| export/ | the backbone for use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
+| unreadable.csv | images that could not be read, if there were any |
+"""
+
+
+def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Take an empty or new folder for a run; a used one only to resume in it or to empty it.
+
+    Raises:
+        UsageError: the folder is in use, or another process works in it, or is not one of ours and would be emptied.
+    """
+    if (folder / LOCK).exists():
+        _hold(folder)
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        if not overwrite:
+            raise UsageError(
+                f"{folder} is in use: go on with it by resume=auto, empty it by overwrite=true, or choose another name=."
+            )
+        if not (folder / "config.yaml").is_file():
+            raise UsageError(
+                f"{folder} is not the folder of a run (it has no config.yaml) and is not emptied; name another."
+            )
+        shutil.rmtree(folder)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    _hold(folder)
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a folder for as long as this one lives, however it ends."""
+    if fcntl is None:
+        return
+    file = folder / LOCK
+    if folder in _held and file.exists() and os.path.samestat(os.fstat(_held[folder]), file.stat()):
+        return
+    held = os.open(file, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: what it forks may outlive it
+    except (BlockingIOError, PermissionError) as error:
+        os.close(held)
+        raise UsageError(
+            f"Another process is at work in {folder}: wait for its end, stop it, or choose another name=."
+        ) from error
+    except OSError:  # a file system without locks
+        os.close(held)
+        return
+    _held[folder] = held  # open from now on: to close it would let go
+
+
+def describe(
+    folder: Path, config: dict[str, Any], words: Sequence[str], *, command: str = "pretrain", contents: str = CONTENTS
+) -> None:
+    """Write README.md, config.yaml and environment.json, without the secrets in them.
+
+    Args:
+        folder: of the run.
+        config: all settings, as plain containers.
+        words: the command line's, after the command.
+        command: its name.
+        contents: of README.md, with {name}, {folder} and {command}.
+    """
+    command = shlex.join(["python", "-m", f"sslvision.{command}", *redact(list(words))])
+    (folder / "README.md").write_text(contents.format(name=folder.name, folder=folder, command=command))
+    (folder / "config.yaml").write_text(yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
+    write_json(folder / "environment.json", environment(command))
+
+
+def environment(command: str) -> dict[str, Any]:
+    """Return what a reader needs to judge or repeat the run; nothing of the person's account."""
+    packages = ("sslvision", "torch", "torchvision", "pytorch-lightning", "timm", "hydra-core", "numpy")
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": command,
+        "python": platform.python_version(),
+        "packages": {package: _version(package) for package in packages},
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": len((_git("status", "--porcelain") or "").splitlines()),
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write readable JSON, without the secrets in it."""
+    file.write_text(json.dumps(redact(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ImportError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the checkout this package lies in; None outside of one."""
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
+
+
+def _processor() -> str:
+    """Return the processor's name."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

@@ -1,0 +1,94 @@
+"""What a person reads in the terminal: the effective configuration before the first step, findings and tables at the end."""
+
+from collections.abc import Mapping, Sequence
+
+import pytorch_lightning as L
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+
+from sslvision.evaluation.scores import Scores
+from sslvision.figures.score_figures import Cell
+from sslvision.training.callbacks.data_waits import DataWaits
+from sslvision.training.callbacks.health import Health
+from sslvision.training.callbacks.skipped_updates import SkippedUpdates
+from sslvision.training.callbacks.unreadable_images import UnreadableImages
+
+
+def print_configuration(console: Console, rows: Mapping[str, str], title: str) -> None:
+    """Print what is about to happen."""
+    table = Table.grid(padding=(0, 2))
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", value)
+    console.print(Panel(table, title=title, title_align="left", box=box.ROUNDED, expand=False))
+
+
+def findings_of(trainer: L.Trainer) -> list[str]:
+    """Return what a person should know about how training went."""
+    findings: list[str] = []
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, UnreadableImages | SkippedUpdates | DataWaits) and watcher.found:
+            findings.append(watcher.summary())
+        elif isinstance(watcher, Health):
+            findings += watcher.found.values()
+    return findings
+
+
+def waiting_of(trainer: L.Trainer) -> dict[str, float]:
+    """Return how much of the time went into waiting for images, if it was measured."""
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watcher, DataWaits) and watcher.share is not None:
+            return {"waiting_for_data_percent": round(watcher.share, 1)}
+    return {}
+
+
+def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
+    """Print k-NN and linear-probe accuracy and RankMe, a line for each set of features, the first one set off."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("frozen features")
+    table.add_column("k-NN top-1 %", justify="right")
+    table.add_column("linear probe top-1 %", justify="right")
+    table.add_column("RankMe", justify="right")
+    for number, (name, scores) in enumerate(rows.items()):
+        style = "bold" if number == 0 else None
+        numbers = (f"{scores[key]:.1f}" for key in ("knn_top1", "linear_top1", "rankme"))
+        table.add_row(name, *numbers, style=style)
+    console.print(table)
+
+
+def print_probe(console: Console, rows: Mapping[str, Scores], title: str) -> None:
+    """Print the scores of each classifier ("k-NN, k = 10", "linear probe", "fine-tuned"), a line for each."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("classifier")
+    for heading in ("top-1 %", "95 % interval", "top-5 %", "mean per class %"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, scores in rows.items():
+        low, high = scores.interval
+        table.add_row(
+            name, f"{scores.top1:.1f}", f"{low:.1f} to {high:.1f}", f"{scores.top5:.1f}", f"{scores.mean_per_class:.1f}"
+        )
+    console.print(table)
+
+
+def print_comparison(console: Console, cells: Sequence[Cell], title: str) -> None:
+    """Print top-1, and its standard deviation over the seeds, by arm and labels per class; in each column the best is bold."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False  # six columns fit a terminal's 80
+    table.add_column("labels\nper class")
+    budgets = sorted({cell["labels_per_class"] for cell in cells}, key=lambda labels: (labels == "all", labels))
+    for labels in budgets:
+        table.add_column(str(labels), justify="right", no_wrap=True)
+    best = {
+        labels: max(round(cell["mean"], 1) for cell in cells if cell["labels_per_class"] == labels)
+        for labels in budgets
+    }
+    for arm in dict.fromkeys(cell["arm"] for cell in cells):
+        row = {cell["labels_per_class"]: cell for cell in cells if cell["arm"] == arm}
+        table.add_row(arm, *(_cell(row[labels], best[labels]) if labels in row else "–" for labels in budgets))
+    console.print(table)
+
+
+def _cell(cell: Cell, best: float) -> str:
+    text = f"{cell['mean']:.1f}" + (f" ± {cell['deviation']:.1f}" if cell["seeds"] > 1 else "")
+    return f"[bold]{text}[/]" if round(cell["mean"], 1) == best else text

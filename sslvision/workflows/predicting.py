@@ -1,0 +1,235 @@
+"""What a classifier says of a folder of images: a row for each, in order, those that cannot be read included."""
+
+import csv
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.load import load_backbone
+from sslvision.data.datamodule import available_workers
+from sslvision.data.loader import EvaluationImages
+from sslvision.data.sources.folder import FileSource, joined
+from sslvision.data.sources.scan import scan
+from sslvision.errors import DataError, UsageError
+from sslvision.nn.normalize import Normalize
+from sslvision.settings import Predict
+from sslvision.training.trainer import choose_kernels, device_of
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of one image, or why it could not be read."""
+
+    image: str  # path relative to the folder, with "/" on every system
+    labels: tuple[str, ...]  # likeliest first
+    probabilities: tuple[float, ...]
+    problem: str
+
+
+def open_images(path: str | Path, *, channels: int) -> FileSource:
+    """Return every image under a folder, at any depth, sorted by relative path; or the one file that `path` is.
+
+    Whatever the folders are called, train/ and val/ included. Hidden files and folders are left out.
+
+    Raises:
+        DataError: there is nothing of that name, or there are no images.
+    """
+    root = os.path.abspath(os.path.expanduser(path))
+    if os.path.isfile(root):
+        root, images = os.path.dirname(root), [os.path.basename(root)]
+    else:
+        try:
+            images = sorted(scan(root, follow_symlinks=False).images)
+        except DataError as error:  # speaks of training
+            raise DataError(str(error).replace("data.root", "images")) from None
+    return FileSource(str(path), channels, None, None, root, *joined(images))
+
+
+def predict(
+    backbone: Backbone,
+    normalize: Normalize,
+    classes: Sequence[str],
+    source: FileSource,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    top: int = 5,
+    precision: torch.dtype = torch.float32,
+) -> Iterator[Prediction]:
+    """Classify all images of a source, each seen whole: its central square, as in evaluation.
+
+    Args:
+        backbone: a classifier: features go through `model.get_classifier()`. Is put into eval mode for the time.
+        normalize: as in training.
+        classes: what the classifier's outputs stand for.
+        source: see `open_images`.
+        batch_size: images per forward pass.
+        workers: loader processes.
+        top: classes to name of each image, at most.
+        precision: of the matrix products; bfloat16 where training had it too.
+
+    Returns:
+        an iterator of a Prediction for each image, in the source's order, made batch by batch.
+
+    Raises:
+        UsageError: the backbone has no classifier of these classes.
+    """
+    outputs = backbone.model.num_classes
+    if not outputs or outputs != len(classes):
+        raise UsageError(
+            f"This network tells {outputs} classes apart, not {len(classes)}: only a fine-tuned one can predict "
+            "(python -m sslvision.finetune)."
+        )
+    if top < 1:
+        raise UsageError(f"top={top} must be at least 1.")
+    return _rows(backbone, normalize, classes, source, batch_size, workers, min(top, outputs), precision)
+
+
+def _rows(
+    backbone: Backbone,
+    normalize: Normalize,
+    classes: Sequence[str],
+    source: FileSource,
+    batch_size: int,
+    workers: int,
+    top: int,
+    precision: torch.dtype,
+) -> Iterator[Prediction]:
+    loader = DataLoader(
+        EvaluationImages(source, backbone.image_size[0], list(range(len(source)))),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_readable_and_not,
+        generator=torch.Generator(),  # which leaves the global one alone
+    )
+    start = len(os.path.join(source.root, ""))
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        for indices, images, problems in loader:
+            rows = {place: Prediction(_relative(source, place, start), (), (), why) for place, why in problems}
+            if indices:
+                best = _probabilities(backbone, normalize, images, precision).topk(top)
+                for place, values, labels in zip(indices, best.values.tolist(), best.indices.tolist(), strict=True):
+                    names = tuple(classes[label] for label in labels)
+                    rows[place] = Prediction(_relative(source, place, start), names, tuple(values), "")
+            for place in sorted(rows):
+                yield rows[place]
+    finally:
+        backbone.train(was_training)
+
+
+@torch.no_grad()
+def _probabilities(backbone: Backbone, normalize: Normalize, images: Tensor, precision: torch.dtype) -> Tensor:
+    """Return the probabilities of all classes (B, K), in main memory, of uint8 images (B, C, S, S)."""
+    device = next(backbone.parameters()).device
+    with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+        features = backbone(normalize(images.to(device, non_blocking=True)))  # (B, D)
+        logits = backbone.model.get_classifier()(features)  # (B, K)
+    return logits.float().softmax(dim=1).cpu()
+
+
+def _readable_and_not(
+    items: list[tuple[int, Tensor | None, str]],
+) -> tuple[list[int], Tensor, list[tuple[int, str]]]:
+    images = [image for _, image, _ in items if image is not None]
+    return (
+        [place for place, image, _ in items if image is not None],
+        torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        [(place, why) for place, image, why in items if image is None],
+    )
+
+
+def _relative(source: FileSource, place: int, start: int) -> str:
+    return source.describe(place)[start:].replace(os.sep, "/")
+
+
+def write_csv(rows: Iterable[Prediction], file: str | Path, *, top: int) -> tuple[int, int]:
+    """Write image, label, probability, label_2, probability_2, ... and problem, row by row as they come.
+
+    The file is there when it is whole: until then it is a hidden one beside it. A path that a spreadsheet would take for a
+    formula (=, +, -, @) begins with "./", and is the same path. Names of classes are written as they are.
+
+    Args:
+        rows: see `predict`.
+        file: is replaced if it exists; its folder is made if need be.
+        top: columns of labels; the number of classes where that is less than what was asked for.
+
+    Returns:
+        the number of rows, and of those with a problem.
+    """
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp")
+    count = problems = 0
+    try:
+        # surrogateescape: names of files are bytes, and come out as they are.
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+            writer = csv.writer(opened)
+            writer.writerow(["image", "label", "probability", *_columns(top), "problem"])
+            for row in rows:
+                cells: list[Any] = [
+                    cell
+                    for label, probability in zip(row.labels, row.probabilities, strict=True)
+                    for cell in (label, f"{probability:.6f}")
+                ]
+                image = f"./{row.image}" if row.image.startswith(("=", "+", "-", "@", "\t", "\r")) else row.image
+                writer.writerow([image, *(cells or [""] * (2 * top)), row.problem])
+                count, problems = count + 1, problems + bool(row.problem)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count, problems
+
+
+def _columns(top: int) -> list[str]:
+    return [f"{column}_{place}" for place in range(2, top + 1) for column in ("label", "probability")]
+
+
+def predict_to_csv(settings: Predict) -> Path:
+    """Label the images that the settings name, and return the CSV file.
+
+    Raises:
+        UsageError: the run has no head, or there are no images.
+    """
+    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
+    device = device_of(settings.device)
+    choose_kernels(device.type)
+    run = settings.run or ""
+    loaded = load_backbone(run)
+    if not loaded.classes or loaded.mean is None or loaded.std is None:
+        raise UsageError(
+            f"run={run} has no head and no class names, so it cannot label images: fine-tune it first, "
+            f"python -m sslvision.finetune run={run} data=..."
+        )
+    source = open_images(settings.images or "", channels=loaded.backbone.channels)
+    output = Path(settings.output or _beside(run))
+    rows = predict(
+        loaded.backbone.to(device),
+        Normalize(loaded.mean, loaded.std).to(device),
+        loaded.classes,
+        source,
+        batch_size=settings.batch_size,
+        workers=available_workers() if settings.workers is None else settings.workers,
+        top=settings.top,
+    )
+    images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
+    console.print(
+        f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
+        f"`problem`): {output.absolute()}"
+    )
+    return output
+
+
+def _beside(run: str) -> Path:
+    folder = Path(run)
+    return (folder.parent if folder.name == "export" else folder) / "predictions.csv"

@@ -1,0 +1,134 @@
+"""The comparison from end to end: what it tries, what it writes down, and how it goes on."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sslvision.errors import UsageError
+from sslvision.workflows import comparison
+
+ARMS = ["from scratch", "frozen features", "partial", "full"]
+SHORT = (
+    "recipe=compare",
+    "data=digits",
+    "labels_per_class=[1,3]",
+    "seeds=2",
+    "lr_ratios=[0.1,1.0]",
+    "epochs=0",
+    "min_updates=4",
+    "evaluations=2",
+    "scratch_longer=2",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32-true",
+)
+
+
+@pytest.fixture(scope="session")
+def compare(settings_of, tiny_run):
+    """Compare on digits: compare(folder, "key=value", ...) -> cells."""
+
+    def run(folder, *words):
+        given = {word.split("=")[0] for word in words}
+        kept = [word for word in (f"run={tiny_run}", *SHORT) if word.split("=")[0] not in given]
+        return comparison.compare(settings_of("finetune", *kept, *words), folder, words)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(compare, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compared") / "finished"
+    return folder, compare(folder)
+
+
+def entries_of(folder):
+    return [json.loads(line) for line in (folder / "cells.jsonl").read_text().splitlines()]
+
+
+def test_every_arm_has_mean_and_deviation_of_its_seeds_at_the_rate_that_validated_best(finished):
+    folder, cells = finished
+    assert [(cell["labels_per_class"], cell["arm"]) for cell in cells] == [(n, arm) for n in (1, 3) for arm in ARMS]
+    entries = entries_of(folder)
+    for cell in cells:
+        mine = [e for e in entries if (e["arm"], e["labels"]) == (cell["arm"], cell["labels_per_class"])]
+        assert cell["images"] == 10 * cell["labels_per_class"]
+        if cell["arm"] == "frozen features":
+            kept = mine
+        else:
+            tried = [e for e in mine if e["seed"] == 0]
+            assert [e["lr_ratio"] for e in tried] == [0.1, 1.0]
+            best = max(tried, key=lambda e: (e["val_top1"], -e["val_loss"]))
+            kept = [best, *(e for e in mine if e["seed"] == 1)]
+            assert {e["lr_ratio"] for e in kept} == {best["lr_ratio"]}
+            assert {e["updates"] for e in mine} == {8 if cell["arm"] == "from scratch" else 4}
+        assert len(kept) == 2
+        scores = [e["test_top1"] for e in kept]
+        assert cell["mean"] == pytest.approx(np.mean(scores))
+        assert cell["deviation"] == pytest.approx(np.std(scores, ddof=1))
+
+
+def test_table_and_picture_say_what_the_cells_say(finished):
+    folder, cells = finished
+    with open(folder / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["mean"]) for row in rows] == pytest.approx([cell["mean"] for cell in cells], abs=0.005)
+    with Image.open(folder / "comparison.png") as image:
+        assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_what_is_done_is_not_done_again_and_what_is_missing_is(finished, compare, tmp_path, monkeypatch):
+    folder, cells = finished
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    for name in ("settings.json", "config.yaml"):
+        (begun / name).write_bytes((folder / name).read_bytes())
+    lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
+    (begun / "cells.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # a kill tore the last one
+    trained, fit = [], comparison.fit
+
+    def count(*arguments, **options):
+        trained.append(arguments)
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(comparison, "fit", count)
+    assert compare(begun) == cells
+    assert len(trained) == 1
+    again, *others = (
+        sorted(entries_of(f), key=lambda e: [str(e[k]) for k in ("arm", "labels", "seed", "lr_ratio")])
+        for f in (begun, folder)
+    )
+    assert [{**e, "seconds": 0} for e in again] == [{**e, "seconds": 0} for e in others[0]]
+
+
+def test_more_labels_and_seeds_may_be_added_and_nothing_else_changed(finished, compare, tmp_path):
+    folder, cells = finished
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("settings.json", "config.yaml", "cells.jsonl"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    with pytest.raises(UsageError, match=r"min_updates=5 \(it was 4\).*overwrite=true"):
+        compare(copy, "min_updates=5")
+    more = compare(copy, "labels_per_class=[1,2,3]")
+    assert [cell for cell in more if cell["labels_per_class"] != 2] == cells
+
+
+def test_a_comparison_needs_images_to_choose_by_and_one_device(compare, tmp_path):
+    with pytest.raises(UsageError, match="holdout"):
+        compare(tmp_path / "a", "holdout=0")
+    with pytest.raises(UsageError, match="one device"):
+        compare(tmp_path / "b", "trainer.devices=2", "trainer.strategy=ddp")
+
+
+def test_the_same_command_goes_on_in_the_same_folder(command, tiny_run, tmp_path):
+    words = [f"run={tiny_run}", *SHORT, "labels_per_class=[1]", "seeds=1"]
+    given = dict(word.split("=", 1) for word in words)  # the later ones count
+    words = [f"{key}={value}" for key, value in given.items()]
+    for told in ("from scratch, 1 per class", ""):
+        done = command(*words, of="finetune", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert told in done.stdout
+    assert "seed 0, rate" not in done.stdout  # nothing was left to train
+    assert [folder.name for folder in (tmp_path / "outputs").iterdir()] == ["compare-tiny-digits"]

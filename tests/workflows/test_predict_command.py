@@ -1,0 +1,67 @@
+"""Labeling new images from the command line."""
+
+import csv
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from sslvision.data.sources.digits import open_digits
+
+
+@pytest.fixture(scope="module")
+def finetuned(tiny_run, settings_of, tmp_path_factory):
+    from sslvision.workflows.finetuning import finetune
+
+    folder = tmp_path_factory.mktemp("runs") / "finetuned"
+    words = (f"run={tiny_run}", "data=digits", "epochs=0", "min_updates=2", "scratch=false", "trainer.accelerator=cpu")
+    finetune(settings_of("finetune", *words, "trainer.enable_progress_bar=false"), folder, words)
+    return folder
+
+
+def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_are_named(finetuned, command, tmp_path):
+    test = open_digits().test
+    (tmp_path / "new" / "deep").mkdir(parents=True)
+    for number in range(12):
+        Image.fromarray(test.images[number, 0].numpy()).save(tmp_path / "new" / "deep" / f"{number:02d}.png")
+    (tmp_path / "new" / "broken.jpg").write_bytes(b"no image")
+    done = command(f"run={finetuned}", f"images={tmp_path / 'new'}", "top=2", of="predict", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "13 images" in done.stdout
+    assert "1 of them unreadable" in done.stdout
+    with open(finetuned / "predictions.csv", newline="") as file:
+        broken, *rows = csv.DictReader(file)
+    assert (broken["image"], broken["label"]) == ("broken.jpg", "")
+    assert broken["problem"]
+    model = timm.create_model(f"local-dir:{finetuned / 'export'}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        shares = model((test.images[:12] / 255 - mean) / std).softmax(1)
+    best = shares.topk(2)
+    for number, row in enumerate(rows):
+        assert row["image"] == f"deep/{number:02d}.png"
+        assert [int(row["label"]), int(row["label_2"])] == best.indices[number].tolist()
+        given = [float(row["probability"]), float(row["probability_2"])]
+        np.testing.assert_allclose(given, best.values[number].numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["images=."], 2, "run is not given"),
+        (["run={finetuned}"], 2, "images is not given"),
+        (["run={finetuned}", "images=nowhere"], 3, "nowhere"),
+        (["run={tiny_run}", "images=."], 2, "no head.*sslvision.finetune"),
+        (["run={finetuned}", "images=.", "topp=3"], 2, "Did you mean top"),
+    ],
+)
+def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, command, finetuned, tiny_run, tmp_path):
+    words = [word.format(finetuned=finetuned, tiny_run=tiny_run) for word in words]
+    done = command(*words, of="predict", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    import re
+
+    assert re.search(message, done.stderr)

@@ -1,0 +1,118 @@
+"""One training on a labeled: how long it is, how fast it learns, and what it starts from."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sslvision.nn.normalize import Normalize
+from sslvision.workflows.labeled_data import open_labeled_data, pretraining_rate, untrained
+from sslvision.workflows.transfer import adapt_statistics, batch_size, build, classifier, fit_head, from_scratch, plan
+
+
+@pytest.fixture
+def resnet(settings_of):
+    """A small ResNet and its labeled: resnet("freeze=0.5") -> settings, labeled, method."""
+
+    def made(*words):
+        timm = ("run=test_resnet", "backbone.pretrained=false", "backbone.image_size=32", "backbone.channels=1")
+        settings = settings_of("finetune", *timm, "data=digits", *words)
+        labeled = open_labeled_data(settings)
+        return (
+            settings,
+            labeled,
+            classifier(settings, labeled, build(settings, pretrained=True, seed=0), lr=1e-3, seed=0),
+        )
+
+    return made
+
+
+def norms_of(method):
+    return [module for module in method.backbone.modules() if isinstance(module, _BatchNorm)]
+
+
+def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs(resnet):
+    _, labeled, method = resnet("freeze=0.5")
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms_of(method)]
+    assert adapt_statistics(method.backbone, labeled, seed=0)
+    for (mean, variance), norm in zip(before, norms_of(method), strict=True):
+        frozen = not any(parameter.requires_grad for parameter in norm.parameters())
+        assert torch.equal(norm.running_mean, mean) == frozen
+        assert torch.equal(norm.running_var, variance) == frozen
+        assert norm.momentum == pytest.approx(0.1)
+    seen = []
+    norm = next(norm for norm in norms_of(method) if any(p.requires_grad for p in norm.parameters()))
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3))))
+    with torch.no_grad():
+        method.backbone.eval()(Normalize(labeled.mean, labeled.std)(labeled.train.images))
+    torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=0.02)
+
+
+def test_a_head_fitted_first_fits_the_first_step_of_a_network_that_learnt_other_images(resnet):
+    _, labeled, method = resnet()
+    for norm in norms_of(method):
+        norm.running_mean.normal_(0, 3)
+        norm.running_var.fill_(30.0)
+
+    def first_loss():
+        head, _ = fit_head(labeled, method.backbone, precision=torch.float32, seed=0)
+        method.start_head(*head)
+        method.train()
+        images, labels = Normalize(labeled.mean, labeled.std)(labeled.train.images[:256]), labeled.train.labels[:256]
+        with torch.no_grad():
+            logits = method.backbone.model.get_classifier()(method.backbone(images))
+        return float(torch.nn.functional.cross_entropy(logits, labels))
+
+    fitted = first_loss()
+    assert adapt_statistics(method.backbone, labeled, seed=0)
+    assert first_loss() < 1 < fitted  # chance is 2.3
+
+
+def test_a_network_without_batch_norms_has_none_to_adapt(settings_of, tiny_run):
+    settings = settings_of("finetune", f"run={tiny_run}", "data=digits")
+    labeled = open_labeled_data(settings)
+    assert not adapt_statistics(build(settings, pretrained=True, seed=0), labeled, seed=0)
+
+
+def test_a_small_set_is_gone_through_more_often_and_the_last_validation_is_at_the_end(settings_of, tiny_run):
+    settings = settings_of(
+        "finetune", f"run={tiny_run}", "data=digits", "epochs=20", "min_updates=300", "evaluations=20"
+    )
+    assert plan(settings, 10, 10) == (300, 15)
+    assert plan(settings, 6400, 64) == (2000, 100)
+    for images in (10, 333, 1000, 64_000):
+        updates, every = plan(settings, images, min(64, images))
+        assert updates % every == 0
+        assert updates >= max(300, 20 * (images // min(64, images)))
+    longer, _ = plan(from_scratch(settings), 6400, 64)
+    assert longer == 6000
+
+
+def test_a_batch_is_never_larger_than_the_set_and_divides_among_devices(settings_of, tiny_run):
+    words = ("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=1", "holdout=0")
+    settings = settings_of(*words)
+    assert batch_size(settings, open_labeled_data(settings)) == 10
+    several = settings_of(*words, "trainer.devices=4", "trainer.strategy=ddp")
+    assert batch_size(several, open_labeled_data(several)) == 8
+
+
+def test_untrained_is_the_network_as_its_method_begins_it(tiny_run):
+    exported = load_file(tiny_run / "export" / "model.safetensors")
+    one, again, other = (untrained(str(tiny_run), seed=seed).model.state_dict() for seed in (0, 0, 1))
+    assert torch.equal(one["pos_embed"], exported["pos_embed"])  # MAE's are fixed
+    name = "blocks.0.attn.qkv.weight"
+    limit = (6 / sum(one[name].shape)) ** 0.5
+    assert one[name].abs().max() <= limit  # Xavier-uniform, as MAE's
+    assert one[name].std() == pytest.approx(limit / 3**0.5, rel=0.05)
+    assert not torch.equal(one[name], exported[name])
+    assert all(torch.equal(value, again[key]) for key, value in one.items())
+    assert not torch.equal(one[name], other[name])
+    assert untrained("resnet18", seed=0) is None
+
+
+def test_pretrainings_rate_is_told_by_its_run_however_it_was_given(tiny_run, tmp_path):
+    assert pretraining_rate(str(tiny_run)) == pytest.approx(8e-3)
+    assert pretraining_rate(str(tiny_run / "export")) == pytest.approx(8e-3)
+    (tmp_path / "config.yaml").write_text("lr: 0.001\nbase_lr: 0.00015\nbatch_size: 64\n")
+    assert pretraining_rate(str(tmp_path)) == pytest.approx(4e-3)
+    assert pretraining_rate("resnet18") == pytest.approx(1e-3)
