@@ -1,0 +1,297 @@
+"""Everything the package uses of torch, torchvision, timm, Lightning and Hydra that these do not promise to keep.
+
+Each row of the table has a check that fails when a new version changes what we rely on; before one is added to pyproject.toml,
+these tests say what has to be looked at. The last test finds private names in the package, so that the table is complete.
+"""
+
+import ast
+import inspect
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as L
+import timm
+import torch
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import nn
+from torchvision import datasets
+
+PACKAGE = Path(__file__).parents[1] / "sslvision"
+
+
+def check_foreach():
+    tensors = [torch.ones(2), torch.full((3,), 2.0)]
+    assert [norm.item() for norm in torch._foreach_norm(tensors)] == pytest.approx([2**0.5, 12**0.5])
+    torch._foreach_mul_(tensors, [torch.tensor(2.0), torch.tensor(3.0)])
+    torch._foreach_add_(tensors, [torch.ones(2), torch.ones(3)])
+    assert [tensor.tolist() for tensor in tensors] == [[3, 3], [7, 7, 7]]
+    torch._foreach_lerp_(tensors, [torch.zeros(2), torch.zeros(3)], 0.5)
+    assert [tensor.tolist() for tensor in tensors] == [[1.5, 1.5], [3.5, 3.5, 3.5]]
+
+
+def check_batch_norm():
+    for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
+        assert issubclass(kind, nn.modules.batchnorm._BatchNorm)
+    assert not issubclass(nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def check_graph_task():
+    seen, x = [], torch.ones((), requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda gradient: seen.append(torch._C._current_graph_task_id()))
+    assert torch._C._current_graph_task_id() == -1
+    y.backward()
+    assert len(seen) == 1
+    assert seen[0] != -1
+
+
+def check_dynamo():
+    assert hasattr(torch._dynamo.config, "optimize_ddp")
+    per_function = "recompile_limit" in inspect.signature(torch.compile).parameters
+    assert per_function or hasattr(torch._dynamo.config, "recompile_limit")
+
+
+def check_mkldnn():
+    assert torch.ops.mkldnn._is_mkldnn_bf16_supported() in (True, False)
+    x, weight, bias = torch.randn(6, 4), torch.randn(5, 4), torch.randn(5)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 6)
+    product = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    torch.testing.assert_close(product, nn.functional.linear(x, weight, bias))
+
+
+def check_softmax_backward():
+    x = torch.randn(3, 4, requires_grad=True)
+    p, gradient = x.softmax(dim=-1), torch.randn(3, 4)
+    p.backward(gradient)
+    torch.testing.assert_close(torch._softmax_backward_data(gradient, p.detach(), -1, p.dtype), x.grad)
+
+
+def check_buffers():
+    module = nn.Module()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("constant", torch.ones(1), persistent=False)
+    assert list(module._buffers) == ["kept", "constant"]
+    assert module._non_persistent_buffers_set == {"constant"}
+
+
+def check_new_shared():
+    storage = torch.UntypedStorage._new_shared(16)
+    assert storage.nbytes() == 16
+    assert storage.is_shared()
+
+
+def check_amp_scaling():
+    from pytorch_lightning.plugins.precision.amp import _optimizer_handles_unscaling
+
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], fused=True)
+    assert _optimizer_handles_unscaling(optimizer)  # Lightning then refuses to clip, see the row's reason
+    optimizer._step_supports_amp_scaling = False
+    assert not _optimizer_handles_unscaling(optimizer)
+
+
+def check_found_inf():
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    weight.grad = torch.full((1,), torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert weight.item() == 1
+    assert optimizer.state[weight]["step"].item() == 0
+
+
+def check_torchvision():
+    source = "\n".join(inspect.getsource(kind) for kind in vars(datasets).values() if inspect.isclass(kind))
+    for name in ("_samples", "_image_files", "_images", "_labels"):
+        assert f"self.{name} =" in source or f"self.{name}:" in source or f"self.{name}." in source, name
+    pcam = inspect.getsource(datasets.PCAM)
+    for use in ("self._FILES[self._split]", "self._base_folder", '["targets"][0]'):
+        assert use in pcam, use
+    assert datasets.PCAM._FILES["train"]["targets"][0].endswith(".h5")
+
+
+def check_manipulate():
+    from timm.models._manipulate import MATCH_PREV_GROUP
+
+    matcher = timm.create_model("vit_tiny_patch16_224", depth=1).group_matcher()
+    assert any(pattern[1] == MATCH_PREV_GROUP for pattern in matcher["blocks"])
+
+
+def check_accelerator_connector():
+    from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
+
+    options = {"accelerator": "cpu", "devices": 2, "num_nodes": 1, "strategy": "ddp", "precision": "bf16-mixed"}
+    strategy = _AcceleratorConnector(**options, plugins=None).strategy
+    assert (strategy.root_device.type, strategy.world_size) == ("cpu", 2)
+    assert strategy.precision_plugin.precision == "bf16-mixed"
+    assert "_AcceleratorConnector(" in inspect.getsource(L.Trainer.__init__)
+
+
+def check_signal_connector():
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert callable(trainer._signal_connector.register_signal_handlers)
+    assert "self._signal_connector.register_signal_handlers()" in inspect.getsource(L.Trainer._run)
+
+
+def check_epoch_loop():
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    assert isinstance(trainer.fit_loop.epoch_loop, _TrainingEpochLoop)
+    assert trainer.fit_loop._data_fetcher is None  # until training begins
+    assert list(inspect.signature(_TrainingEpochLoop._should_check_val_fx).parameters) == ["self", "data_fetcher"]
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(_TrainingEpochLoop)
+    assert list(inspect.signature(_TrainingEpochLoop._broadcast_sigterm_tensor).parameters) == ["self"]
+
+
+def check_wandb_logger():
+    source = inspect.getsource(WandbLogger)
+    for use in ("self._experiment = experiment", "if self._experiment is None", "wandb.init(**self._wandb_init)"):
+        assert use in source, use
+    assert re.search(r"self\._wandb_init: .*=|self\._wandb_init =", source)
+
+
+# What is used, where, why, and the check.
+TABLE = [
+    ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
+    ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
+    ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),
+    ("torch._foreach_lerp_", "nn/ema.py", "moves all parameters of a teacher in one pass", check_foreach),
+    ("torch.nn.modules.batchnorm._BatchNorm", "nn/ema.py", "tells batch norms of all kinds", check_batch_norm),
+    (
+        "torch._C._current_graph_task_id",
+        "nn/activation_checkpointing.py",
+        "batch norms count a batch once though it is computed twice",
+        check_graph_task,
+    ),
+    ("torch._dynamo", "nn/compilation.py", "graphs that DDP does not split, and their number", check_dynamo),
+    ("torch.ops.mkldnn._is_mkldnn_bf16_supported", "nn/cpu.py", "whether oneDNN multiplies bf16", check_mkldnn),
+    ("torch.ops.mkldnn._reorder_linear_weight", "nn/cpu.py", "lays a weight out once", check_mkldnn),
+    ("torch.ops.mkldnn._linear_pointwise", "nn/cpu.py", "multiplies by such a weight", check_mkldnn),
+    ("torch._softmax_backward_data", "nn/cpu.py", "backward pass of attention", check_softmax_backward),
+    ("torch.nn.Module._buffers", "nn/ema.py", "copies persistent buffers only", check_buffers),
+    ("torch.nn.Module._non_persistent_buffers_set", "nn/ema.py", "copies persistent buffers only", check_buffers),
+    ("torch.UntypedStorage._new_shared", "data/buffer_pool.py", "shared memory to reuse", check_new_shared),
+    (
+        "torch.optim.Optimizer._step_supports_amp_scaling",
+        "methods/lightning.py",
+        "Lightning refuses to clip with optimizers that unscale fp16 gradients, in bf16 too",
+        check_amp_scaling,
+    ),
+    ("torchvision.datasets.PCAM._base_folder", "data/sources/torchvision_sets.py", "labels", check_torchvision),
+    ("torchvision.datasets.PCAM._FILES", "data/sources/torchvision_sets.py", "labels", check_torchvision),
+    ("torchvision.datasets.PCAM._split", "data/sources/torchvision_sets.py", "labels", check_torchvision),
+    ("torchvision.datasets._samples", "data/sources/torchvision_sets.py", "paths and labels", check_torchvision),
+    ("torchvision.datasets._image_files", "data/sources/torchvision_sets.py", "paths", check_torchvision),
+    ("torchvision.datasets._images", "data/sources/torchvision_sets.py", "paths", check_torchvision),
+    ("torchvision.datasets._labels", "data/sources/torchvision_sets.py", "labels", check_torchvision),
+    (
+        "timm.models._manipulate",
+        "nn/freezing.py",
+        "which parameters timm groups with the block before",
+        check_manipulate,
+    ),
+    (
+        "pytorch_lightning.Trainer._signal_connector",
+        "training/callbacks/stop_on_signal.py",
+        "signals are handled by the callback: Lightning's handlers save in mid-update",
+        check_signal_connector,
+    ),
+    (
+        "pytorch_lightning.trainer.connectors.accelerator_connector._AcceleratorConnector",
+        "training/trainer.py",
+        "device, processes and precision are known before the Trainer is built",
+        check_accelerator_connector,
+    ),
+    (
+        "pytorch_lightning.loops._TrainingEpochLoop._broadcast_sigterm_tensor",
+        "training/callbacks/stop_on_signal.py",
+        "waits for the device in every batch (Lightning issue 21487)",
+        check_epoch_loop,
+    ),
+    (
+        "pytorch_lightning.loops._TrainingEpochLoop._should_check_val_fx",
+        "training/callbacks/stop_on_signal.py",
+        "whether a validation follows this batch",
+        check_epoch_loop,
+    ),
+    (
+        "pytorch_lightning.loops._FitLoop._data_fetcher",
+        "training/callbacks/stop_on_signal.py",
+        "argument of _should_check_val_fx",
+        check_epoch_loop,
+    ),
+    (
+        "pytorch_lightning.loggers.WandbLogger._wandb_init",
+        "runs/loggers.py",
+        "online or offline is known when logging begins",
+        check_wandb_logger,
+    ),
+    (
+        "pytorch_lightning.loggers.WandbLogger._experiment",
+        "runs/loggers.py",
+        "whether the W&B run has started",
+        check_wandb_logger,
+    ),
+]
+# Not private by name, but documented nowhere.
+UNDOCUMENTED = [("torch.optim.Optimizer.found_inf", "optim/nonfinite.py", "skips a fused update", check_found_inf)]
+
+PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}  # of named tuples and os: documented
+WORDS = {"_top1", "_top5", "_target_"}  # strings that name no attribute
+
+
+def private(name):
+    return name.startswith("_") and not name.endswith("__") and name != "_"
+
+
+def names_in(tree):
+    """Yield (name, whether `self` has it) of attributes, imports and strings given to getattr."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.attr, isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("sslvision"):
+            yield from ((part, False) for part in (node.module or "").split("."))
+            yield from ((alias.name, False) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((part, False) for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.Tuple) or (isinstance(node, ast.Call) and "attr" in ast.unparse(node.func)):
+            texts = getattr(node, "elts", []) or getattr(node, "args", [])  # ("_a", "_b") or getattr(x, "_a")
+            yield from ((str(one.value), False) for one in texts if isinstance(one, ast.Constant))
+
+
+def defined_in(tree):
+    """Yield the private names that a file defines itself: functions, classes, and attributes of its objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Attribute | ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.attr if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" else ""
+            yield node.id if isinstance(node, ast.Name) else ""
+
+
+def foreign_private_names():
+    """Return the private names of other libraries that the package uses, each with its files."""
+    trees = {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
+    own = {name for tree in trees.values() for name in defined_in(tree)}
+    found = defaultdict(set)
+    for file, tree in trees.items():
+        for name, of_self in names_in(tree):
+            if private(name) and name not in PUBLIC | WORDS and not (of_self and name in own):
+                found[name].add(file.relative_to(PACKAGE).as_posix())
+    return found
+
+
+@pytest.mark.parametrize("check", sorted({row[-1] for row in TABLE + UNDOCUMENTED}, key=lambda one: one.__name__))
+def test_what_we_use_is_as_we_expect(check):
+    check()
+
+
+def test_the_table_is_complete():
+    listed = {part for name, *_ in TABLE for part in name.split(".") if private(part)}
+    found = foreign_private_names()
+    assert not found.keys() - listed, "Private names of other libraries: add a row with a check, or avoid them."
+    for name, file, _, _ in TABLE:
+        assert file in found.get(name.split(".")[-1], ()), (
+            f"{name} is no longer used in {file}: correct the row or delete it."
+        )
