@@ -10,20 +10,17 @@ memory and not read as a whole. `<key>.json` says in words what they are. The ke
   the name, the length and the labels. Of all but the first the first and the last image's pixels besides.
 
 Batch size, loader processes, number of processes and kind of device are no part of it: they change roundings only.
-Files appear whole or not at all. A process that is killed leaves a `.part` file, which may be deleted.
+Files appear whole or not at all. A process that is killed leaves a `.tmp` file, which may be deleted.
 """
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-from uuid import uuid4
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +33,7 @@ from sslvision.data.source import Source, UnreadableImage
 from sslvision.errors import UsageError
 from sslvision.evaluation.features import Progress, RandomCrops, feature_batches, feature_dim, has_class_token
 from sslvision.nn.normalize import Normalize
+from sslvision.system.files import require_free, written_whole
 
 FORMAT = 1  # part of the key: raise it when the same settings come to mean other features
 
@@ -75,7 +73,7 @@ def cached_features(
     at a time. With several processes the first one writes, and `folder` must be one that all of them see. `digests` are
     those of this backbone, source and indices, where they are known already.
 
-    Raises UsageError as `extract_features`, and where the disk has too little room.
+    Raises UsageError as `extract_features`, and StorageError if the disk has too little free space.
     """
     indices = sorted(indices)
     seen = source if crop is None else RandomCrops(source, crop, seed, epoch)
@@ -93,7 +91,8 @@ def cached_features(
         dist.broadcast_object_list(plan)
     about, there = plan
     if not there:
-        _check_room(folder, len(indices) * width * 4)
+        advice = "give another folder, or use fewer images or views"
+        require_free(folder, len(indices) * width * 4, "The features", advice=advice)
         batches = feature_batches(
             backbone,
             normalize,
@@ -245,7 +244,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     found: set[int] = set()
     count, start = 0, time.monotonic()
-    with _whole_or_not_at_all(folder / f"{about['key']}.npy") as file:
+    with written_whole(folder / f"{about['key']}.npy", concurrent=True) as file:
         _write_header(file, 0, width)
         for where, rows in batches:
             file.write(_bytes(rows))
@@ -256,36 +255,14 @@ def _write(
     seconds = time.monotonic() - start
     unreadable = sorted(set(indices) - found)
     facts = {"shape": [count, width], "seconds": round(seconds, 1), "unreadable": unreadable}
-    with _whole_or_not_at_all(folder / f"{about['key']}.json") as file:  # last: it says that the features are there
+    with written_whole(
+        folder / f"{about['key']}.json", concurrent=True
+    ) as file:  # last: it says that the features are there
         file.write(json.dumps({**about, **facts}, indent=2).encode())
 
 
-def _write_header(file: BinaryIO, rows: int, width: int) -> None:
+def _write_header(file: IO[bytes], rows: int, width: int) -> None:
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
-
-
-@contextmanager
-def _whole_or_not_at_all(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file in the same folder, of a name of its own, and put it in place once it is on the disk."""
-    temporary = path.with_name(f"{path.name}.{uuid4().hex}.part")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_room(folder: Path, needed: int) -> None:
-    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if needed > free:
-        raise UsageError(
-            f"The features take {needed / 1e9:,.1f} GB, but {folder} is on a disk with {free / 1e9:,.1f} GB free: make "
-            "room, give another folder, or use fewer images or views."
-        )
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -1,71 +1,68 @@
-"""Checkpoints that a crash, a full disk or a flipped bit cannot spoil; the last few are kept: last.ckpt, last-1.ckpt, ..."""
+"""Checkpoints that survive a crash, a full disk and flipped bits; the last few are kept: last.ckpt, last-1.ckpt, ..."""
 
-import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sslvision.errors import Diverged, StorageError, UsageError
-from sslvision.runs.sealed import load_plain, read_sealed, write_sealed
+from sslvision.runs.torch_files import load_plain, load_verified, save
+from sslvision.system.files import free_bytes, written_whole
 
 RECORD = "sslvision"  # the key of a run's own settings in its checkpoints
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Write beside the old checkpoint, seal, flush to the disk, and only then put the new one in its place.
+    """Write next to the old checkpoint, flush to the disk, and only then replace the old one.
 
-    Lightning writes over the old file, and a full disk or a kill then leaves neither. Here some name always has a whole one.
+    Lightning overwrites the old file, so a full disk or a kill leaves neither. Here one complete checkpoint always exists.
 
     Args:
-        keep: last.ckpt and so many less one before it: last-1.ckpt, last-2.ckpt, ...
-        record: plain containers that go into every checkpoint, so that resuming can compare.
+        keep: Number of checkpoints to keep: last.ckpt, and keep - 1 older ones (last-1.ckpt, last-2.ckpt, ...).
+        record: Plain containers saved in every checkpoint, which a resumed run is compared with.
     """
 
     def __init__(self, *, keep: int = 3, record: dict[str, Any] | None = None):
         self.keep, self.record = keep, dict(record or {})
-        self._saved: dict[Path, int | None] = {}  # the update that a file written by this process is from
+        self._saved: dict[Path, int | None] = {}  # the update of each file that this process has written
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save `checkpoint`; a second one of the same update takes the place of the first.
+        """Save `checkpoint`; a second one of the same update replaces the first.
 
         Raises:
-            Diverged: weights or optimizer state are not finite. The checkpoints of before stay.
-            StorageError: the file cannot be written. The checkpoints of before stay.
+            Diverged: Weights or optimizer state are not finite. Earlier checkpoints are kept.
+            StorageError: The file cannot be written. Earlier checkpoints are kept.
         """
         path, step = Path(path), checkpoint.get("global_step")
         there = path.is_file()
         before = None if not there else self._saved[path] if path in self._saved else _step_of(path)
-        if poisoned := _not_finite(checkpoint):
+        if name := _not_finite(checkpoint):
             kept = f"{path} is from update {before}" if there else "no checkpoint was saved before"
             raise Diverged(
-                f"{poisoned} is not finite at update {step}: training has diverged. This state is not saved; {kept}. Lower the "
+                f"{name} is not finite at update {step}: training has diverged. This state is not saved; {kept}. Lower the "
                 "learning rate, lengthen the warm-up, or set trainer.gradient_clip_val=1."
             )
-        temporary = path.with_name(f".{path.name}.tmp")  # one name, so what a killed process left is written over
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_sealed({**checkpoint, RECORD: self.record}, temporary)
+
+        def rotate() -> None:
             if there and before not in (None, step):
                 _rotate(path, self.keep)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(path, before_replace=rotate) as file:
+                save({**checkpoint, RECORD: self.record}, cast(BinaryIO, file))
         except OSError as error:
-            _remove(temporary)  # before the free bytes are counted
             raise _cannot_write(checkpoint, path, error) from error
-        finally:
-            _remove(temporary)
         self._saved[path] = step
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Load a checkpoint; its count of micro-batches is turned into this run's, if updates have more or fewer of them."""
+        """Load a checkpoint; its micro-batch counts are converted if this run accumulates another number per update."""
         checkpoint = super().load_checkpoint(path, *args, **kwargs)
         then, now = (record.get("accumulate", 1) for record in (checkpoint.get(RECORD, {}), self.record))
         if then != now:
@@ -80,7 +77,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
 @dataclass
 class Found:
-    """The newest whole checkpoint of a folder, its head, and those newer that are no good, with the reasons."""
+    """The newest intact checkpoint of a folder, its head, and newer ones that cannot be used, with the reasons."""
 
     path: Path | None = None
     head: dict[str, Any] = field(default_factory=dict)
@@ -88,16 +85,16 @@ class Found:
 
 
 def newest_good(folder: Path) -> Found:
-    """Look for the newest whole checkpoint among last.ckpt, last-1.ckpt, ... of a folder.
+    """Look for the newest intact checkpoint among last.ckpt, last-1.ckpt, ... of a folder.
 
-    One that was saved after an update without finite gradients is taken only if there is no other: see Method.
+    One that was saved after an update with non-finite gradients is used only if there is no other: see Method.
     """
     found, doubtful = Found(), Found()
     for file in _ranked(folder / "last.ckpt"):
         try:
             head = read_head(file)
         except FileNotFoundError:
-            continue  # another process of the run has set it aside
+            continue  # another process of the run has renamed it
         except UsageError as error:
             found.damaged[file] = str(error)
             continue
@@ -111,13 +108,13 @@ def newest_good(folder: Path) -> Found:
 
 
 def read_head(file: Path) -> dict[str, Any]:
-    """Return what a whole checkpoint says of itself, without its tensors. Raises UsageError if it is not whole."""
-    content = read_sealed(file, mmap=True)
+    """Return what an intact checkpoint says of itself, without its tensors. Raises UsageError if it is damaged."""
+    content = load_verified(file, mmap=True)
     return {key: content[key] for key in ("global_step", "log", RECORD) if key in content}
 
 
 def _ranked(path: Path) -> list[Path]:
-    """Return the checkpoints there are, the newest first: last.ckpt, last-1.ckpt, ..."""
+    """Return the existing checkpoints, newest first: last.ckpt, last-1.ckpt, ..."""
     ranks = {path: 0} if path.is_file() else {}
     for file in path.parent.glob(f"{path.stem}-*{path.suffix}"):
         if re.fullmatch(rf"{re.escape(path.stem)}-[1-9]\d*", file.stem):
@@ -126,9 +123,9 @@ def _ranked(path: Path) -> list[Path]:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Move every checkpoint a rank down, as far as there is none missing, and drop those beyond `keep`.
+    """Rename every checkpoint to the next rank, up to the first free one, and delete those beyond `keep`.
 
-    The oldest goes first, so that at every moment all but one of them have a name.
+    The oldest is renamed first, so that at most one checkpoint is lost at any moment.
     """
     names = [path, *(path.with_stem(f"{path.stem}-{rank}") for rank in range(1, keep))]
     free = next((rank for rank, name in enumerate(names) if not name.exists()), keep - 1)
@@ -139,22 +136,8 @@ def _rotate(path: Path, keep: int) -> None:
             file.unlink(missing_ok=True)
 
 
-def _remove(file: Path) -> None:
-    with contextlib.suppress(OSError):  # the disk may have become write-protected
-        file.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _step_of(path: Path) -> int | None:
-    """Return the update that a checkpoint is from; None if it cannot be read."""
+    """Return the update of a checkpoint; None if it cannot be read."""
     try:
         return load_plain(path, mmap=True).get("global_step")
     except (UsageError, OSError):
@@ -162,11 +145,11 @@ def _step_of(path: Path) -> int | None:
 
 
 def _not_finite(checkpoint: dict[str, Any]) -> str | None:
-    """Return the name of a tensor of the weights or of the optimizer that holds NaN or inf. Waits for each device once."""
+    """Return the name of a weight or optimizer tensor that holds NaN or inf. Waits for each device once."""
     flags: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in _tensors({key: checkpoint.get(key) for key in ("state_dict", "optimizer_states")}):
         if tensor.is_floating_point() and tensor.numel():
-            low, high = torch.aminmax(tensor.detach())  # one pass, no copy; NaN comes through
+            low, high = torch.aminmax(tensor.detach())  # one pass, no copy; NaN propagates
             flags.setdefault(tensor.device, {})[name] = (0 * low + 0 * high).float()  # 0, or NaN
     for found in flags.values():
         for name, flag in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
@@ -185,15 +168,14 @@ def _tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> StorageError:
-    """Say what is in the way, how many bytes are wanted, and how many there are."""
+    """Return the error to raise: the reason, how many bytes are needed, and how many are free."""
     storages = {
         storage.data_ptr(): storage.nbytes()
         for _, tensor in _tensors(checkpoint)
         for storage in [tensor.untyped_storage()]
     }
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path("/"))
-    left = f"{path.name} of before is whole" if path.is_file() else "no checkpoint was saved before"
+    left = f"the previous {path.name} is intact" if path.is_file() else "no checkpoint was saved before"
     return StorageError(
         f"{path} cannot be written: {error.strerror or error}. It needs about {sum(storages.values()):,} bytes, and "
-        f"{shutil.disk_usage(folder).free:,} are free there; {left}. Make room, then go on with resume=auto."
+        f"{free_bytes(path):,} are free there; {left}. Make room, then resume with resume=auto."
     )

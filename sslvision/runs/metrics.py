@@ -14,6 +14,7 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
 from sslvision.errors import DataError
+from sslvision.system.files import written_whole
 
 Row = dict[str, str]  # the cells as they stand in the file
 
@@ -101,9 +102,8 @@ class MetricsCSV(Logger):
         head, last = self._lines([dict(zip(self._columns, self._columns, strict=True)), *self._rows[:-1]]), b""
         if self._rows:
             last = self._lines(self._rows[-1:])
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_bytes(head + last)
-        os.replace(temporary, self.path)
+        with written_whole(self.path) as file:
+            file.write(head + last)
         self._last_row_at = len(head)
 
     def _lines(self, rows: list[Row]) -> bytes:

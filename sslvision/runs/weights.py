@@ -14,7 +14,7 @@ from sslvision.backbones.fitting import load_fitting
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.runs.checkpoint import newest_good
-from sslvision.runs.sealed import is_sealed_and_whole, load_plain
+from sslvision.runs.torch_files import is_archive, load_plain, verify
 
 
 def export_backbone(
@@ -104,7 +104,8 @@ def load_weights(method: Method, path: str | Path) -> str:
 def _read(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         return dict(load_file(file))
-    is_sealed_and_whole(file)  # other programs' files have no checksum, and are taken as they are
+    if is_archive(file):
+        verify(file)
     return load_plain(file)
 
 

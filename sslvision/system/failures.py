@@ -3,11 +3,11 @@
 import errno
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sslvision.errors import SSLVisionError, StorageError
+from sslvision.system.files import existing_folder, free_bytes
 
 # Of a file that is being written; the last two also of one that may not be read, see _concerns_writing.
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
@@ -71,18 +71,12 @@ def _concerns_writing(error: OSError) -> bool:
     path = Path(os.fsdecode(error.filename))
     if path.exists():
         return os.access(path, os.R_OK) and not os.access(path, os.W_OK)
-    return not os.access(_existing(path), os.W_OK)
+    return not os.access(existing_folder(path), os.W_OK)
 
 
 def _storage(reason: str, where: str | bytes | None) -> StorageError:
     path = Path(os.fsdecode(where)) if where else Path.cwd()
-    free = shutil.disk_usage(_existing(path)).free
     return StorageError(
-        f"{path} cannot be written: {reason}. There are {free:,} bytes free there. Make room, or say output_dir=... for a "
-        "folder on another disk; resume=auto goes on from the last checkpoint, which is as it was."
+        f"{path} cannot be written: {reason}. There are {free_bytes(path):,} bytes free there. Make room, or set "
+        "output_dir=... to a folder on another disk, then resume from the last checkpoint, which is intact: resume=auto."
     )
-
-
-def _existing(path: Path) -> Path:
-    """Return the nearest folder above that exists."""
-    return next(parent for parent in (path.absolute().parent, *path.absolute().parents) if parent.is_dir())

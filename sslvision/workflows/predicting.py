@@ -21,7 +21,8 @@ from sslvision.data.sources.scan import scan
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import Normalize
 from sslvision.settings import Predict
-from sslvision.training.trainer import choose_kernels, device_of
+from sslvision.system.files import written_whole
+from sslvision.training.trainer import configure_torch, select_device
 
 
 class Prediction(NamedTuple):
@@ -167,27 +168,20 @@ def write_csv(rows: Iterable[Prediction], file: str | Path, *, top: int) -> tupl
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
     count = problems = 0
-    try:
-        # surrogateescape: names of files are bytes, and come out as they are.
-        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
-            writer = csv.writer(opened)
-            writer.writerow(["image", "label", "probability", *_columns(top), "problem"])
-            for row in rows:
-                cells: list[Any] = [
-                    cell
-                    for label, probability in zip(row.labels, row.probabilities, strict=True)
-                    for cell in (label, f"{probability:.6f}")
-                ]
-                image = f"./{row.image}" if row.image.startswith(("=", "+", "-", "@", "\t", "\r")) else row.image
-                writer.writerow([image, *(cells or [""] * (2 * top)), row.problem])
-                count, problems = count + 1, problems + bool(row.problem)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # surrogateescape: file names are bytes, and are written unchanged.
+    with written_whole(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["image", "label", "probability", *_columns(top), "problem"])
+        for row in rows:
+            cells: list[Any] = [
+                cell
+                for label, probability in zip(row.labels, row.probabilities, strict=True)
+                for cell in (label, f"{probability:.6f}")
+            ]
+            image = f"./{row.image}" if row.image.startswith(("=", "+", "-", "@", "\t", "\r")) else row.image
+            writer.writerow([image, *(cells or [""] * (2 * top)), row.problem])
+            count, problems = count + 1, problems + bool(row.problem)
     return count, problems
 
 
@@ -202,8 +196,8 @@ def predict_to_csv(settings: Predict) -> Path:
         UsageError: the run has no head, or there are no images.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
-    device = device_of(settings.device)
-    choose_kernels(device.type)
+    device = select_device(settings.device)
+    configure_torch(device.type)
     run = settings.run or ""
     loaded = load_backbone(run)
     if not loaded.classes or loaded.mean is None or loaded.std is None:

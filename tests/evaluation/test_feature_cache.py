@@ -16,7 +16,7 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.data.sources.embedded import MemorySource, open_embedded
 from sslvision.data.sources.folder import open_folder
-from sslvision.errors import UsageError
+from sslvision.errors import StorageError
 from sslvision.evaluation import feature_cache
 from sslvision.evaluation.feature_cache import cached_features, cached_views, data_digest, weights_digest
 from sslvision.evaluation.features import extract_features
@@ -62,7 +62,7 @@ def refuse(backbone: Backbone) -> Backbone:
 
 
 def keys(folder: Path) -> set[str]:
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob(".*.tmp"))
     assert {file.stem for file in folder.glob("*.npy")} == {file.stem for file in folder.glob("*.json")}
     return {file.stem for file in folder.glob("*.npy")}
 
@@ -232,7 +232,7 @@ def test_features_without_their_json_or_cut_short_are_extracted_again(tmp_path: 
 def test_a_full_disk_is_noticed_before_anything_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=255)  # 4 images of 16 floats take 256 bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UsageError, match=r"new/cache is on a disk with 0.0 GB free"):
+    with pytest.raises(StorageError, match=r"need 256 bytes, but .*new/cache has 255 bytes free"):
         cached_features(refuse(tiny_vit()), gray(), ten(), PLACES, folder=tmp_path / "new" / "cache")
     assert not list(tmp_path.iterdir())
 

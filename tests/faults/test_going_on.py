@@ -12,7 +12,7 @@ import pytest
 from sslvision.errors import UsageError
 from sslvision.methods.mae import MAE
 from sslvision.runs.resume import MAY_DIFFER
-from sslvision.runs.sealed import read_sealed
+from sslvision.runs.torch_files import load_verified
 from sslvision.settings import Finetune, Pretrain
 from sslvision.workflows import finetuning
 
@@ -37,7 +37,7 @@ def run(finished, tmp_path):
 
 
 def weights(folder, name="last.ckpt"):
-    return read_sealed(folder / "checkpoints" / name)["state_dict"]
+    return load_verified(folder / "checkpoints" / name)["state_dict"]
 
 
 def same(one, other, tolerance=0.0):
@@ -61,7 +61,7 @@ def same(one, other, tolerance=0.0):
 )
 def test_other_settings_are_refused_key_by_key_before_anything_is_done(words, differing, run, run_tiny):
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    in_effect = read_sealed(run / "checkpoints" / "last.ckpt")["sslvision"]["precision"]
+    in_effect = load_verified(run / "checkpoints" / "last.ckpt")["sslvision"]["precision"]
     precision = [] if "trainer.precision=64-true" in words else [f"trainer.precision={in_effect}"]
     with pytest.raises(UsageError, match=f"last.ckpt was made under other settings.*{differing}.*init_from="):
         run_tiny(run, "resume=auto", *precision, *words)
@@ -77,7 +77,7 @@ def test_another_recipe_is_refused(run, run_tiny):
 
 def test_more_or_fewer_images_are_refused(run, run_tiny, tmp_path):
     file = run / "checkpoints" / "last.ckpt"
-    assert read_sealed(file)["sslvision"]["images"] == 10_000
+    assert load_verified(file)["sslvision"]["images"] == 10_000
     with pytest.raises(UsageError, match="training images: 10000 then, 1198 now"):
         run_tiny(run, "resume=auto", "data=digits", "batch_size=1000")
 
@@ -123,9 +123,9 @@ def of_two_processes(command, tiny_settings, tmp_path_factory):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_of_two_processes_goes_on_in_one_with_the_same_images(accumulate, of_two_processes, run_tiny, tmp_path):
     file = of_two_processes / "checkpoints" / "last-1.ckpt"
-    assert read_sealed(file)["global_step"] == 6  # in the middle of the second epoch
+    assert load_verified(file)["global_step"] == 6  # in the middle of the second epoch
     run_tiny(tmp_path / "one", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={accumulate}", f"resume={file}")
-    assert read_sealed(tmp_path / "one" / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert load_verified(tmp_path / "one" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert same(weights(of_two_processes), weights(tmp_path / "one"), tolerance=1e-9)
     assert not same(weights(of_two_processes, "last-1.ckpt"), weights(tmp_path / "one"), tolerance=1e-9)
 
@@ -138,7 +138,7 @@ def test_accumulated_batches_may_change_in_number_on_the_way(then, now, name, ru
     run_tiny(tmp_path / "then", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={then}")
     file = tmp_path / "then" / "checkpoints" / name
     run_tiny(tmp_path / "now", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={now}", f"resume={file}")
-    assert read_sealed(tmp_path / "now" / "checkpoints" / "last.ckpt")["global_step"] == 8
+    assert load_verified(tmp_path / "now" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert same(weights(tmp_path / "then"), weights(tmp_path / "now"), tolerance=1e-9)
 
 
@@ -184,8 +184,8 @@ def test_fine_tuning_falls_back_to_the_checkpoint_before_and_says_so(holdout, fi
     assert sorted(file.name for file in saved.iterdir()) == ["last-1.ckpt", "last.ckpt"]
     os.truncate(saved / "last.ckpt", 1000)
     again = finetune(tmp_path / "run", "resume=auto", f"holdout={holdout}")
-    assert "Went on from last-1.ckpt (update 6)" in capsys.readouterr().out
-    assert "last.ckpt ends without a checksum" in again["findings"][0]
+    assert "Resumed from last-1.ckpt (update 6)" in capsys.readouterr().out
+    assert "last.ckpt has no valid archive index" in again["findings"][0]
     assert outcome(again) == outcome(whole)
     assert sorted(file.name for file in saved.iterdir()) == ["last-1.ckpt", "last.ckpt", "last.ckpt.damaged"]
 
@@ -224,7 +224,7 @@ def test_a_finished_run_stays_as_it_is_when_resumed(run, finished, run_tiny):
         name: value for name, value in before.items() if "seconds" not in name
     }
     assert same(weights(finished), weights(run))
-    steps = {file.name: read_sealed(file)["global_step"] for file in (run / "checkpoints").iterdir()}
+    steps = {file.name: load_verified(file)["global_step"] for file in (run / "checkpoints").iterdir()}
     assert steps == {"last.ckpt": 8, "last-1.ckpt": 6, "last-2.ckpt": 4}  # the last state is there once
 
 

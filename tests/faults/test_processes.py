@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.runs.sealed import read_sealed
+from sslvision.runs.torch_files import load_verified
 
 pytestmark = pytest.mark.faults
 
 
 def saved(folder):
-    return read_sealed(folder / "checkpoints" / "last.ckpt")
+    return load_verified(folder / "checkpoints" / "last.ckpt")
 
 
 class Process:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sslvision.errors import Stopped
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.runs.sealed import read_sealed
+from sslvision.runs.torch_files import load_verified
 from sslvision.system.signals import Interrupted
 from sslvision.training.callbacks import stop_on_signal
 from sslvision.workflows import finetuning
@@ -84,7 +84,7 @@ def handlers():
 
 
 def saved(folder):
-    return read_sealed(folder / "checkpoints" / "last.ckpt")
+    return load_verified(folder / "checkpoints" / "last.ckpt")
 
 
 def assert_same(weights, others):

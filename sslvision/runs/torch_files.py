@@ -1,0 +1,114 @@
+"""Torch files: written with plain containers and tensors, verified by their CRCs, read without executing anything.
+
+torch.save writes a zip archive with a CRC-32 of every entry. torch.load does not compare them, so `verify` does: it finds
+cut-off files and every flipped bit that torch.load would see. Files of earlier versions have a SHA-256 checksum as the
+archive's comment; they are read like any other.
+"""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+
+from sslvision.errors import UsageError
+
+CHUNK = 1 << 20  # bytes read at once
+END_RECORD = 22  # bytes of a zip archive's last record, which only its comment follows
+DIRECTORY = 0x10  # of an entry's attributes
+
+
+def save(content: dict[str, Any], file: BinaryIO) -> None:
+    """Write a torch file. Raises OSError if the file cannot be written: torch itself raises RuntimeError."""
+    try:
+        torch.save(content, file)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, OSError):
+                raise cause from error
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def load_verified(file: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return the content of a torch file after verifying it.
+
+    Args:
+        file: Path of the file.
+        mmap: Leave the tensors on the disk until they are used. The file must not change meanwhile.
+
+    Raises:
+        UsageError: The file is damaged, or is not a torch file, or contains more than tensors and plain containers.
+    """
+    verify(file)
+    return load_plain(file, mmap=mmap)
+
+
+def verify(file: Path) -> None:
+    """Compare the CRC of each entry of a torch file.
+
+    Raises:
+        UsageError: The file is empty, cut off or damaged, or is not a torch file, or the disk fails to read.
+    """
+    if file.stat().st_size == 0:
+        raise UsageError(f"{file} is empty.")
+    try:
+        archive = zipfile.ZipFile(file)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # the index at the end of the file is damaged, or there is none
+        raise UsageError(
+            f"{file} has no valid archive index: it was cut off while it was written or copied, was damaged, or is not a "
+            "torch file."
+        ) from error
+    with archive, open(file, "rb") as raw:
+        end = END_RECORD + len(archive.comment)
+        raw.seek(-end, os.SEEK_END)
+        record = raw.read(END_RECORD)
+        if record[:4] != b"PK\x05\x06" or int.from_bytes(record[-2:], "little") != len(archive.comment):
+            raise UsageError(f"{file} is damaged: it does not end where its archive does.")
+        for entry in archive.infolist():
+            if entry.external_attr & DIRECTORY:  # torch would read nothing and return uninitialized memory
+                raise UsageError(f"{file} is damaged: {entry.filename} is marked as a folder.")
+            try:
+                with archive.open(entry) as opened:
+                    while opened.read(CHUNK):
+                        pass  # the CRC is compared at the end of the entry
+            except OSError as error:
+                raise UsageError(f"{file} cannot be read: {error.strerror or error}.") from error
+            except Exception as error:  # damaged headers raise many kinds of errors
+                raise UsageError(
+                    f"{file} is damaged: {entry.filename} is not what was written ({str(error) or type(error).__name__})."
+                ) from error
+
+
+def is_archive(file: Path) -> bool:
+    """Return whether a file begins as torch files do. The format before torch 1.6 has no CRCs."""
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"PK\x03\x04"
+
+
+def load_plain(file: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Return the content of a torch file that contains only tensors and plain containers, without verifying it.
+
+    Raises:
+        UsageError: The file contains anything else, which is not executed, or cannot be read.
+    """
+    try:
+        return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a malicious file may raise anything
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise UsageError(
+                f"{file} is refused: it asks to run {asked[1]}, where only tensors and plain containers are expected. "
+                "Nothing in it was run. Do not use files whose origin you do not trust."
+            ) from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UsageError(f"{file} cannot be read: {reason}") from error

@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and the free space that they need."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from sslvision.errors import StorageError
+
+SHARED_MEMORY = Path("/dev/shm")  # a folder whose files lie in main memory; Linux only
+
+
+@contextmanager
+def written_whole(
+    path: Path,
+    mode: str = "wb",
+    *,
+    concurrent: bool = False,
+    before_replace: Callable[[], None] | None = None,
+    **options: Any,
+) -> Iterator[IO[Any]]:
+    """Open a temporary file in the same folder; it replaces `path` once it is complete and on the disk.
+
+    If anything fails, `path` keeps its old content and the temporary file is deleted.
+
+    Args:
+        path: File to write. Its folder must exist.
+        mode: Mode for `open`.
+        concurrent: Several processes may write `path` at the same time, so each needs a temporary file of its own.
+            Otherwise the name is fixed, so that what a killed process left behind is overwritten.
+        before_replace: Called when the new file is on the disk and the old one is still in place.
+        options: Further arguments for `open`.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if concurrent else ''}.tmp")
+    try:
+        with open(temporary, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if before_replace is not None:
+            before_replace()
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        with suppress(OSError):  # the disk may have become read-only
+            temporary.unlink(missing_ok=True)
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free space in bytes for a file that may not exist yet; in shared memory, what main memory has left."""
+    free = shutil.disk_usage(existing_folder(path)).free
+    if path.absolute().is_relative_to(SHARED_MEMORY):
+        free = min(free, _available_memory())
+    return free
+
+
+def require_free(path: Path, needed: int, what: str, *, advice: str, reserve: float = 0.0) -> None:
+    """Raise StorageError if a file of `needed` bytes does not fit.
+
+    Args:
+        path: Where it will be written.
+        needed: Bytes.
+        what: What needs them, for the message: a plural noun phrase.
+        advice: What the user can do besides making room, for the message.
+        reserve: Fraction of the free space that must remain free.
+    """
+    free = free_bytes(path)
+    if needed > (1 - reserve) * free:
+        kept = f", {reserve:.0%} of which must remain free" if reserve else ""
+        raise StorageError(
+            f"{what} need {needed:,} bytes, but {path} has {free:,} bytes free{kept}. Make room, {advice}."
+        )
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest existing folder among `path` and its parents."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _available_memory() -> int:
+    """Return the bytes of main memory that processes can still allocate."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name survive a power failure, where the file system can do so."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
