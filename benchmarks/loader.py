@@ -31,13 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
 
 from sslvision.augment.randomness import ImageRandom
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_settings
 from sslvision.data.cache import cached
 from sslvision.data.loader import training_loader
 from sslvision.data.sources.folder import open_folder
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.training.trainer import choose_kernels
-from sslvision.workflows.pretraining import method_of
+from sslvision.training.trainer import configure_torch
+from sslvision.workflows.pretraining import method_from_settings
 
 SKIPPED = 4  # batches that are not timed: those that the loader makes ahead while nobody asks, and one more
 RECIPES = {"mae": "mae_vitb16_in1k", "dino": "dino_vits16_in1k"}
@@ -78,7 +78,7 @@ def line_up(method, folder, cache, arguments):
     splits = open_folder(folder, holdout=0)
     kept = cached(splits, "disk", folder=cache)
     words = [f"recipe={RECIPES[method]}", f"data.root={folder}", *BACKBONE, *TINY[method]]
-    ours = method_of(compose.tree(compose.prepare(words)))
+    ours = method_from_settings(compose_settings(words))
     official = Official(splits.train, official_mae if method == "mae" else OfficialDINO())
 
     def peer(number):
@@ -115,7 +115,7 @@ def line_up(method, folder, cache, arguments):
 
 def seconds_of_views(method, batch):
     """Return how long a process takes that trains on a CPU and is at its second batch."""
-    choose_kernels("cpu")
+    configure_torch("cpu")
     with torch.inference_mode():
         for _ in range(2):
             start = time.perf_counter()

@@ -18,10 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_settings
 from sslvision.data.datamodule import ImageData, pixel_statistics
-from sslvision.training.trainer import build_trainer, choose_kernels, choose_layers
-from sslvision.workflows.pretraining import hush_lightning, method_of, open_splits
+from sslvision.training.trainer import build_trainer, configure_method, configure_torch, silence_lightning
+from sslvision.workflows.pretraining import method_from_settings, open_splits
 
 STEPS, WARM_UP = 200, 20
 CROPS, VIEWS, FORWARD, BACKWARD = (
@@ -106,11 +106,11 @@ class Phases(StepTimes):
 
 
 def main():
-    settings = compose.tree(compose.prepare(sys.argv[1:]))
-    hush_lightning()
-    choose_kernels(settings.trainer.get("accelerator", "auto"))
+    settings = compose_settings(sys.argv[1:])
+    silence_lightning()
+    configure_torch(settings.trainer.get("accelerator", "auto"))
     splits = open_splits(settings.data)
-    method = method_of(settings)
+    method = method_from_settings(settings)
     method.normalize.set(*pixel_statistics(splits.train, settings.data.get("normalize", "computed")))
     data = ImageData(splits, method.crops, batch_size=settings.batch_size, workers=settings.data.get("workers"))
     with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +125,7 @@ def main():
         )
         phases = Phases(trainer.strategy.root_device)
         trainer.callbacks.append(phases)
-        choose_layers(method, phases.device, compiled=settings.compile, captured=False)  # a graph has no phases
+        configure_method(method, phases.device, compile=settings.compile, cuda_graphs=False)  # a graph has no phases
         trainer.fit(method, datamodule=data)
     report(phases.medians(), settings.batch_size)
 

@@ -3,10 +3,10 @@
 import torch
 
 from sslvision.augment.randomness import ImageRandom
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_settings
 from sslvision.data.batch import Batch
 from sslvision.methods.dino import DINO
-from sslvision.workflows.pretraining import method_of
+from sslvision.workflows.pretraining import method_from_settings
 
 RECIPES = {
     "mae": "mae_vitb16_in1k",
@@ -25,12 +25,12 @@ def settings_of(arguments, folder, overrides):
         f"batch_size={arguments.batch}",
         f"data.root={folder}",
     ]
-    return compose.tree(compose.prepare([*words, "backbone.drop_path_rate=0.0", "knn_every_epochs=0", *overrides]))
+    return compose_settings([*words, "backbone.drop_path_rate=0.0", "knn_every_epochs=0", *overrides])
 
 
 def resident(settings, device):
     """Return our method, bytes as the loader would send them, and views made of them, all on the device."""
-    method = method_of(settings).to(device)
+    method = method_from_settings(settings).to(device)
     batch = resident_batch(method, settings.batch_size, device)
     views = [view.clone() for view in method.views(batch, ImageRandom(0, batch.epoch, batch.indices))]
     if isinstance(method, DINO):  # a teacher that is not its student, a center that is not zero

@@ -1,3 +1,68 @@
-"""sslvision: self-supervised pretraining for vision."""
+"""sslvision: self-supervised pretraining for vision, from a folder of unlabeled images to a backbone you can use.
+
+    import sslvision
+
+    results = sslvision.pretrain("mae", data="folder", **{"data.root": "photos", "data.channels": 3}, name="photos")
+    loaded = sslvision.load_backbone("outputs/photos")
+    features = loaded.backbone.pool(loaded.backbone.encode(images))  # (B, C, H, W) -> (B, D)
+
+What is named here is imported when it is first used, so that importing sslvision itself takes no time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sslvision.backbones.build import build_backbone
+    from sslvision.backbones.load import load_backbone
+    from sslvision.cli.functions import finetune, predict, pretrain, probe
+    from sslvision.data.source import Source, Splits
+    from sslvision.methods.base import Clock, Method
+    from sslvision.methods.dino import DINO
+    from sslvision.methods.mae import MAE
+    from sslvision.methods.supervised import Supervised
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "DINO": "methods.dino",
+    "MAE": "methods.mae",
+    "Clock": "methods.base",
+    "Method": "methods.base",
+    "Source": "data.source",
+    "Splits": "data.source",
+    "Supervised": "methods.supervised",
+    "build_backbone": "backbones.build",
+    "finetune": "cli.functions",
+    "load_backbone": "backbones.load",
+    "predict": "cli.functions",
+    "pretrain": "cli.functions",
+    "probe": "cli.functions",
+}
+
+__all__ = [
+    "DINO",
+    "MAE",
+    "Clock",
+    "Method",
+    "Source",
+    "Splits",
+    "Supervised",
+    "build_backbone",
+    "finetune",
+    "load_backbone",
+    "predict",
+    "pretrain",
+    "probe",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of the public API when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

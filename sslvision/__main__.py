@@ -9,14 +9,14 @@ from sslvision.cli.main import main
 def run() -> None:
     """Run the command that the first word names."""
     known = "\n".join(f"  sslvision {name:<10}{text}" for name, text in ABOUT.items())
-    if len(sys.argv) < 2 or sys.argv[1] in ("--help", "-h"):
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in ("", "--help", "-h"):
         print(f"usage: sslvision COMMAND [key=value ...]\n\n{known}\n\nsslvision COMMAND --help lists its settings.")
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    name = sys.argv.pop(1)
+        sys.exit(0 if name else 2)
     if name not in ABOUT:
-        print(f"sslvision {name}: there is no such command. These are:\n\n{known}", file=sys.stderr)
+        print(f"sslvision {name}: there is no such command. The commands are:\n\n{known}", file=sys.stderr)
         sys.exit(2)
-    main(name)
+    main(name, sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""`python -m sslvision.finetune run=... data=...`: fine-tune a backbone on a small labeled set."""
+"""`python -m sslvision.finetune run=...`: fine-tune a backbone on a small labeled set."""
 
-from sslvision.cli.main import main
+import sys
 
 if __name__ == "__main__":
+    from sslvision.cli.main import main
+
     main("finetune")
+else:  # imported: sslvision.finetune(...) is a call all the same
+    from sslvision.cli.functions import CallableModule
+
+    sys.modules[__name__].__class__ = CallableModule

@@ -284,24 +284,14 @@ def _labels(value: Any, *, several: bool) -> Any:
     return values if several else None if values[0] == "all" else values[0]
 
 
-# Where methods and data sources lived in earlier versions. Runs and recipes of that time name them.
-MOVED = {
-    "sslvision.data.digits": "sslvision.data.sources.digits",
-    "sslvision.data.embedded": "sslvision.data.sources.embedded",
-    "sslvision.data.folder": "sslvision.data.sources.folder",
-    "sslvision.data.torchvision_sets": "sslvision.data.sources.torchvision_sets",
-}
-
-
 def locate(section: str, target: Any) -> Callable[..., Any]:
     """Return the class or function that a `_target_` names.
 
     Raises:
         UsageError: it cannot be imported.
     """
-    module, _, name = str(target).rpartition(".")
     try:
-        found = pkgutil.resolve_name(f"{MOVED.get(module, module)}.{name}")
+        found = pkgutil.resolve_name(str(target))
     except Exception as error:
         raise UsageError(f"{section}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from error
     return cast(Callable[..., Any], found)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see commandline.run
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see sslvision.cli.main
 
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_settings
+from sslvision.cli.recipes import COMMANDS
 
 # A ViT of one block on the embedded images, four updates to an epoch.
 TINY = [
@@ -59,7 +60,7 @@ def run_tiny():
 
         given = {word.split("=")[0] for word in words}
         kept = [word for word in (*TINY, *SMALL[recipe]) if word.split("=")[0] not in given]
-        settings = compose.tree(compose.prepare([f"recipe={recipe}", *kept, *words]))
+        settings = compose_settings([f"recipe={recipe}", *kept, *words])
         return pretrain(settings, Path(folder), words)
 
     return run
@@ -78,8 +79,7 @@ def settings_of():
     """Return the checked settings of a command line: settings_of("probe", "run=...", ...)."""
 
     def settings(name, *words):
-        command = getattr(compose, name.upper())
-        return compose.tree(compose.prepare(words, command), command)
+        return compose_settings(words, COMMANDS[name])
 
     return settings
 

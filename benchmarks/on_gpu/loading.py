@@ -10,10 +10,10 @@ from whole_run import draw_photographs
 
 from benchmarks.on_gpu.findings import DRY, attempt, device, set_up, wait
 from benchmarks.on_gpu.recipe import TINY, TRAINER, under_trainer
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_settings
 from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.workflows.pretraining import method_of, open_splits
+from sslvision.workflows.pretraining import method_from_settings, open_splits
 
 DRAWN, NAMES = (16, 64) if DRY else (200, 40_000)  # pictures, and names for them: as many as a minute's run wants
 RECIPES = {"mae_vitb16_in1k": 1, "dino_vits16_in1k": 4}  # and what part of `batch` a batch is
@@ -30,8 +30,8 @@ def loader(batch="256", processes="4,8,14", seconds="10", steps="60"):
             words = [f"recipe={recipe}", f"data.root={folder}", f"batch_size={size}", "data.holdout=0.01"]
             if DRY:
                 words += [f"trainer.accelerator={TRAINER['accelerator']}", *TINY, *tiny_of(recipe)]
-            settings = compose.tree(compose.prepare(words))
-            splits, method = open_splits(settings.data), method_of(settings)
+            settings = compose_settings(words)
+            splits, method = open_splits(settings.data), method_from_settings(settings)
             for count in counts:
                 attempt(f"{recipe}, {count} processes", rate, splits.train, method.crops, size, count, float(seconds))
             settings = dataclasses.replace(settings, data={**settings.data, "workers": counts[-1]})

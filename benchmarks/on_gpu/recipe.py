@@ -53,11 +53,11 @@ def trainer(recipes="mae_gpu,dino_gpu", steps="300"):
 
 
 def steps_of(recipe, steps):
-    from sslvision.cli import compose
+    from sslvision.cli.compose import compose_settings
     from sslvision.workflows.pretraining import open_splits
 
     words = [*TINY, "batch_size=64", f"trainer.accelerator={TRAINER['accelerator']}"] if DRY else []
-    settings = compose.tree(compose.prepare([f"recipe={recipe}", *words]))
+    settings = compose_settings([f"recipe={recipe}", *words])
     return under_trainer(settings, open_splits(settings.data), steps)
 
 

@@ -1,49 +1,52 @@
-"""What each command does with its checked settings: it names the run's folder and calls the workflow.
+"""What each command does with its checked settings: it chooses the run's folder and calls a workflow.
 
-Workflows are imported late: importing torch takes seconds, and what can be refused is refused before.
+Workflows are imported late: importing torch takes seconds, and wrong settings are refused before.
 """
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sslvision.cli.compose import Run
 from sslvision.cli.run_folders import choose_run_folder
 from sslvision.settings import Finetune, Predict, Pretrain, Probe
 
 
-def pretrain(settings: Pretrain, recipe: str, number: str, words: Sequence[str]) -> dict[str, Any]:
-    """Pretrain a backbone on unlabeled images."""
-    from sslvision.workflows.pretraining import pretrain
+def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
+    """Return the call that does a run: a workflow with its settings, its folder, and the words for its record."""
+    settings = run.settings
+    if isinstance(settings, Predict):
+        from sslvision.workflows.predicting import predict_to_csv
 
-    return pretrain(settings, choose_run_folder(settings, recipe, number), words)
-
-
-def probe(settings: Probe, recipe: str, number: str, words: Sequence[str]) -> dict[str, Any]:
-    """Measure frozen features of a backbone on labeled images."""
-    from sslvision.workflows.probing import probe
-
-    name = f"probe-{_run_and_data(settings)}-{settings.protocol}" + ("" if settings.pretrained else "-untrained")
-    return probe(settings, choose_run_folder(settings, name, number, dated=False), words)
+        return functools.partial(predict_to_csv, settings)
+    workflow, name, dated = _workflow(settings, run.recipe)
+    return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
 
-def finetune(settings: Finetune, recipe: str, number: str, words: Sequence[str]) -> Any:
-    """Fine-tune a backbone on a small labeled set, and show what pretraining was worth."""
+def _workflow(settings: Pretrain | Probe | Finetune, recipe: str) -> tuple[Callable[..., Any], str, bool]:
+    """Return a workflow, the default name of its run folder, and whether that name gets a date.
+
+    Without a date the same command finds the same folder, and continues or overwrites it.
+    """
+    if isinstance(settings, Pretrain):
+        from sslvision.workflows.pretraining import pretrain
+
+        return pretrain, recipe, True
     name = _run_and_data(settings)
-    if settings.compare:  # no date in the name: the same command continues where it was stopped
+    if isinstance(settings, Probe):
+        from sslvision.workflows.probing import probe
+
+        untrained = "" if settings.pretrained else "-untrained"
+        return probe, f"probe-{name}-{settings.protocol}{untrained}", False
+    if settings.compare:
         from sslvision.workflows.comparison import compare
 
-        return compare(settings, choose_run_folder(settings, f"compare-{name}", number, dated=False), words)
+        return compare, f"compare-{name}", False
     from sslvision.workflows.finetuning import finetune
 
-    return finetune(settings, choose_run_folder(settings, f"finetune-{name}", number), words)
-
-
-def predict(settings: Predict, recipe: str, number: str, words: Sequence[str]) -> Path:
-    """Label new images with a fine-tuned run."""
-    from sslvision.workflows.predicting import predict_to_csv
-
-    return predict_to_csv(settings)
+    return finetune, f"finetune-{name}", True
 
 
 def _run_and_data(settings: Probe | Finetune) -> str:
@@ -53,6 +56,3 @@ def _run_and_data(settings: Probe | Finetune) -> str:
     target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
     data = settings.data.get("name") or Path(settings.data.get("root") or target).name
     return re.sub(r"[^\w.-]", "_", f"{run.name}-{data}")
-
-
-WORK: dict[str, Callable[..., Any]] = {work.__name__: work for work in (pretrain, probe, finetune, predict)}

@@ -1,136 +1,195 @@
-"""From the command line to checked settings: Hydra composes recipes, overrides and sweeps; schema.py checks the result.
+"""From what a user gives to checked settings, once for each run.
 
-All points of a sweep are checked before the first of them runs. A recipe is found by name, or given by path.
+words of a command line  ->  texts by key      words.py
+recipe and data source   ->  a tree of settings, composed by Hydra (recipes.py)
+every other key          ->  a value by its declared type (values.py), set in that tree
+the tree                 ->  checked settings  schema.py
 """
 
-import contextlib
-import difflib
-import itertools
+import numbers
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Generic, cast
 
-from hydra import compose, initialize
-from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sslvision.cli.schema import Settings, checked
+from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
+from sslvision.cli.schema import Settings, checked, known_keys
+from sslvision.cli.values import value_of
+from sslvision.cli.words import Words, join_words, split_words
 from sslvision.errors import UsageError
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.runs.redaction import REDACTED
-from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.runs.renamed_settings import current_name, current_target, current_value, renamed, warn
 
-_IN_WHEEL = Path(__file__).parents[1] / "recipes"
-RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / "recipes"  # the latter in a checkout
+_REMOVED = object()  # the value of a key given as ~key
+Read = Callable[[str, Any, Any], Any]  # from a key, what was given for it, and its declared type, to its value
 
 
 @dataclass(frozen=True)
-class Command(Generic[Settings]):
-    """A command: `python -m sslvision.<name>`.
+class Run(Generic[Settings]):
+    """One run, composed and checked.
 
     Attributes:
-        name: also of its folder of recipes.
-        kind: the class of its settings.
-        recipe: the one it takes unless told; None if the command line must name one.
+        settings: Its settings.
+        recipe: Name of its recipe; of the command, if that takes none.
+        words: The command line of this run alone.
+        suffix: Ending of the run folder's name: its number in a sweep, or nothing.
     """
 
-    name: str
-    kind: type[Settings]
-    recipe: str | None = None
-
-    @property
-    def recipes(self) -> dict[str, Path]:
-        """Return the recipes that come along, by name; none if the command has no use for any."""
-        return {file.stem: file for file in sorted((RECIPES / self.name).glob("*.yaml"))}
+    settings: Settings
+    recipe: str
+    words: list[str]
+    suffix: str = ""
 
 
-PRETRAIN = Command("pretrain", Pretrain)
-PROBE = Command("probe", Probe)
-FINETUNE = Command("finetune", Finetune, recipe="default")
-PREDICT = Command("predict", Predict)
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PRETRAIN, PROBE, FINETUNE, PREDICT)}
-
-
-def prepare(arguments: Sequence[str], command: Command[Any] = PRETRAIN) -> list[str]:
-    """Register all recipes with Hydra and return the command line in its full form, every sweep point of it checked.
-
-    Args:
-        arguments: the command line after the program's name.
-        command: whose.
+def compose_settings(words: Sequence[str], command: Command[Settings] = PRETRAIN) -> Settings:  # type: ignore[assignment]
+    """Return the checked settings of a command line of a single run.
 
     Raises:
-        UsageError: an unknown or repeated key, an unknown recipe, a value of the wrong type or range.
+        UsageError: An unknown or repeated key, an unknown recipe, a value of the wrong type or range.
     """
-    words = get_args_parser().parse_args(list(arguments)).overrides
-    flags = [argument for argument in arguments if argument not in words]
-    overrides = parse(words)
-    _register(command)
-    lines = [_full_form(override, command) for override in overrides]
-    if command is PRETRAIN and not any(override.key_or_group == "recipe" for override in overrides):
-        raise UsageError(
-            f"No recipe: say recipe=NAME, one of {', '.join(command.recipes)}, or the path of your own .yaml file."
-        )
-    gone = _of_another_backbone(overrides) if command is PRETRAIN else []
-    for point in _points(overrides, lines):
-        tree([*point, *gone], command)
-    return [*flags, *lines, *gone]
+    return compose_texts(split_words(words).settings, command).settings
 
 
-def parse(arguments: Sequence[str]) -> list[Override]:
-    """Parse Hydra overrides; each key may come once."""
+def compose_runs(words: Words, command: Command[Settings]) -> list[Run[Settings]]:
+    """Return the runs of a command line, all of them checked.
+
+    Raises:
+        UsageError: As compose_settings, for any of the runs.
+    """
+    if not words.sweep:
+        return [compose_texts(words.settings, command)]
+    return [compose_texts(point, command, suffix=f"-{number}") for number, point in enumerate(words.points())]
+
+
+def compose_texts(texts: Mapping[str, str | None], command: Command[Settings], suffix: str = "") -> Run[Settings]:
+    """Return the run of settings given as texts; None removes a key."""
+
+    def read(key: str, text: Any, kind: Any) -> Any:
+        if not isinstance(text, str):  # to be removed, or the value of an old name
+            return text
+        return value_of(key, text, str if key in ("recipe", "data") and os.path.exists(text) else kind)
+
+    given = {key: _REMOVED if text is None else text for key, text in texts.items()}
+    settings, recipe = _compose(given, command, read)
+    return Run(settings, recipe, join_words(texts), suffix)
+
+
+def compose_values(values: Mapping[str, Any], command: Command[Settings]) -> Run[Settings]:
+    """Return the run of settings given as Python values, those of a section also in a dictionary of their own."""
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        in_section = key in command.kind.sections and isinstance(value, Mapping)
+        for name, one in (
+            {f"{key}.{name}": one for name, one in value.items()}.items() if in_section else [(key, value)]
+        ):
+            if name in given:
+                raise UsageError(f"{name} is given twice; give it once.")
+            given[name] = _plain(name, one)
+    settings, recipe = _compose(given, command, lambda key, value, kind: value)
+    return Run(settings, recipe, [f"{key}={_written(value)}" for key, value in given.items()])
+
+
+def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -> tuple[Settings, str]:
+    """Compose the recipe, set what is given in it, and check the whole; return the settings and the recipe's name."""
+    choices = {
+        key: read(key, value, Any)
+        for key, value in given.items()
+        if (key == "recipe" and command.recipes) or (key == "data" and "data" in command.kind.sections)
+    }
+    for key, value in choices.items():
+        if not isinstance(value, str):
+            raise UsageError(f"{key} is chosen by name: {key}=NAME.")
     try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"Cannot read the command line: {first} Settings are written key=value.") from error
-    seen = set()
-    for override in overrides:
-        key = override.key_or_group
-        if key in seen and not key.startswith("hydra"):
-            raise UsageError(f"{key} is given twice; which one is meant? Give it once.")
-        seen.add(key)
-    return overrides
-
-
-def tree(lines: Sequence[str], command: Command[Settings] = PRETRAIN) -> Settings:  # type: ignore[assignment]
-    """Compose and check one run."""
-    GlobalHydra.instance().clear()
-    try:
-        with initialize(version_base="1.3", config_path=None):
-            composed = compose(command.name, overrides=[line for line in lines if not line.startswith("hydra")])
-        return check(composed, command)
+        tree, recipe = compose_recipe(command, choices.get("recipe"), choices.get("data"))
+        where = f"recipe={choices.get('recipe')}"
+        tree = OmegaConf.create(renamed(_plain_tree(tree, resolve=False), where, trusted=True))
+        _set_all(tree, {key: value for key, value in given.items() if key not in choices}, command, read)
+        settings = _plain_tree(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(str(error).strip().splitlines()[0]) from error
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def check(composed: DictConfig, command: Command[Settings]) -> Settings:
-    """Check a composed tree, key by key and value by value. Where it has a run and no data, the data are the run's."""
-    try:
-        settings = cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-    except OmegaConfBaseException as error:
-        raise UsageError(str(error).splitlines()[0]) from error
-    given = settings.get("data") or {}
-    if "run" in settings and "data" in command.kind.sections and "_target_" not in given:
-        settings["data"] = data_of(settings["run"]) | given
     for key in _redacted(settings):
         raise UsageError(f"{key} is not kept in the files of a run, as it is a secret: give it again, {key}=...")
-    return checked(settings, command.kind)
+    return checked(settings, command.kind), recipe
+
+
+def _set_all(tree: DictConfig, given: Mapping[str, Any], command: Command[Settings], read: Read) -> None:
+    """Set what is given in the composed tree, under full and current keys, as values of the declared types."""
+    full: dict[str, Any] = {}
+    for short, value in given.items():
+        if (key := _full_key(short, command)) in full:
+            raise UsageError(f"{key} is given twice; give it once.")
+        full[key] = value
+    # First what tells the types of the others.
+    for key in [key for key, value in full.items() if key.endswith("._target_") and value is not _REMOVED]:
+        OmegaConf.update(tree, key, current_target(read(key, full.pop(key), str)), force_add=True)
+    if full.get("run", _REMOVED) is not _REMOVED:
+        OmegaConf.update(tree, "run", read("run", full.pop("run"), str))
+    needs_data = "data" in command.kind.sections and "_target_" not in (tree.get("data") or {})
+    if needs_data and tree.get("run") is not None:
+        tree.data = _plain("data", data_of(tree.run))
+    full = _current(full, OmegaConf.select(tree, "method._target_")) if "method" in tree else full
+    if command is PRETRAIN and "backbone.name" in full:
+        _drop_options_of_another_backbone(tree, read("backbone.name", full["backbone.name"], str))
+    known = known_keys(_plain_tree(tree, resolve=False), command.kind)
+    for key, value in full.items():
+        if value is _REMOVED:
+            _remove(tree, key)
+            continue
+        section, _, name = key.rpartition(".")
+        value = read(key, value, known.get(section, {}).get(name, Any))
+        OmegaConf.update(tree, key, value, merge=True, force_add=True)
+
+
+def _drop_options_of_another_backbone(tree: DictConfig, name: Any) -> None:
+    """Remove the recipe's options of its own backbone if another one is named; image size and pooling stay."""
+    options = tree.get("backbone") or {}
+    if options.get("name") != name:
+        for key in set(options) - {"name", "image_size", "pool"}:
+            del options[key]
+
+
+def _full_key(key: str, command: Command[Any]) -> str:
+    """Return a key with its section: settings of the method may be written without."""
+    kind = command.kind
+    top_level = key.split(".")[0] in kind.sections or key in {field.name for field in fields(kind)}
+    if top_level or "method" not in kind.sections or current_name(key, None, trusted=False) != key:
+        return key
+    return f"method.{key}"
+
+
+def _current(given: Mapping[str, Any], method: Any) -> dict[str, Any]:
+    """Return what is given under its current names, and tell those that have changed."""
+    found: dict[str, Any] = {}
+    for old, value in given.items():
+        key = current_name(old, method, trusted=True)
+        if key != old and value is not _REMOVED:
+            value = current_value(old, value)
+            warn(f"{old} is now {key}. The old name still works; the new form is {_short(key)}={_written(value)}.")
+        if key in found:
+            raise UsageError(f"{key} is given twice, by its old name and by its current one; give it once.")
+        found[key] = value
+    return found
+
+
+def _remove(tree: DictConfig, key: str) -> None:
+    section, _, name = key.rpartition(".")
+    values = OmegaConf.select(tree, section) if section else tree
+    if not isinstance(values, DictConfig) or name not in values:
+        raise UsageError(f"~{key}: the recipe has no setting {_short(key)} that could be removed.")
+    del values[name]
 
 
 def data_of(run: Any) -> dict[str, Any]:
-    """Return the data section of a run by its folder; empty if it is none. Raises UsageError if it is not to be trusted."""
+    """Return the data section of a run, given its folder; empty if it is not a run's.
+
+    Raises:
+        UsageError: The section names code that is not sslvision's own.
+    """
     if (file := config_file(str(run))) is None:
         return {}
     section = cast(dict[str, Any], read_settings(file, ("data",))["data"])
@@ -139,8 +198,12 @@ def data_of(run: Any) -> dict[str, Any]:
     return section
 
 
+def _plain_tree(tree: DictConfig, *, resolve: bool) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(tree, resolve=resolve))
+
+
 def _redacted(value: Any, key: str = "") -> Iterator[str]:
-    """Yield the keys whose values were left out where they were written down."""
+    """Yield the keys whose values were left out of the files of a run."""
     if isinstance(value, dict):
         for name, one in value.items():
             yield from _redacted(one, f"{key}.{name}".removeprefix("."))
@@ -148,124 +211,35 @@ def _redacted(value: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
-class SweepFile(Callback):
-    """Hydra writes a sweep's whole configuration, secrets included, to a file that nobody reads: to the null device with it."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Make the file a link to nowhere."""
-        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # of a disk without links
-            file.symlink_to(os.devnull)
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Remove it."""
-        (Path(config.hydra.sweep.dir) / "multirun.yaml").unlink(missing_ok=True)
-
-
-def _register(command: Command[Any]) -> None:
-    """Tell Hydra the recipes and data sources that come along."""
-    store = ConfigStore.instance()
-    schema = {
-        f.name: f.default if f.default is not MISSING else cast(Any, f.default_factory)()
-        for f in fields(command.kind)
-        if f.name not in command.kind.sections
-    }
-    quiet: dict[str, Any] = {
-        "run": {"dir": "."},
-        "sweep": {"dir": "outputs/.sweep", "subdir": "."},
-        "output_subdir": None,
-    }
-    quiet["callbacks"] = {"sweep_file": {"_target_": f"{__name__}.{SweepFile.__name__}"}}
-    defaults: list[Any] = [{"override hydra/job_logging": "disabled"}, {"override hydra/hydra_logging": "disabled"}]
-    if command.recipes:
-        defaults.insert(0, {"recipe": command.recipe or "???"})
-    if command is not PRETRAIN and "data" in command.kind.sections:  # pretraining's recipes choose theirs
-        defaults.insert(0, {"data": None})
-    sections: dict[str, Any] = {section: {} for section in command.kind.sections if section != "data"}
-    # `_self_` first: a recipe's values replace the schema's defaults.
-    node = {"defaults": ["_self_", *defaults], **schema, **sections, "hydra": quiet}
-    store.store(name=command.name, node=OmegaConf.create(node))
-    for name, file in command.recipes.items():
-        store.store(group="recipe", name=name, package="_global_", node=OmegaConf.load(file))
-    for file in (RECIPES / "data").glob("*.yaml"):
-        store.store(group="data", name=file.stem, package="data", node=OmegaConf.load(file))
+def _plain(key: str, value: Any) -> Any:
+    """Return a Python value as settings hold it, in plain containers."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(f"{key}.{name}", one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(key, one) for one in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, str):
+        return value.replace("${", "\\${")  # a string, and no reference to another setting
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
+        return value.item()
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    raise UsageError(
+        f"{key}={value!r}: settings are numbers, strings, booleans, None, and lists and dictionaries of them."
+    )
 
 
-def _full_form(override: Override, command: Command[Any]) -> str:
-    """Return the override as Hydra wants it: method settings under method., open sections free to grow."""
-    key, line, sections = override.key_or_group, str(override.input_line), command.kind.sections
-    if key.startswith("hydra") or override.type is OverrideType.DEL:
-        return line
-    value = line.split("=", 1)[1] if "=" in line else ""
-    if key == "recipe" and command.recipes:
-        return f"recipe={','.join(_recipe(one, command) for one in _values(override))}"
-    if key == "data" and "data" in sections:
-        sources = sorted(file.stem for file in (RECIPES / "data").glob("*.yaml"))
-        return f"data={','.join(_choice('data', one, sources) for one in _values(override))}"
-    if key.split(".", 1)[0] in sections:
-        return f"++{key}={value}"
-    if key in {f.name for f in fields(command.kind)}:
-        return f"{key}={value}"
-    return f"++method.{key}={value}" if "method" in sections else f"++{key}={value}"
+def _written(value: Any) -> str:
+    """Return a value as it is written on a command line."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, list):
+        return f"[{','.join(_written(one) for one in value)}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(one)}" for key, one in value.items()) + "}"
+    return str(value)
 
 
-def _of_another_backbone(overrides: Sequence[Override]) -> list[str]:
-    """Return, if the command line names another backbone, the deletions of what the recipe says of its own one's make.
-
-    The size of the images stays, for it is theirs, and so does what the command line itself says.
-    """
-    given = {override.key_or_group: _values(override) for override in overrides}
-    files = [PRETRAIN.recipes.get(name, Path(name)) for name in given["recipe"]]
-    own = [OmegaConf.select(OmegaConf.load(file), "backbone", default={}) for file in files]
-    if all(given.get("backbone.name", [backbone.get("name")]) == [backbone.get("name")] for backbone in own):
-        return []
-    make = set.intersection(*(set(backbone) for backbone in own)) - {"name", "image_size", "pool"}
-    return [f"~backbone.{key}" for key in sorted(make) if f"backbone.{key}" not in given]
-
-
-def _recipe(name: str, command: Command[Any]) -> str:
-    """Return a recipe's name, after registering it if it is given by path."""
-    recipes = command.recipes
-    if not name.endswith((".yaml", ".yml")) and "/" not in name:
-        return _choice("recipe", name, list(recipes))
-    file = Path(name)
-    if not file.is_file():
-        raise UsageError(f"recipe={name}: there is no such file. Recipes that come along: {', '.join(recipes)}.")
-    try:
-        node = OmegaConf.load(file)
-    except Exception as error:
-        raise UsageError(f"recipe={name} is not valid YAML: {str(error).splitlines()[0]}") from error
-    name = re.sub(r"\W", "_", file.stem)
-    name += "_" if name in recipes else ""  # one's own mae.yaml is not ours
-    ConfigStore.instance().store(group="recipe", name=name, package="_global_", node=node)
-    return name
-
-
-def _choice(group: str, name: str, names: list[str]) -> str:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        raise UsageError(
-            f"{group}={name} is unknown: it is one of {', '.join(names)}"
-            + (", or the path of your own .yaml file." if group == "recipe" else ".")
-            + (f" Did you mean {group}={near[0]}?" if near else "")
-        )
-    return name
-
-
-def _values(override: Override) -> list[str]:
-    """Return what an override sets, one text for each point of a sweep."""
-    if override.is_sweep_override():
-        return [str(value) for value in override.sweep_string_iterator()]
-    return [str(override.get_value_element_as_str()).strip("'\"")]
-
-
-def _points(overrides: Sequence[Override], lines: Sequence[str], at_most: int = 200) -> Iterator[list[str]]:
-    """Yield the overrides of every point of a sweep, `at_most` of them."""
-    choices = [
-        [f"{line.split('=', 1)[0]}={value}" for value in _values(override)] if override.is_sweep_override() else [line]
-        for override, line in zip(overrides, lines, strict=True)
-    ]
-    for point in itertools.islice(itertools.product(*choices), at_most):
-        yield list(point)
+def _short(key: str) -> str:
+    return key.removeprefix("method.")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sslvision.cli.compose import Command
+from sslvision.cli.recipes import Command
 
 ABOUT = {
     "pretrain": "Pretrain a vision backbone on unlabeled images.",

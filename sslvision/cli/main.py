@@ -1,24 +1,24 @@
-"""What all commands share: reading the command line, one run for each point of a sweep, exit codes, and whose folder it is."""
+"""What all commands share: the command line, one run for each point of a sweep, exit codes, and signals."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
 import time
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
-from omegaconf import DictConfig
+import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from sslvision.cli import compose as cfg
-from sslvision.cli.commands import WORK
+from sslvision.cli.commands import work
+from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
+from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.run_folders import RUN_FOLDER
+from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.system.failures import explained
 from sslvision.system.signals import (
@@ -30,75 +30,92 @@ from sslvision.system.signals import (
     started_by_lightning,
 )
 
-typed: list[str] = []  # the command line as the person wrote it
 
-
-def main(name: str) -> None:
+def main(name: str, words: Sequence[str] | None = None) -> None:
     """Run a command, and exit.
 
     Exit codes: 0 done, 1 runtime, 2 usage, 3 data, 4 diverged, 5 a file cannot be written; 129 SIGHUP, 130 SIGINT
-    (Ctrl-C) and 143 SIGTERM: in training it is saved first. A sweep exits with the largest code of its runs; a signal ends
-    all of it.
+    (Ctrl-C) and 143 SIGTERM: in training, a checkpoint is saved first. A sweep exits with the largest code of its runs; a
+    signal ends all of it.
+
+    Args:
+        name: Name of the command.
+        words: Command line after the command's name; by default all of it.
     """
-    command, typed[:] = cfg.COMMANDS[name], sys.argv[1:]
-    # Read when torch is loaded, so set before. On a CPU the threads of a step spin while they wait for one another; beside
-    # a second program that does so, a step takes ten times as long and more. So they spin briefly, and then sleep.
+    command, words = COMMANDS[name], list(sys.argv[1:] if words is None else words)
+    # OpenMP reads this when torch is loaded. The threads of a step spin while they wait for one another; beside a second
+    # program that does so too, a step takes ten times as long and more. So they spin briefly, and then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    if {"--help", "-h"} & set(typed):
+    if {"--help", "-h"} & set(words):
         print_help(Console(highlight=False), command)
         return
     end_with_launcher()
     try:
         raise_interrupted()
-        code = _run(command)
+        code = _run_all(command, words)
     except Interrupted as interrupted:
-        code = _complain(_interrupted(interrupted.signum, command))
+        code = _complain(_interrupted(interrupted.signum, command, words))
     sys.exit(code)
 
 
-def _run(command: cfg.Command[Any]) -> int:
+def _run_all(command: Command[Any], words: list[str]) -> int:
+    """Compose and check all runs of a command line, then do them one after another; return the largest exit code."""
     try:
-        sys.argv[1:] = cfg.prepare(typed, command)
+        line = split_words(words)
+        runs = compose_runs(line, command)
     except UsageError as error:
         return _complain(error)
-    exit_codes: list[int] = []  # Hydra ignores what a run returns
-
-    def one(composed: DictConfig) -> None:
-        """Run one point of the command line; the other points of a sweep run whatever becomes of this one."""
-        job = HydraConfig.get()
-        sys.argv[1:] = list(job.overrides.task)  # Lightning starts further processes with these words
-        number = f"-{job.job.num}" if job.mode is RunMode.MULTIRUN else ""
-        try:
-            recipe = Path(job.runtime.choices.get("recipe") or command.name).stem
-            WORK[command.name](cfg.check(composed, command), recipe, number, typed)
-        except Exception as error:
-            told = explained(error, os.environ.get(RUN_FOLDER))
-            if told is None:
-                raise
-            exit_codes.append(_complain(told))
-            if isinstance(told, Stopped):
-                sys.exit(told.exit_code)
-
-    hydra.main(version_base="1.3", config_path=None, config_name=command.name)(one)()
-    return max(exit_codes, default=0)
+    if line.show:
+        settings = [dataclasses.asdict(run.settings) for run in runs]
+        print(yaml.safe_dump_all(settings, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    codes = [0]
+    for run in runs:
+        with _command_line(run, words) if line.sweep else contextlib.nullcontext():
+            try:
+                work(run, words)()
+            except Exception as error:
+                told = explained(error, os.environ.get(RUN_FOLDER))
+                if told is None:
+                    raise
+                codes.append(_complain(told))
+                if isinstance(told, Stopped):
+                    return told.exit_code
+    return max(codes)
 
 
-def _interrupted(signum: int, command: cfg.Command[Any]) -> Stopped:
-    """Return in words what a signal outside of training ended."""
-    resumes = hasattr(command.kind, "resume")
-    left = " The last checkpoint, if there is one, is as it was: resume=auto goes on from it." if resumes else ""
+@contextlib.contextmanager
+def _command_line(run: Run[Any], words: Sequence[str]) -> Iterator[None]:
+    """Let one run of a sweep find the command line and the environment that it would find alone.
+
+    Lightning starts further processes with the words in sys.argv, and leaves its variables in the environment.
+    """
+    argv, environment = list(sys.argv), dict(os.environ)
+    sys.argv[len(argv) - len(words) :] = run.words
+    try:
+        yield
+    finally:
+        sys.argv[:] = argv
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+def _interrupted(signum: int, command: Command[Any], words: Sequence[str]) -> Stopped:
+    """Return the message for a signal outside of training."""
+    resumes = any(field.name == "resume" for field in dataclasses.fields(command.kind))
+    left = " The last checkpoint, if there is one, is intact: resume=auto continues from it." if resumes else ""
     if signal.Signals(signum).name == "SIGUSR1":
         signum = signal.SIGTERM
-        left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in typed else f" {NOT_REQUEUED}"
+        left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in words else f" {NOT_REQUEUED}"
     return Stopped(f"{signal.Signals(signum).name} outside of training.{left}", signum)
 
 
 def _complain(error: SSLVisionError) -> int:
-    """Say what is wrong, once for all processes, and return the exit code."""
+    """Print what is wrong, once for all processes, and return the exit code."""
     where = ""
     if (rank := _rank()) != "0":
-        # The first process has the word, and its exit code is what counts. A launcher that saw another one end with an
-        # error before would kill it; when it ends, this one is ended too, and not heard.
+        # The first process reports, and its exit code counts. A launcher that saw another process end with an error before
+        # would kill it; when it ends, this one is ended too, and prints nothing.
         agreed = isinstance(error, Stopped | Diverged | UsageError)  # all processes have come to it together
         with contextlib.suppress(Interrupted):
             time.sleep(60 if agreed and started_by_lightning() else 5)
@@ -111,5 +128,5 @@ def _complain(error: SSLVisionError) -> int:
 
 
 def _rank() -> str:
-    """Return the number of this process, as whoever started it says."""
+    """Return the number of this process, as its launcher tells it."""
     return next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), "0")

@@ -43,7 +43,7 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     Raises:
         UsageError: an unknown key, with the nearest known ones; a value of the wrong type or range.
     """
-    known = _known_keys(settings, kind)
+    known = known_keys(settings, kind)
     sections = {section: settings.get(section) or {} if section else settings for section in known}
     for section, values in sections.items():
         any_key = None in known[section]
@@ -56,7 +56,7 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
 
 
-def _known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dict[str | None, Any]]:
+def known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dict[str | None, Any]]:
     """Return the keys of every section and their types; the key None stands for any."""
     known: dict[str, dict[str | None, Any]] = {"": {f.name: f.type for f in fields(kind)}}
     for section, of in kind.sections.items():

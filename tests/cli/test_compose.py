@@ -7,13 +7,15 @@ import shlex
 import pytest
 from rich.console import Console
 
-from sslvision.cli import compose
+from sslvision.cli.compose import compose_runs, compose_settings
 from sslvision.cli.help import EXAMPLES, print_help
+from sslvision.cli.recipes import COMMANDS, PRETRAIN, RECIPES
+from sslvision.cli.words import split_words
 from sslvision.errors import UsageError
 
 
 def composed(*words):
-    return compose.tree(compose.prepare(["recipe=mae", *words]))
+    return compose_settings(["recipe=mae", *words])
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ def composed(*words):
 )
 def test_a_command_line_that_cannot_be_meant_is_refused_with_what_may_be(words, message):
     with pytest.raises(UsageError, match=message):
-        compose.prepare(words)
+        compose_runs(split_words(words), PRETRAIN)
 
 
 def test_a_methods_settings_may_be_written_short():
@@ -83,30 +85,22 @@ def test_another_data_source_replaces_the_recipes_own():
 
 def test_a_recipe_of_ones_own_is_given_by_its_path(tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text(
-        (compose.RECIPES / "pretrain" / "mae.yaml").read_text().replace("mask_ratio: 0.75", "mask_ratio: 0.8")
-    )
-    run = compose.tree(compose.prepare([f"recipe={own}", "epochs=7"]))
+    own.write_text((RECIPES / "pretrain" / "mae.yaml").read_text().replace("mask_ratio: 0.75", "mask_ratio: 0.8"))
+    run = compose_settings([f"recipe={own}", "epochs=7"])
     assert run.method["mask_ratio"] == 0.8
     assert run.epochs == 7
 
 
 def test_an_unknown_key_in_a_recipe_of_ones_own_is_refused(tmp_path):
     own = tmp_path / "own.yaml"
-    own.write_text((compose.RECIPES / "pretrain" / "mae.yaml").read_text() + "batch_sise: 3\n")
+    own.write_text((RECIPES / "pretrain" / "mae.yaml").read_text() + "batch_sise: 3\n")
     with pytest.raises(UsageError, match="Did you mean batch_size"):
-        compose.prepare([f"recipe={own}"])
+        compose_settings([f"recipe={own}"])
 
 
-def test_flags_and_their_values_are_left_to_hydra():
-    assert compose.prepare(["recipe=mae", "--cfg", "job"]) == ["--cfg", "job", "recipe=mae"]
-
-
-@pytest.mark.parametrize("name", compose.PRETRAIN.recipes)
+@pytest.mark.parametrize("name", PRETRAIN.recipes)
 def test_every_recipe_says_what_it_is(name):
-    run = compose.tree(
-        compose.prepare([f"recipe={name}", "data.root=x"] if name.endswith("in1k") else [f"recipe={name}"])
-    )
+    run = compose_settings([f"recipe={name}", *(["data.root=x"] if name.endswith("in1k") else [])])
     assert run.about
     if name.endswith("in1k"):
         assert "not yet measured here" in run.reference
@@ -115,7 +109,7 @@ def test_every_recipe_says_what_it_is(name):
 
 def test_the_imagenet_recipes_hold_the_papers_values():
     for name in ("mae_vitb16_in1k", "mae_vitl16_in1k"):
-        run = compose.tree(compose.prepare([f"recipe={name}", "data.root=x"]))
+        run = compose_settings([f"recipe={name}", "data.root=x"])
         assert (run.epochs, run.batch_size, run.base_lr, run.peak_lr) == (800, 4096, 1.5e-4, 2.4e-3)
         method = run.method
         assert (method["mask_ratio"], method["norm_pix"], method["warmup_epochs"]) == (0.75, True, 40)
@@ -132,7 +126,7 @@ def test_dinos_imagenet_recipes_hold_the_published_values():
     }
     keys = ["min_lr", "teacher_temp", "warmup_teacher_temp_epochs", "norm_last_layer", "clip_gradient"]
     for name, values in published.items():
-        run = compose.tree(compose.prepare([f"recipe={name}", "data.root=x"]))
+        run = compose_settings([f"recipe={name}", "data.root=x"])
         method = run.method
         found = [method[key] for key in [*keys, "freeze_prototypes_epochs", "local_crops"]]
         assert (run.epochs, run.batch_size, run.base_lr, *found) == values
@@ -153,17 +147,15 @@ def test_dinos_imagenet_recipes_hold_the_published_values():
     ],
 )
 def test_another_backbone_by_name_is_itself_and_not_made_as_the_recipes(words, backbone):
-    assert compose.tree(compose.prepare(["recipe=dino", *words])).backbone == backbone
+    assert compose_settings(["recipe=dino", *words]).backbone == backbone
 
 
 def test_the_recipes_own_backbone_keeps_its_make():
-    run = compose.tree(compose.prepare(["recipe=dino", "backbone.name=vit_tiny_patch16_224", "backbone.depth=2"]))
+    run = compose_settings(["recipe=dino", "backbone.name=vit_tiny_patch16_224", "backbone.depth=2"])
     assert (run.backbone["patch_size"], run.backbone["embed_dim"], run.backbone["depth"]) == (8, 128, 2)
 
 
-@pytest.mark.parametrize(
-    "command", [compose.PRETRAIN, compose.PROBE, compose.FINETUNE, compose.PREDICT], ids=lambda c: c.name
-)
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
 def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command, tmp_path, tiny_run, monkeypatch):
     out = io.StringIO()
     print_help(Console(file=out, width=200), command)
@@ -178,7 +170,7 @@ def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command,
     (tmp_path / "my" / "own.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     for words, _ in EXAMPLES[command.name]:
-        compose.prepare([word for word in shlex.split(words) if not word.startswith(("--cfg", "job"))], command)
+        compose_runs(split_words(shlex.split(words)), command)
 
 
 def test_a_run_lends_its_data_to_those_who_name_no_others(tiny_run, settings_of):
@@ -189,6 +181,6 @@ def test_a_run_lends_its_data_to_those_who_name_no_others(tiny_run, settings_of)
 
 
 def test_recipes_of_two_commands_may_share_a_name(settings_of, tiny_run):
-    pretrained = compose.tree(compose.prepare(["recipe=mae_vitb16_in1k", "data.root=photos"]))
+    pretrained = compose_settings(["recipe=mae_vitb16_in1k", "data.root=photos"])
     tuned = settings_of("finetune", "recipe=mae_vitb16_in1k", f"run={tiny_run}")
     assert (pretrained.epochs, tuned.epochs) == (800, 100)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
 
-from sslvision.augment.randomness import number
+from sslvision.augment.randomness import derive_seed
 from sslvision.workflows import pretraining
 
 pytestmark = pytest.mark.faults
@@ -61,11 +61,11 @@ def raise_power():
 @pytest.fixture
 def run(monkeypatch, tiny_settings):
     """Make a tiny run, broken after some updates if so asked: run(folder, words, recipe=, cut=3)."""
-    build = pretraining.watchers
+    build = pretraining.pretraining_callbacks
 
     def run(folder, *words, recipe="mae", cut=None, where="an update", how=raise_power):
         more = [] if cut is None else [Cut(cut, where, how)]
-        monkeypatch.setattr(pretraining, "watchers", lambda *given: [*build(*given), *more])
+        monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *given: [*build(*given), *more])
         settings = stage_one_settings(tiny_settings, recipe, words)
         try:
             pretraining.pretrain(settings, Path(folder))
@@ -78,14 +78,12 @@ def run(monkeypatch, tiny_settings):
 
 
 def stage_one_settings(tiny_settings, recipe, words):
-    from sslvision.cli import compose
+    from sslvision.cli.compose import compose_settings
 
     tiny = tiny_settings(recipe.removesuffix("_swin"))
     tiny = [word for word in tiny if not (recipe.endswith("_swin") and word.startswith(NOT_SWIN))]
     given = {word.split("=")[0]: word for word in (*DIGITS, *KINDS[recipe], *words)}  # the last one counts
-    return compose.tree(
-        compose.prepare([f"recipe={recipe}", *(w for w in tiny if w.split("=")[0] not in given), *given.values()])
-    )
+    return compose_settings([f"recipe={recipe}", *(w for w in tiny if w.split("=")[0] not in given), *given.values()])
 
 
 def end_of(folder):
@@ -155,7 +153,7 @@ def test_loader_processes_may_change_in_number_on_the_way(images, run, tmp_path)
 
 def test_the_seed_of_an_update_is_a_number_of_its_own_for_each_process_and_accumulated_batch():
     seeds = {
-        number(seed, step, rank, micro)
+        derive_seed(seed, step, rank, micro)
         for seed in (0, 1)
         for step in range(50)
         for rank in range(4)
@@ -172,8 +170,8 @@ from sslvision.workflows import pretraining
 sys.path.insert(0, os.environ["HERE"])
 from test_exact_resume import Cut
 
-build, cut = pretraining.watchers, int(os.environ["CUT"])
-pretraining.watchers = lambda *given: [*build(*given), Cut(cut, "an update", lambda: os._exit(9))]
+build, cut = pretraining.pretraining_callbacks, int(os.environ["CUT"])
+pretraining.pretraining_callbacks = lambda *given: [*build(*given), Cut(cut, "an update", lambda: os._exit(9))]
 pretrain.main()
 """
 

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from sslvision.cli.compose import SweepFile
 from sslvision.errors import UsageError
 from sslvision.runs.redaction import REDACTED, redact
 
@@ -71,15 +69,6 @@ def test_no_file_of_a_sweep_holds_a_secret(command, tmp_path):
     assert ended.returncode == 3, ended.stderr  # fewer images than a batch, twice
     assert not files_with(TOKEN, tmp_path)
     assert not files_with(PASSWORD, tmp_path)
-
-
-def test_the_file_of_hydras_sweep_is_never_on_the_disk(tmp_path):
-    sweep, file = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}}), tmp_path / "multirun.yaml"
-    SweepFile().on_multirun_start(sweep)
-    file.write_text("all settings")
-    assert file.read_text() == ""
-    SweepFile().on_multirun_end(sweep)
-    assert not file.is_symlink()
 
 
 def test_a_run_whose_files_hold_no_secret_asks_for_it_again(tmp_path, settings_of):

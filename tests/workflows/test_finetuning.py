@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslvision.cli.compose import FINETUNE
+from sslvision.cli.recipes import FINETUNE
 from sslvision.data.sources.digits import open_digits
 from sslvision.errors import DataError, UsageError
 from sslvision.methods.supervised import Supervised
@@ -182,7 +182,7 @@ def test_a_run_that_was_done_comes_out_the_same_when_resumed(finished, finetune,
 def test_labels_per_class_bound_what_is_learnt_and_validated_by(finetune, tmp_path, capsys):
     finetune(tmp_path / "run", "labels_per_class=5", "holdout=0.2", "scratch=false")
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "40 to learn from, 10 to validate on, 599 to score by" in told
+    assert "40 for training, 10 for validation, 599 for testing" in told
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "swin"])

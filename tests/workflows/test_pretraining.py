@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from sslvision.cli.compose import PRETRAIN
+from sslvision.cli.recipes import PRETRAIN
 from sslvision.errors import DataError, Diverged, UsageError
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE

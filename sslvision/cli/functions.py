@@ -1,0 +1,122 @@
+"""The commands as functions, for scripts and notebooks.
+
+    import sslvision
+
+    results = sslvision.pretrain("mae", epochs=2, data="folder", **{"data.root": "photos"}, method={"mask_ratio": 0.6})
+    sslvision.probe("outputs/mae-20260101-120000", data="digits")
+
+Settings are those of the command line, as Python values: nothing is parsed. The settings of a section are written with a dot
+or as a dictionary. They are checked as the command line's are; what goes wrong is raised as an exception of sslvision.errors.
+Signals are left alone, and environment variables and warning filters are restored.
+"""
+
+import os
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sslvision.cli.commands import work
+from sslvision.cli.compose import compose_values
+from sslvision.cli.recipes import FINETUNE, PREDICT, PRETRAIN, PROBE, Command
+from sslvision.cli.run_folders import RUN_FOLDER
+from sslvision.system.failures import explained
+
+
+def pretrain(recipe: str | Path, **settings: Any) -> dict[str, Any]:
+    """Pretrain a backbone on unlabeled images.
+
+    Args:
+        recipe: Name of an included recipe, such as "mae" or "dino", or the path of a .yaml file.
+        settings: Any settings of `python -m sslvision.pretrain --help`.
+
+    Returns:
+        The content of the run's results.json.
+
+    Raises:
+        UsageError, DataError, Diverged, StorageError: See sslvision.errors.
+    """
+    return dict(_call(PRETRAIN, {"recipe": recipe, **settings}))
+
+
+def probe(run: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measure frozen features of a backbone on labeled images, by k-NN and a linear probe.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.probe run=...` takes.
+        settings: Any settings of `python -m sslvision.probe --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(PROBE, {"run": run, **settings}))
+
+
+def finetune(run: str | Path, **settings: Any) -> Any:
+    """Fine-tune a backbone on labeled images.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.finetune run=...` takes.
+        settings: Any settings of `python -m sslvision.finetune --help`.
+
+    Returns:
+        The content of results.json; with compare=True a list with a cell for each arm and number of labels.
+
+    Raises:
+        UsageError, DataError, Diverged, StorageError: See sslvision.errors.
+    """
+    return _call(FINETUNE, {"run": run, **settings})
+
+
+def predict(run: str | Path, images: str | Path, **settings: Any) -> Path:
+    """Label images with a fine-tuned run.
+
+    Args:
+        run: Folder of a fine-tuned run.
+        images: A folder of images, or one image.
+        settings: Any settings of `python -m sslvision.predict --help`.
+
+    Returns:
+        The path of the CSV file with the predictions.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return Path(_call(PREDICT, {"run": run, "images": images, **settings}))
+
+
+class CallableModule(types.ModuleType):
+    """A command's module that can be called: `import sslvision.pretrain` puts it in place of the function of that name."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        """Call the function of the same name."""
+        return globals()[self.__name__.rpartition(".")[2]](*arguments, **settings)
+
+
+def _call(command: Command[Any], settings: Mapping[str, Any]) -> Any:
+    with _restored():
+        try:
+            run = compose_values(settings, command)
+            return work(run, run.words)()
+        except Exception as error:
+            told = explained(error, os.environ.get(RUN_FOLDER))
+            if told is None or told is error:
+                raise
+            raise told from error
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Restore the environment and the warning filters at the end."""
+    environment = dict(os.environ)
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)

@@ -1,0 +1,85 @@
+"""The words of a command line: options such as --help, and settings as key=value."""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from sslvision.cli.values import sweep_values
+from sslvision.errors import UsageError
+
+_SETTING = re.compile(r"(\+\+|\+|~)?([\w./@-]+)(?:=(.*))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A command line, split.
+
+    Attributes:
+        settings: Texts by key, as given; None for a key to remove (~key).
+        sweep: Whether -m was given: one run for each combination of values.
+        show: Whether --cfg job was given: print the settings and stop.
+        help: Whether --help was given.
+    """
+
+    settings: Mapping[str, str | None]
+    sweep: bool = False
+    show: bool = False
+    help: bool = False
+
+    def points(self) -> Iterator[dict[str, str | None]]:
+        """Yield the settings of each run of a sweep."""
+        values: list[Sequence[str | None]] = [
+            [None] if text is None else sweep_values(key, text) for key, text in self.settings.items()
+        ]
+        for point in itertools.product(*values):
+            yield dict(zip(self.settings, point, strict=True))
+
+
+def split_words(words: Sequence[str]) -> Words:
+    """Split a command line into options and settings.
+
+    Raises:
+        UsageError: An unknown option, a word that is not a setting, or a key given twice.
+    """
+    options, settings, rest = set(), {}, iter(words)
+    for word in rest:
+        if word.startswith("-"):
+            options.add(_option(word, rest))
+            continue
+        found = _SETTING.fullmatch(word)
+        if found is None or (found[1] == "~") != (found[3] is None):
+            raise UsageError(
+                f"Cannot read the command line: {word!r} is not a setting. Settings are written key=value; ~key removes one."
+            )
+        key = found[2]
+        if key.split(".")[0].split("/")[0] == "hydra":
+            raise UsageError(
+                f"{key}: sslvision has no settings of Hydra. Runs of a sweep (-m) run one after another, and a run's folder "
+                "is set by name= or output_dir=. For many machines at once, submit one command for each run."
+            )
+        if key in settings:
+            raise UsageError(f"{key} is given twice; give it once.")
+        settings[key] = found[3]
+    return Words(settings, sweep="sweep" in options, show="show" in options, help="help" in options)
+
+
+def join_words(settings: Mapping[str, str | None]) -> list[str]:
+    """Return settings as the words of a command line."""
+    return [f"~{key}" if text is None else f"{key}={text}" for key, text in settings.items()]
+
+
+def _option(word: str, rest: Iterator[str]) -> str:
+    """Return what an option asks for, after taking its value from the words that follow."""
+    known = {"--help": "help", "-h": "help", "--multirun": "sweep", "-m": "sweep", "--cfg=job": "show"}
+    if word in known:
+        return known[word]
+    if word in ("--cfg", "-c"):
+        value = next(rest, "")
+        if value == "job":
+            return "show"
+        word = f"{word} {value}".strip()
+    raise UsageError(
+        f"There is no option {word}. Options are --help, -m (a sweep: one run for each of several values) and --cfg job "
+        "(print the settings and stop); everything else is written key=value."
+    )
