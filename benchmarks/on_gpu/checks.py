@@ -36,7 +36,7 @@ def waits(kind, backbone):
         with torch.autocast(place.type, torch.bfloat16, cache_enabled=False):
             loss = method.losses(views, CLOCK)["loss"]
         (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
-        method.ready(optimizer, CLOCK)
+        method.prepare_update(optimizer, CLOCK)
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(CLOCK)
@@ -75,7 +75,7 @@ def skipped_update():
         method.losses(views, CLOCK)["loss"].backward()
         if spoil:
             next(iter(method.decoder_blocks.parameters())).grad[0] = torch.inf
-        method.ready(optimizer, CLOCK)
+        method.prepare_update(optimizer, CLOCK)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -92,7 +92,7 @@ class CapturedOptimizer(Ours):
         return self.views
 
     def update(self):
-        self.method.ready(self.optimizer, CLOCK)
+        self.method.prepare_update(self.optimizer, CLOCK)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -116,7 +116,7 @@ def whole_graph(mode=None):
 def unshared_first_block(method):
     """Have MAE's first decoder block treat hidden tokens as all other blocks do."""
     if isinstance(method, MAE):
-        method.block_of_shared = lambda block, own, shared, indices: block(
+        method.block_with_mask_tokens = lambda block, own, shared, indices: block(
             torch.cat([own, gather_tokens(shared, indices)], dim=1)
         )
 

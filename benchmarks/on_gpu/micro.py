@@ -16,7 +16,7 @@ from sslvision.augment.color import (
     solarize,
 )
 from sslvision.augment.randomness import ImageRandom
-from sslvision.nn.attention import block_of_shared
+from sslvision.methods.mae import block_with_mask_tokens
 from sslvision.nn.compilation import compiled
 from sslvision.nn.packed_attention import packed_attention
 from sslvision.nn.patches import gather_tokens
@@ -125,7 +125,7 @@ def first_block(B):
         return block(torch.cat([own, gather_tokens(shared, hidden)], dim=1))
 
     rows = {}
-    for name, function in {"shared": block_of_shared, "like the others": like_others}.items():
+    for name, function in {"shared": block_with_mask_tokens, "like the others": like_others}.items():
         for how, made in {"eager": function, "compiled": compiled(function)}.items():
             run = lambda made=made: in_bf16(made, block, own, shared, hidden)  # noqa: E731
             rows[f"{name}, {how}"] = forward_backward(run, [own, shared, *block.parameters()])

@@ -66,9 +66,9 @@ def permutation(n: int, *, seed: int, epoch: int) -> Tensor:
     return torch.argsort(keys, stable=True)
 
 
-def number(seed: int, *place: int) -> int:
-    """Return one number from 0 to 2^63 - 1, such as a generator is seeded with, that is a function of seed and place."""
-    digest = hashlib.blake2b(repr((seed, *place)).encode(), digest_size=8).digest()
+def derive_seed(seed: int, *index: int) -> int:
+    """Return a seed from 0 to 2^63 - 1 for a generator, as a function of the run's seed and some indices."""
+    digest = hashlib.blake2b(repr((seed, *index)).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 

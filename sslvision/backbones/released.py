@@ -71,6 +71,23 @@ def released_vit(file: str | Path, *, heads: int | None = None) -> tuple[dict[st
     return state, arguments
 
 
+def released_mae(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of an MAE with its decoder, under the names of the released checkpoints.
+
+    Raises:
+        UsageError: It is no MAE checkpoint, or has no decoder.
+    """
+    content = read_released(checkpoint)
+    state: dict[str, Tensor] = dict(content.get("model", content))
+    required = ("patch_embed.proj.weight", "decoder_pred.weight", "mask_token")
+    if missing := [name for name in required if name not in state]:
+        raise UsageError(
+            f"This is no MAE checkpoint of the released format: it has no {', '.join(missing)}. Checkpoints without a "
+            "decoder (such as mae_pretrain_vit_base.pth) load in timm itself: timm.create_model(..., checkpoint_path=...)."
+        )
+    return state
+
+
 def released_dino(checkpoint: str | Path | Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
     """Return the weights of "student" and "teacher", and the center if there is one, of a DINO checkpoint.
 

@@ -12,10 +12,10 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
+from sslvision.nn.autocast import to_autocast_dtype
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
 from sslvision.nn.patches import gather_patches, gather_tokens, patchify
 from sslvision.nn.position import sincos_position
-from sslvision.nn.residual import in_compute_type
 
 
 class ViT(Backbone):
@@ -79,7 +79,7 @@ class ViT(Backbone):
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return what the first block sees (B, P+L or P+K, D)."""
         model, projection = self.model, self.model.patch_embed.proj
-        images = in_compute_type(images)  # as the projection would have its patches
+        images = to_autocast_dtype(images)  # as the projection would have its patches
         # (B, L or K, C * p * p)
         patches = (
             patchify(images, self.stride) if keep is None else gather_patches(images, keep, self.stride).flatten(2)
@@ -88,7 +88,7 @@ class ViT(Backbone):
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
-        return in_compute_type(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
+        return to_autocast_dtype(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks."""

@@ -1,7 +1,9 @@
 """Which keys exist, and what fits them. Knows nothing of command lines; the settings themselves are in settings.py."""
 
+import ast
 import difflib
 import inspect
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -76,14 +78,48 @@ def known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dict
 
 
 def parameters(target: Callable[..., Any]) -> dict[str | None, Any]:
-    """Return the keyword parameters of a callable and their types; with **options there is also the key None."""
+    """Return the keyword parameters of a callable and their types; the key None stands for **options that can be anything.
+
+    Where a class passes its **options to `super().__init__`, they are the parameters of the base class.
+    """
+    functions = [target]
+    if inspect.isclass(target):
+        functions = [vars(kind)["__init__"] for kind in inspect.getmro(target) if "__init__" in vars(kind)]
     found: dict[str | None, Any] = {}
-    for name, parameter in inspect.signature(target, eval_str=False).parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            found[None] = Any
-        elif name != "self":
-            found[name] = parameter.annotation
-    return found
+    given: set[str] = set()
+    positional = 0
+    for function in functions:
+        own = [one for name, one in inspect.signature(function, eval_str=False).parameters.items() if name != "self"]
+        given |= {one.name for one in own[:positional]}
+        options = [one.name for one in own if one.kind is inspect.Parameter.VAR_KEYWORD]
+        for one in own:
+            if one.name not in (*given, *options):
+                found.setdefault(one.name, one.annotation)
+        if not options:
+            return found
+        passed = _passed_to_super(function, options[0])
+        if passed is None:
+            break
+        positional, names = passed
+        given |= names
+    return {**found, None: Any}
+
+
+def _passed_to_super(function: Callable[..., Any], options: str) -> tuple[int, set[str]] | None:
+    """Return the arguments of `super().__init__(..., **options)` besides the options: the number of positional ones, and names.
+
+    None if the function does not pass its options on, or its source is not available.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "super().__init__":
+            values = {keyword.arg or ast.unparse(keyword.value): keyword.arg for keyword in node.keywords}
+            if values.get(options, "") is None:
+                return len(node.args), {name for name in values.values() if name}
+    return None
 
 
 def fit(key: str, value: Any, kind: Any) -> Any:

@@ -1,8 +1,8 @@
 """Emerging properties in self-supervised vision transformers (DINO; Caron et al. 2021, arXiv:2104.14294).
 
-A student sees two global and several local crops of an image, a teacher the global ones. The student learns to tell,
-from each crop, what the teacher says of the other global crop. The teacher is the student's running mean; centering keeps
-it from giving one answer to all, sharpening from giving all answers at once.
+A student sees two global and several local crops of an image, a teacher the global ones. From each crop, the student learns
+to predict the teacher's output for the other global crop. The teacher is the exponential moving average of the student;
+centering prevents it from giving all images the same output on one prototype, sharpening from giving a uniform one.
 
     crops -> student -> p_s            loss = mean over t, s != t of H(p_t, p_s)
     global crops -> teacher -> center, sharpen -> p_t
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from sslvision.augment.color import Photometry, apply_photometry, draw_photometry, recolor, solarize_and_normalize
 from sslvision.augment.crops import Crop
@@ -29,44 +30,43 @@ from sslvision.backbones.visualize import visualize_features
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.methods.dino_collapse import name_collapse
 from sslvision.methods.dino_head import DINOHead
-from sslvision.methods.dino_loss import cross_entropy_of_pairs
-from sslvision.nn.compilation import compile_module
-from sslvision.nn.ema import own_statistics, update_ema
+from sslvision.nn.ema import batch_statistics, update_ema
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.optim.schedules import cosine_by_step
 
-# Loss against ln K, the teacher's entropy, KL between teacher and student, norm of the center.
-SHOWN = {"loss": "loss", "loss_over_ln_k": "/ ln K", "teacher_entropy": "entropy", "kl": "KL", "center_norm": "center"}
+COLLAPSED = 0.1  # nats of mutual information below which the teacher's outputs are as good as the same for all images
+SPREAD = 0.75  # of ln K: the entropy above which a collapse is uniform; below it, on few prototypes
 
 
 class DINO(Method):
     """Self-distillation with no labels.
 
     Args:
-        backbone: becomes the student; its copy is the teacher.
-        prototypes: K, outputs of the head (65,536).
-        hidden, bottleneck, batch_norm, norm_last_layer: see DINOHead.
-        student_temp: sharpness of the student (0.1).
-        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: sharpness of the teacher, linear per epoch.
-        center_momentum: of the center (0.9).
-        momentum: of the teacher at the start; 1 at the end, by half a cosine.
-        freeze_prototypes_epochs: epochs in which the prototypes stay as they are.
-        clip_gradient: largest norm of each parameter's gradient; 0 for no bound.
-        global_scale, local_scale: share of the image's area of the crops.
-        local_crops, local_size: how many, and their side in pixels.
-        jitter, gray: probabilities of color jitter and of grayscale.
-        jitter_strength: see Photometry.
-        blur: probabilities of a blur of the first global crop, the second, and the local ones.
-        blur_sigma: weakest and strongest blur, in pixels.
-        solarize: probability of solarizing the second global crop.
-        lr, min_lr, warmup_epochs, weight_decay, weight_decay_end, betas: of AdamW, by update.
-        mean, std: of the pixels, per channel, on the scale 0..1.
-        seed: of the views.
+        backbone: Becomes the student; the teacher starts as its copy.
+        prototypes: K, number of outputs of the head (65,536).
+        hidden, bottleneck, batch_norm, norm_last_layer: See DINOHead.
+        student_temp: Temperature of the student's softmax (0.1).
+        warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs: Temperature of the teacher's softmax at the start and
+            after so many epochs, linear in whole epochs.
+        center_momentum: Momentum of the center (0.9).
+        momentum: EMA momentum of the teacher at the start; it rises to 1 by a half cosine.
+        freeze_prototypes_epochs: Epochs in which the prototypes are not updated.
+        clip_gradient: Largest norm of each parameter's gradient; 0 for no clipping.
+        global_scale, local_scale: Share of the image's area that a global and a local crop covers.
+        local_crops, local_size: Number of local crops, and their side in pixels.
+        jitter, gray: Probabilities of color jitter and of grayscale.
+        jitter_strength: See Photometry.
+        blur: Probabilities of blurring the first global crop, the second one, and local crops.
+        blur_sigma: Smallest and largest standard deviation of the blur, in pixels.
+        solarize: Probability of solarizing the second global crop.
+        lr, min_lr, warmup_epochs: Peak and final learning rate of the whole batch, and epochs of linear warm-up.
+        weight_decay, weight_decay_end, betas: Weight decay of AdamW at the start and at the end, and its betas.
+        mean, std: Pixel statistics per channel, on the scale 0..1.
+        seed: Seed for crops and augmentations.
 
     Raises:
-        UsageError: a value is out of its range.
+        UsageError: A value is out of its range.
     """
 
     # B images, S crops of each (the first 2 global), D features, K prototypes
@@ -77,7 +77,13 @@ class DINO(Method):
     micro_batches: Tensor
     compilable = ("pair_loss", "recolor", "finish")
     capturable = True
-    shown: Mapping[str, str] = SHOWN
+    shown: Mapping[str, str] = {
+        "loss": "loss",
+        "loss_over_ln_k": "/ ln K",
+        "teacher_entropy": "entropy",
+        "kl": "KL",
+        "center_norm": "center",
+    }
 
     def __init__(
         self,
@@ -122,15 +128,15 @@ class DINO(Method):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
         if local_crops < 0 or (local_crops and not backbone.supports_image_size(local_size)):
             raise UsageError(
-                f"{local_crops=} of {local_size=} pixels cannot be: give 0 or more, of a size that the backbone can read, such "
-                f"as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
+                f"{local_crops=} of {local_size=} pixels is impossible: give 0 or more, of a size that the backbone accepts, "
+                f"such as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
             )
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
         color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}
         view = partial(Photometry, **color, blur_sigma=blur_sigma)
         first, second = view(blur_probability=blur[0]), view(blur_probability=blur[1], solarize_probability=solarize)
-        self.photometry = [first, second, *[view(blur_probability=blur[2])] * local_crops]  # of each crop
+        self.photometry = [first, second, *[view(blur_probability=blur[2])] * local_crops]  # one per crop
         self.student_temp, self.center_momentum, self.clip_gradient = student_temp, center_momentum, clip_gradient
         self.teacher_temps = (warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs)
         self.freeze_prototypes_epochs, self.warmup_epochs = freeze_prototypes_epochs, warmup_epochs
@@ -149,30 +155,18 @@ class DINO(Method):
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
         self.register_buffer("center", torch.zeros(1, prototypes))
-        # Of the coming update: the temperature, the sum of the teacher's means over its micro-batches, and how many there were.
+        # For the current update: temperature, and the sum of the teacher's mean outputs over so many micro-batches.
         self.register_buffer("teacher_temperature", torch.tensor(teacher_temp), persistent=False)
         self.register_buffer("teacher_means", torch.zeros(1, prototypes), persistent=False)
         self.register_buffer("micro_batches", torch.zeros(()), persistent=False)
         self.pair_loss, self.recolor, self.finish = cross_entropy_of_pairs, recolor, solarize_and_normalize
-
-    def train(self, mode: bool = True) -> "DINO":
-        """Set the student's mode; the teacher stays in eval mode: drop-path must not blur the targets."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def compile_blocks(self) -> None:
-        """Treat the heads as the blocks; see Method.compile_blocks."""
-        super().compile_blocks()
-        for network in (self.student, self.teacher):
-            compile_module(network["head"])
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return S augmented, normalized crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
         augmented, B = list[Tensor](), len(batch.indices)
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
         finish = partial(self.finish, normalize=self.normalize)
-        for first, end in ((0, 2), (2, len(self.crops))):  # those of a size together: this is many small operations
+        for first, end in ((0, 2), (2, len(self.crops))):  # crops of one size together: these are many small operations
             if crops := batch.crops[first:end]:
                 part = drawn.part(first * B, end * B)
                 of_size = apply_photometry(torch.cat(crops), part, recolor_fn=self.recolor, finish_fn=finish)
@@ -182,14 +176,14 @@ class DINO(Method):
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
         """Return the cross-entropy between teacher and student over all pairs of different crops, and its parts.
 
-        Keeps the mean of the teacher's outputs, by which `after_update` moves the center.
+        Adds up the teacher's mean outputs, from which `after_update` updates the center.
         """
         B = len(views[0])
         if clock is not None:
             self.set_clock(clock)
-        with torch.no_grad(), own_statistics(self.teacher):
+        with torch.no_grad(), batch_statistics(self.teacher):
             target = embed(self.teacher, torch.cat(views[:2])).to(self.center.dtype)  # (2B, K)
-            q = ((target - self.center) / self.teacher_temperature).softmax(dim=-1)  # with the center of before
+            q = ((target - self.center) / self.teacher_temperature).softmax(dim=-1)  # with the center before the update
             self.teacher_means += target.mean(dim=0, keepdim=True)
             self.micro_batches += 1
         z = embed(self.student, *(torch.cat(crops) for crops in (views[:2], views[2:]) if crops))  # (SB, K)
@@ -201,19 +195,10 @@ class DINO(Method):
             "loss_over_ln_k": loss.detach() / math.log(q.shape[1]),
             "teacher_entropy": entropy,
             "kl": loss.detach() - entropy,
-            # How much an answer tells about its image: 0 if all images get the same one.
+            # What an output tells about its image: 0 if all images get the same output.
             "mutual_information": entropy_of(q.mean(dim=0)) - entropy,
             "center_norm": self.center.norm(),
         }
-
-    def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
-        """Bound each parameter's gradient by itself (not all together), and freeze the prototypes in the first epochs."""
-        if self.clip_gradient:
-            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
-        if clock.epoch < self.freeze_prototypes_epochs:
-            head = self.student["head"]
-            assert isinstance(head, DINOHead)
-            head.last_layer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def after_update(self, clock: Clock) -> None:
@@ -225,26 +210,41 @@ class DINO(Method):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(mean)
             mean /= dist.get_world_size()
-        mean = mean.where(mean.isfinite(), self.center)  # one broken batch must not spoil all that follow
+        mean = mean.where(mean.isfinite(), self.center)  # one non-finite batch must not spoil all that follow
         self.center.lerp_(mean, 1 - self.center_momentum)
+
+    def before_update(self, clock: Clock, gradients: list[Tensor], norms: Sequence[Tensor]) -> None:
+        """Clip each parameter's gradient by its own norm, and freeze the prototypes in the first epochs."""
+        if self.clip_gradient:
+            torch._foreach_mul_(gradients, (self.clip_gradient / (torch.stack([*norms]) + 1e-6)).clamp(max=1).unbind())
+        if clock.epoch < self.freeze_prototypes_epochs:
+            head = self.student["head"]
+            assert isinstance(head, DINOHead)
+            head.last_layer.zero_grad(set_to_none=True)
+
+    def schedule(self, clock: Clock) -> dict[str, float]:
+        """Return learning rate and weight decay of an update (section 3.2, "Implementation details")."""
+        warmup = round(self.warmup_epochs * clock.steps_per_epoch)
+        return {
+            "lr": self.schedule_lr(clock.step, steps=clock.steps, warmup_steps=warmup),
+            "weight_decay": self.schedule_weight_decay(clock.step, steps=clock.steps),
+        }
 
     def set_clock(self, clock: Clock) -> None:
         """Write the teacher's temperature to its buffer."""
         self.teacher_temperature.fill_(self.teacher_temp(clock))
 
     def teacher_temp(self, clock: Clock) -> float:
-        """Return the teacher's temperature: linear over the warm-up epochs, by whole epochs."""
+        """Return the teacher's temperature: linear over the warm-up epochs, constant within an epoch."""
         start, end, epochs = self.teacher_temps
         epoch = int(clock.epoch)
         return start + (end - start) * epoch / max(epochs - 1, 1) if epoch < epochs else end
 
-    def schedule(self, clock: Clock) -> dict[str, float]:
-        """Learning rate and weight decay, by update (section 3.2, "Implementation details")."""
-        warmup = round(self.warmup_epochs * clock.steps_per_epoch)
-        return {
-            "lr": self.schedule_lr(clock.step, steps=clock.steps, warmup_steps=warmup),
-            "weight_decay": self.schedule_weight_decay(clock.step, steps=clock.steps),
-        }
+    def train(self, mode: bool = True) -> "DINO":
+        """Set the student's mode. The teacher stays in eval mode: drop-path must not blur the targets."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
 
     def pretrained(self) -> Backbone:
         """Return the teacher's backbone, the better of the two (section 5.2)."""
@@ -253,12 +253,12 @@ class DINO(Method):
         return backbone
 
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return where the teacher's class token looks, and what its patches hold; see `visualize_features`."""
+        """Return the attention of the teacher's class token and its patch features; see `visualize_features`."""
         seen = self.normalize(images)
         return visualize_features(self.pretrained(), seen, self.normalize.undo(seen))
 
     def diagnose(self, means: Mapping[str, float], clock: Clock) -> dict[str, str]:
-        """Name a collapse in words (section 5.3, figure 7). Near-uniform answers are no alarm before the warm-up's end."""
+        """Name a collapse in words. Near-uniform outputs are no alarm before the end of the warm-up."""
         return name_collapse(
             entropy=means["teacher_entropy"],
             information=means["mutual_information"],
@@ -270,15 +270,15 @@ class DINO(Method):
     def from_official(
         cls, checkpoint: str | Path | Mapping[str, Any], *, heads: int | None = None, **settings: Any
     ) -> "DINO":
-        """Read what the authors released: a full checkpoint (student and teacher with heads), or a plain backbone.
+        """Read a checkpoint that the authors released: student and teacher with their heads, or a backbone alone.
 
         Args:
-            checkpoint: a file (loaded with weights_only=True), or its content.
-            heads: attention heads, which weights do not tell; by default 64 channels each.
-            settings: further arguments of DINO. Those of the head are read off a full checkpoint.
+            checkpoint: Its file, which is loaded with weights_only=True, or its content.
+            heads: Number of attention heads, which weights do not tell; by default one per 64 channels.
+            settings: Further arguments of DINO. Those of the head are inferred from a full checkpoint.
 
         Raises:
-            UsageError: it is neither.
+            UsageError: It is neither.
         """
         states, center = released_dino(checkpoint)
         backbone = vit_like(part_of(states["teacher"], "backbone.model."), heads=heads)
@@ -290,7 +290,7 @@ class DINO(Method):
             missing, unexpected = network.load_state_dict(states[whose], strict=False)
             if unexpected or (full and missing) or any(name.startswith("backbone.") for name in missing):
                 raise UsageError(
-                    f"The {whose}'s weights do not fit: missing {missing[:3]}, not expected {unexpected[:3]}."
+                    f"The weights of the {whose} do not fit: missing {missing[:3]}, unknown {unexpected[:3]}."
                 )
         if center is not None:
             method.center.copy_(center)
@@ -298,10 +298,86 @@ class DINO(Method):
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
-    """Return logits (N, K) of images (n, C, S, S), those of several sizes together."""
+    """Return the logits (N, K) of images (n, C, S, S), given as one tensor for each size."""
     return network["head"](network["backbone"](*images))
 
 
 def entropy_of(q: Tensor) -> Tensor:
     """Return the entropy in nats of distributions (..., K)."""
     return torch.special.entr(q).sum(dim=-1)
+
+
+def cross_entropy_of_pairs(q: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return the mean cross-entropy H(q_t, softmax(logits_s / temperature)) over t and s != t (Eq. 3).
+
+    No pair is computed by itself. With z = logits / temperature, and as q sums to 1, H(q, softmax(z)) = logsumexp(z) - q.z,
+    whose second term is linear in q and z: all pairs are the sum of the q's times the sum of the z's, less the same-view ones.
+
+    Args:
+        q: (2, B, K) teacher's distributions of the global crops.
+        logits: (S, B, K) student's logits; crops 0 and 1 are the teacher's.
+        temperature: Temperature of the student's softmax.
+    """
+    loss: Tensor = _CrossEntropyOfPairs.apply(q, logits, temperature)
+    return loss
+
+
+class _CrossEntropyOfPairs(torch.autograd.Function):
+    """The gradient of z_s is softmax(z_s) for each of its pairs, less their q's: few passes over (S, B, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, logits: Tensor, temperature: float) -> Tensor:
+        S, B, _ = logits.shape
+        z = logits / temperature  # (S, B, K)
+        p = z.softmax(dim=-1)  # (S, B, K)
+        logsumexp = z.amax(dim=-1) - p.amax(dim=-1).log()  # (S, B), for log p = z - logsumexp
+        ctx.save_for_backward(q, p)
+        ctx.pairs, ctx.temperature = B * (2 * S - 2), temperature
+        all_pairs = 2 * logsumexp.sum() - (q.sum(dim=0) * z.sum(dim=0)).sum()
+        same_view = logsumexp[:2].sum() - (q * z[:2]).sum()
+        return (all_pairs - same_view) / ctx.pairs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        q, p = ctx.saved_tensors
+        scale = gradient / (ctx.pairs * ctx.temperature)
+        grad_logits = p * (2 * scale)  # (S, B, K)
+        grad_logits[:2] /= 2
+        grad_logits -= q.sum(dim=0) * scale
+        grad_logits[:2] += q * scale
+        return None, grad_logits, None
+
+
+def name_collapse(*, entropy: float, information: float, prototypes: int, settled: bool) -> dict[str, str]:
+    """Name the collapse of the teacher, with likely causes and remedies; an empty dict if there is none.
+
+    Centering alone leads to uniform outputs, sharpening alone to one prototype for all images. Either way an output tells
+    nothing about its image any more (section 5.3, figure 7).
+
+    Args:
+        entropy: Mean entropy of an output, in nats.
+        information: Mutual information of output and image, in nats: entropy of the mean output less the mean entropy.
+        prototypes: K.
+        settled: Whether the first epochs, in which outputs are necessarily near uniform, are over.
+    """
+    if information >= COLLAPSED:
+        return {}
+    ln_k = math.log(prototypes)
+    measured = f"entropy {entropy:.3g} nats of ln {prototypes} = {ln_k:.3g}, mutual information {information:.2g} nats"
+    if entropy < SPREAD * ln_k:
+        return {
+            "Single-prototype collapse": "the teacher gives all images the same output, on about "
+            f"{math.exp(entropy):,.2g} of {prototypes:,} prototypes ({measured}). The loss falls, but nothing is learned. "
+            "Likely causes: the center does not keep up, the teacher's temperature is too low, or the learning rate is too "
+            "high. Set center_momentum=0.9, raise teacher_temp or warm it up from a lower value, freeze the prototypes for "
+            "longer (freeze_prototypes_epochs), or lower the learning rate."
+        }
+    if not settled:
+        return {}
+    return {
+        "Uniform collapse": "the teacher gives all images the same output, spread over all prototypes "
+        f"({measured}). The loss stays near ln {prototypes} = {ln_k:.3g}, and nothing is learned. Likely causes: the "
+        "teacher's temperature is too high, or the learning rate is. Set teacher_temp well below student_temp (0.04 and 0.1 "
+        "are usual), lower the learning rate, lengthen the warm-up, or raise momentum."
+    }

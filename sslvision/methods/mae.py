@@ -1,13 +1,14 @@
 """Masked autoencoders are scalable vision learners (He et al. 2021, arXiv:2111.06377).
 
 Hide three quarters of an image's patches. A vision transformer encodes the visible ones alone; a light decoder, given
-their codes and a mask token at every hidden place, predicts the hidden pixels. The mean squared error on hidden patches
-is the loss; the encoder is what one keeps.
+their encodings and a mask token at every hidden position, predicts the hidden pixels. The mean squared error on hidden
+patches is the loss. Only the encoder is kept.
 
-    image -> patches -> keep 25 % -> encoder -> [codes | mask tokens] + positions -> decoder -> pixels of the hidden 75 %
+    image -> patches -> keep 25 % -> encoder -> [encodings | mask tokens] + positions -> decoder -> pixels of the hidden 75 %
 
-The decoder works in the order [class | visible | hidden], and its last block computes hidden patches only: the same
-numbers as the authors' implementation, without the ones the loss never reads.
+The decoder works in the order [class | visible | hidden], its first block computes the queries, keys and values of a mask
+token once for all images, and its last block computes hidden patches only: the same numbers as the authors' implementation,
+without those that the loss never reads.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,46 +23,45 @@ from torch import Tensor, nn
 from sslvision.augment.crops import Crop
 from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.released import read_released, vit_like
+from sslvision.backbones.released import released_mae, vit_like
 from sslvision.backbones.visualize import visualize_features
 from sslvision.backbones.vit import ViT, init_transformer
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
 from sslvision.nn.activation_checkpointing import run_checkpointed
-from sslvision.nn.attention import block_of_shared, block_part
-from sslvision.nn.compilation import compile_module, compiled
+from sslvision.nn.attention import block_after_qkv, block_part
+from sslvision.nn.autocast import to_autocast_dtype
 from sslvision.nn.masking import random_keep, visible_count
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.nn.patches import gather_patches, gather_tokens, scatter_patches
 from sslvision.nn.position import sincos_position
-from sslvision.nn.residual import in_compute_type
 from sslvision.optim.schedules import warmup_cosine
 
 
 class MAE(Method):
-    """Masked autoencoder on a ViT.
+    """Masked autoencoder on a ViT or Swin.
 
     Args:
-        backbone: the encoder; its weights are initialized as in the paper and its positions become sine-cosine.
-        mask_ratio: share of patches hidden (section 3; 0.75).
-        norm_pix: predict each patch's pixels normalized by its own mean and deviation (section 3, "Reconstruction target").
-        decoder_embed_dim, decoder_depth, decoder_num_heads: of the decoder (table 1; 512, 8, 16).
-        crop_scale: share of the image's area a random resized crop covers (appendix A.1; 0.2 to 1).
-        flip: mirror half of the images.
-        lr: peak learning rate of the whole batch (appendix A.1: 1.5e-4 x batch / 256).
-        min_lr: learning rate at the end.
-        warmup_epochs: epochs of linear warm-up, fractions allowed.
-        weight_decay, betas: of AdamW.
-        mean, std: of the pixels, per channel, on the scale 0..1.
-        seed: of crops and masks.
+        backbone: The encoder. Its weights are initialized as in the paper, and a ViT gets fixed sine-cosine positions.
+        mask_ratio: Share of patches to hide (section 3; 0.75).
+        norm_pix: Normalize the target pixels of each patch by its own mean and deviation (section 3, "Reconstruction target").
+        decoder_embed_dim, decoder_depth, decoder_num_heads: Size of the decoder (table 1; 512, 8, 16).
+        crop_scale: Share of the image's area that a random resized crop covers (appendix A.1; 0.2 to 1).
+        flip: Mirror half of the images.
+        lr: Peak learning rate of the whole batch (appendix A.1: 1.5e-4 x batch / 256).
+        min_lr: Learning rate at the end.
+        warmup_epochs: Epochs of linear warm-up, fractions allowed.
+        weight_decay, betas: Weight decay and betas of AdamW.
+        mean, std: Pixel statistics per channel, on the scale 0..1.
+        seed: Seed for crops and masks.
 
     Raises:
-        UsageError: a value is out of its range, or the backbone cannot encode visible patches alone.
+        UsageError: A value is out of its range, or the backbone cannot encode visible patches alone.
     """
 
     decoder_pos_embed: Tensor
-    compilable = ("error",)
+    compilable = ("error", "block_part", "block_with_mask_tokens")
     capturable = True
 
     # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side
@@ -106,29 +106,9 @@ class MAE(Method):
         )
         self.decoder_norm = norm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch**2 * backbone.channels)
-        self.activation_checkpointing, self.block_part, self.block_of_shared = False, block_part, block_of_shared
+        self.block_part, self.block_with_mask_tokens = block_part, block_with_mask_tokens  # compiled ones replace them
+        self.activation_checkpointing = False
         self.init_weights()
-
-    def init_weights(self) -> None:
-        """Initialize encoder and decoder as the paper does (appendix A.1)."""
-        self.backbone.init_weights()
-        if isinstance(self.backbone, ViT):  # a Swin knows positions by the biases of its windows
-            self.backbone.use_sincos_positions()
-        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
-            init_transformer(module)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def enable_activation_checkpointing(self) -> None:
-        """Treat the decoder's blocks as the encoder's; see Method.enable_activation_checkpointing."""
-        super().enable_activation_checkpointing()
-        self.activation_checkpointing = True
-
-    def compile_blocks(self) -> None:
-        """Treat the decoder's blocks as the encoder's; see Method.compile_blocks."""
-        super().compile_blocks()
-        for block in self.decoder_blocks:
-            compile_module(block)
-        self.block_part, self.block_of_shared = compiled(block_part), compiled(block_of_shared)
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return normalized images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
@@ -143,69 +123,81 @@ class MAE(Method):
         prediction = self.decode(latent, keep, hidden)  # (B, H, p*p*C)
         return {"loss": self.error(prediction, images, hidden)}
 
+    def decode(self, latent: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
+        """Predict the pixels of hidden patches (B, H, p*p*C) from the encoding (B, P+K, D) of the visible ones."""
+        checkpointed, P = self.activation_checkpointing, self.backbone.num_prefix
+        tokens = self.decoder_embed(latent)  # (B, P+K, E)
+        position = self.decoder_pos_embed[:, P:]  # (1, L, E); class and register tokens have none
+        visible = tokens[:, P:] + gather_tokens(position, keep)  # (B, K, E)
+        tokens = to_autocast_dtype(torch.cat([tokens[:, :P], visible], dim=1))  # (B, P+K, E)
+        masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
+        *blocks, last = self.decoder_blocks
+        if blocks:
+            first, *blocks = blocks
+            tokens = run_checkpointed(
+                self.block_with_mask_tokens, first, tokens, masked, hidden, enabled=checkpointed
+            )  # (B, P+K+H, E)
+        else:
+            tokens = torch.cat([tokens, gather_tokens(masked, hidden)], dim=1)  # (B, P+K+H, E)
+        for block in blocks:
+            tokens = run_checkpointed(block, tokens, enabled=checkpointed)
+        at_hidden = slice(P + keep.shape[1], None)
+        tokens = run_checkpointed(self.block_part, last, tokens, at_hidden, enabled=checkpointed)  # (B, H, E)
+        return self.decoder_pred(self.decoder_norm(tokens))
+
     def error(self, prediction: Tensor, images: Tensor, hidden: Tensor) -> Tensor:
         """Return the mean squared error of predicted pixels (B, H, p*p*C)."""
         targets = self.targets(images, hidden)  # (B, H, p*p*C)
         return (prediction.to(targets.dtype) - targets).square().mean()
-
-    def decode(self, latent: Tensor, keep: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the pixels of hidden patches (B, H, p*p*C) from the encoding (B, P+K, D) of the visible ones."""
-        tokens = self.decoder_embed(latent)  # (B, P+K, E)
-        prefix = self.backbone.num_prefix
-        position = self.decoder_pos_embed[:, prefix:]  # (1, L, E); class and register tokens have none
-        visible = tokens[:, prefix:] + gather_tokens(position, keep)  # (B, K, E)
-        tokens = in_compute_type(torch.cat([tokens[:, :prefix], visible], dim=1))  # (B, P+K, E)
-        masked = (self.mask_token + position).to(tokens.dtype)  # (1, L, E), the same for all images
-        *blocks, last = self.decoder_blocks
-        if blocks:
-            tokens = run_checkpointed(
-                self.block_of_shared,
-                blocks[0],
-                tokens,
-                masked,
-                hidden,
-                enabled=self.activation_checkpointing,
-            )
-        else:
-            tokens = torch.cat([tokens, gather_tokens(masked, hidden)], dim=1)  # (B, P+K+H, E)
-        for block in blocks[1:]:
-            tokens = run_checkpointed(block, tokens, enabled=self.activation_checkpointing)
-        unseen = slice(prefix + keep.shape[1], None)
-        tokens = run_checkpointed(
-            self.block_part, last, tokens, unseen, enabled=self.activation_checkpointing
-        )  # (B, H, E)
-        return self.decoder_pred(self.decoder_norm(tokens))
 
     def targets(self, images: Tensor, hidden: Tensor) -> Tensor:
         """Return the pixels of hidden patches (B, H, p*p*C), channels last, normalized per patch if `norm_pix`."""
         pixels = gather_patches(images, hidden, self.backbone.stride).permute(0, 1, 3, 4, 2).flatten(2)
         if not self.norm_pix:
             return pixels
-        centerd = pixels - pixels.mean(dim=-1, keepdim=True)  # torch.var_mean takes ten times as long on a CPU
-        # unbiased, as the authors' code has it
-        variance = centerd.square().sum(dim=-1, keepdim=True) / (pixels.shape[-1] - 1)
-        return centerd * (variance + 1e-6).rsqrt()
+        centered = pixels - pixels.mean(dim=-1, keepdim=True)  # torch.var_mean takes ten times as long on a CPU
+        variance = centered.square().sum(dim=-1, keepdim=True) / (
+            pixels.shape[-1] - 1
+        )  # unbiased, as in the authors' code
+        return centered * (variance + 1e-6).rsqrt()
 
     def schedule(self, clock: Clock) -> dict[str, float]:
-        """Learning rate: linear warm-up, then half a cosine, per update (appendix A.1)."""
+        """Return learning rate (linear warm-up, then half a cosine, per update; appendix A.1) and weight decay."""
         return {"lr": self.schedule_lr(clock.epoch, epochs=clock.epochs), "weight_decay": self.weight_decay}
 
     def pretrained(self) -> Backbone:
-        """Return the encoder; the decoder is thrown away."""
+        """Return the encoder; the decoder is not kept."""
         return self.backbone
+
+    def init_weights(self) -> None:
+        """Initialize encoder and decoder as the paper does (appendix A.1)."""
+        self.backbone.init_weights()
+        if isinstance(self.backbone, ViT):  # a Swin knows positions by the biases of its windows
+            self.backbone.use_sincos_positions()
+        for module in (self.decoder_embed, self.decoder_blocks, self.decoder_norm, self.decoder_pred):
+            init_transformer(module)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute the activations of the decoder's blocks, too. See Method.enable_activation_checkpointing."""
+        super().enable_activation_checkpointing()
+        self.activation_checkpointing = True
+
+    def compilable_modules(self) -> list[nn.Module]:
+        """Return the decoder's blocks."""
+        return list(self.decoder_blocks)
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return uint8 images (N, C, S, S), what the encoder saw of them, and reconstructions; and `visualize_features`.
+        """Return uint8 images (N, C, S, S), their visible patches, and reconstructions; and `visualize_features`.
 
-        Where targets are normalized, a patch's own mean and deviation are given back to its prediction, as in the
+        Where targets are normalized, a prediction is rescaled by the mean and deviation of the original patch, as in the
         authors' pictures: the reconstruction shows structure, not brightness.
         """
         seen = self.normalize(images)
-        number = torch.arange(len(images), device=images.device)
-        noise = ImageRandom(self.seed, torch.zeros_like(number), number).uniform(
-            "mask", self.backbone.grid[0] * self.backbone.grid[1]
-        )
+        index = torch.arange(len(images), device=images.device)
+        rows, columns = self.backbone.grid
+        noise = ImageRandom(self.seed, torch.zeros_like(index), index).uniform("mask", rows * columns)
         keep, hidden = random_keep(noise, self.mask_ratio)
         prediction = self.decode(self.backbone.encode(seen, keep), keep, hidden).float()  # (N, H, p*p*C)
         patch = self.backbone.stride
@@ -217,8 +209,8 @@ class MAE(Method):
         originals = self.normalize.undo(seen)
         masked = scatter_patches(originals, torch.full_like(pixels, 0.5), hidden)
         rebuilt = self.normalize.undo(scatter_patches(seen, prediction.to(seen.dtype), hidden))
-        seen_as = f"{100 * hidden.shape[1] / noise.shape[1]:.3g} % hidden"
-        reconstructions = [("original", originals), (seen_as, masked), ("reconstructed", rebuilt)]
+        heading = f"{100 * hidden.shape[1] / noise.shape[1]:.3g} % hidden"
+        reconstructions = [("original", originals), (heading, masked), ("reconstructed", rebuilt)]
         return {"reconstructions": reconstructions, **visualize_features(self.backbone, seen, originals)}
 
     def describe(self) -> dict[str, str]:
@@ -239,27 +231,19 @@ class MAE(Method):
         decoder_num_heads: int = 16,
         **settings: Any,
     ) -> "MAE":
-        """Read a checkpoint in the format the authors released: encoder and decoder.
+        """Read a checkpoint that the authors released, encoder and decoder.
 
         Args:
-            checkpoint: a file (loaded with weights_only=True), or its state dict, with or without the "model" level.
-            heads: attention heads of the encoder, which weights do not tell; by default 64 channels each (80 for ViT-H).
-            decoder_num_heads: attention heads of the decoder.
-            settings: further arguments of MAE, such as norm_pix.
+            checkpoint: Its file, which is loaded with weights_only=True, or its state dict, with or without the "model" level.
+            heads: Number of attention heads of the encoder, which weights do not tell; by default one per 64 channels (80
+                for ViT-H).
+            decoder_num_heads: Number of attention heads of the decoder.
+            settings: Further arguments of MAE, such as norm_pix.
 
         Raises:
-            UsageError: the state dict is not an MAE's.
+            UsageError: The state dict is not an MAE's.
         """
-        content = read_released(checkpoint)
-        state: dict[str, Tensor] = dict(content.get("model", content))
-        missing = [
-            name for name in ("patch_embed.proj.weight", "decoder_pred.weight", "mask_token") if name not in state
-        ]
-        if missing:
-            raise UsageError(
-                f"This is no MAE checkpoint of the released format: it has no {', '.join(missing)}. Checkpoints without a "
-                "decoder (such as mae_pretrain_vit_base.pth) load in timm itself: timm.create_model(..., checkpoint_path=...)."
-            )
+        state = released_mae(checkpoint)
         backbone = vit_like(state, heads=heads)
         channels = backbone.channels
         if channels != 3:
@@ -279,6 +263,31 @@ class MAE(Method):
         return method
 
 
+def block_with_mask_tokens(block: Block, visible: Tensor, masked: Tensor, hidden: Tensor) -> Tensor:
+    """Run the first decoder block: the result of block([visible | masked[hidden]]).
+
+    A mask token is the same in all images at the same position, so its queries, keys and values are computed once, and not
+    for every image that hides this position.
+
+    Args:
+        block: A pre-norm timm Block, see `attention.divisible`.
+        visible: (B, n, E) tokens of each image.
+        masked: (1, L, E) mask tokens at all positions.
+        hidden: (B, H) positions that each image hides.
+
+    Returns:
+        (B, n + H, E).
+    """
+    B, n = visible.shape[:2]
+    qkv = block.attn.qkv(block.norm1(torch.cat([visible.flatten(0, 1), masked[0]])))  # (B * n + L, 3 * E)
+    of_visible, of_masked = qkv.split([B * n, masked.shape[1]])
+    of_visible = of_visible.unflatten(0, (B, n))  # (B, n, 3 * E)
+    qkv = torch.cat([of_visible, gather_tokens(of_masked[None], hidden)], dim=1)  # (B, n + H, 3 * E)
+    tokens = torch.cat([visible, gather_tokens(masked, hidden)], dim=1)  # (B, n + H, E)
+    after = block_after_qkv(block, tokens.flatten(0, 1), qkv.flatten(0, 1), ((B, tokens.shape[1]),))
+    return after.view(tokens.shape)
+
+
 def check_settings(
     backbone: Backbone,
     mask_ratio: float,
@@ -286,7 +295,7 @@ def check_settings(
     decoder_depth: int,
     decoder_num_heads: int,
 ) -> None:
-    """Raise UsageError for settings MAE cannot have."""
+    """Raise UsageError for settings that are impossible for MAE."""
     if not backbone.supports_masking:
         raise UsageError(
             f"MAE needs a backbone that encodes visible patches alone, which a {type(backbone.model).__name__} cannot: choose "

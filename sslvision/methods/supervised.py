@@ -104,8 +104,7 @@ class Supervised(Method):
         for name, share in (("mixup", mixup), ("cutmix", cutmix), ("erase", erase)):
             check_share(name, share)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
-        # The betas are of an optimizer that configure_optimizers replaces.
-        super().__init__(crops=[crop], mean=mean, std=std, betas=(0.9, 0.999), seed=seed)
+        super().__init__(crops=[crop], mean=mean, std=std, seed=seed)
         self.classes, K = tuple(classes), len(classes)
         self.backbone = backbone.requires_grad_(True)
         put_head(backbone, K)
@@ -114,14 +113,14 @@ class Supervised(Method):
         self.mixup, self.cutmix, self.erasing, self.label_smoothing = mixup, cutmix, erase, label_smoothing
         self.schedule_lr = partial(warmup_cosine, peak=lr, end=min_lr, warmup_epochs=warmup_epochs)
         self.lr, self.weight_decay, self.layer_decay = lr, weight_decay, layer_decay
-        self.optimizer, self.optimizer_options = optimizer, dict(optimizer_options or {})
+        self.optimizer_name, self.optimizer_options = optimizer, dict(optimizer_options or {})
         self.register_buffer("labels", checked_labels(labels, K), persistent=False)
         self.register_buffer("validation_labels", checked_labels(validation_labels, K), persistent=False)
         self.register_buffer("class_weights", weights_of_classes(class_weights, labels, K), persistent=False)
         self.ema = ModelEmaV3(backbone, decay=ema, use_warmup=True).requires_grad_(False) if ema else None
         self.has_fitted_head = False
         self._measured: list[Tensor] = []  # per batch of validation images: how many are right, sum of losses, how many
-        self.configure_optimizers()  # refuses what cannot be, while it costs nothing
+        self.configure_optimizers()  # raises now if an option is impossible
         self.train()
 
     @property
@@ -186,12 +185,9 @@ class Supervised(Method):
         if self.ema is not None:
             self.ema.update(self.backbone, step=clock.step + 1)
 
-    def configure_optimizers(self) -> Optimizer:
-        """Build the optimizer by its name; `schedule` and the groups' `lr_scale` set the learning rates before every update."""
-        optimizer = build_optimizer(self.optimizer, self.groups(), lr=self.lr, options=self.optimizer_options)
-        if hasattr(optimizer, "_step_supports_amp_scaling"):  # see Method.configure_optimizers
-            optimizer._step_supports_amp_scaling = False
-        return optimizer
+    def optimizer(self) -> Optimizer:
+        """Return the optimizer of timm that was chosen by name."""
+        return build_optimizer(self.optimizer_name, self.groups(), lr=self.lr, options=self.optimizer_options)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the parameters that train, by layer."""
@@ -246,7 +242,7 @@ class Supervised(Method):
             held = sum(name in set(self.frozen) for name, *_ in body) - 1  # less the stem
             rows["trained"] += f"; stem and lowest {held} of {len(body) - 1} {self.frozen_unit} frozen"
         options = [f"{key} {value}" for key, value in self.optimizer_options.items()]
-        rows["optimizer"] = ", ".join([self.optimizer, *options])
+        rows["optimizer"] = ", ".join([self.optimizer_name, *options])
         if self.layer_decay < 1:
             lowest = min(group["lr_scale"] for group in self.groups())
             rows["layer-wise rates"] = (

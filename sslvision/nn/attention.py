@@ -1,4 +1,4 @@
-"""Blocks run for images of several sizes at once, tokens that images share, or some tokens only; what a token attends to."""
+"""timm's transformer blocks on images of several sizes at once, or for some of the tokens only; and attention weights."""
 
 from typing import Any
 
@@ -9,13 +9,12 @@ from torch.nn import functional as F
 
 from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
 from sslvision.nn.packed_attention import PackedAttention, packed_attention, packs
-from sslvision.nn.patches import gather_tokens
 
-# B images, N tokens, n of them asked for, D width, d width of a head
+# B images, N tokens, n of them requested, T tokens of all images, D width, d width of a head
 
 
 def divisible(block: Any) -> bool:
-    """Return whether `block_part` can run the block: a pre-norm timm Block with plain multi-head attention."""
+    """Return whether the functions below can run the block: a pre-norm timm Block with plain multi-head attention."""
     return (
         type(block) is Block
         and type(block.attn) in (Attention, FewerCopies, PackedAttention)
@@ -24,47 +23,23 @@ def divisible(block: Any) -> bool:
 
 
 def block_joined(block: Block, tokens: Tensor, sizes: Sizes) -> Tensor:
-    """Run a pre-norm timm Block on images of several sizes at once, as all but attention is the same for every token.
+    """Run a pre-norm timm Block on images of several sizes at once, since everything but attention acts on single tokens.
 
-    Equals running it on those of each size, but for the draws of drop-path; fewer and larger products are faster.
+    Equals running it on each size separately, except for the random numbers of drop-path; fewer and larger products are faster.
 
     Args:
-        block: see `divisible`.
-        tokens: (T, D), those of the images of the first size, then those of the second, and so on.
-        sizes: of the images; T = sum of B x N.
+        block: See `divisible`.
+        tokens: (T, D) tokens of the images of the first size, then those of the second, and so on.
+        sizes: (B, N) of each size; T is the sum of B x N.
 
     Returns:
         (T, D).
     """
-    return _rest_of_block(block, tokens, block.attn.qkv(block.norm1(tokens)), sizes)
+    return block_after_qkv(block, tokens, block.attn.qkv(block.norm1(tokens)), sizes)
 
 
-def block_of_shared(block: Block, own: Tensor, shared: Tensor, indices: Tensor) -> Tensor:
-    """Run a pre-norm timm Block on tokens of each image, and then on such as images have in common.
-
-    What a token of those asks and answers is computed once, not for every image that has it.
-
-    Args:
-        block: see `divisible`.
-        own: (B, n, D).
-        shared: (1, L, D).
-        indices: (B, H), those of the L that each image has.
-
-    Returns:
-        (B, n + H, D).
-    """
-    B, n = own.shape[:2]
-    qkv = block.attn.qkv(block.norm1(torch.cat([own.flatten(0, 1), shared[0]])))  # (B * n + L, 3 * heads * d)
-    of_own, of_shared = qkv.split([B * n, shared.shape[1]])
-    of_own = of_own.unflatten(0, (B, n))  # (B, n, 3 * heads * d)
-    qkv = torch.cat([of_own, gather_tokens(of_shared[None], indices)], dim=1)  # (B, n + H, 3 * heads * d)
-    tokens = torch.cat([own, gather_tokens(shared, indices)], dim=1)  # (B, n + H, D)
-    after = _rest_of_block(block, tokens.flatten(0, 1), qkv.flatten(0, 1), ((B, tokens.shape[1]),))
-    return after.view(tokens.shape)
-
-
-def _rest_of_block(block: Block, tokens: Tensor, qkv: Tensor, sizes: Sizes) -> Tensor:
-    """Return (T, D) of tokens (T, D) and their queries, keys and values (T, 3 * heads * d)."""
+def block_after_qkv(block: Block, tokens: Tensor, qkv: Tensor, sizes: Sizes) -> Tensor:
+    """Return a block's output (T, D) for tokens (T, D), given their queries, keys and values (T, 3 * heads * d)."""
     attention = block.attn
     attended = attention.norm(_attend_by_size(attention, qkv, sizes))  # (T, heads * d)
     attended = block.ls1(attention.proj_drop(attention.proj(attended)))
@@ -73,12 +48,12 @@ def _rest_of_block(block: Block, tokens: Tensor, qkv: Tensor, sizes: Sizes) -> T
 
 
 def _add(tokens: Tensor, branch: Tensor) -> Tensor:
-    """Return tokens + branch; on a CPU in the branch's place, once that has the type of the tokens, as torch would copy it."""
+    """Return tokens + branch; on a CPU in place, which saves a copy where autocast made the dtypes differ."""
     return branch.to(tokens.dtype).add_(tokens) if tokens.device.type == "cpu" else tokens + branch
 
 
 def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
-    """Return what the tokens of each image get of one another (T, heads * d), from queries, keys and values."""
+    """Return attention within each image (T, heads * d), from queries, keys and values (T, 3 * heads * d)."""
     if plain(attention):
         attended: Tensor = PlainAttention.apply(qkv, sizes, attention.num_heads, attention.scale)
         return attended
@@ -93,7 +68,7 @@ def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
 
 
 def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return (B, n, heads * d) of queries (B, heads, n, d), and keys and values (B, heads, N, d)."""
+    """Return attention (B, n, heads * d) of queries (B, heads, n, d) to keys and values (B, heads, N, d)."""
     if attention.fused_attn:
         dropped = attention.attn_drop.p if attention.training else 0.0
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropped)  # (B, heads, n, d)
@@ -103,7 +78,7 @@ def attend(attention: Attention, query: Tensor, key: Tensor, value: Tensor) -> T
 
 
 def _by_image(drop: nn.Module, tokens: Tensor, sizes: Sizes) -> Tensor:
-    """Drop whole images, not tokens."""
+    """Apply drop-path to whole images of (T, D), not to tokens."""
     if isinstance(drop, nn.Identity) or not drop.training:
         return tokens
     parts = tokens.split([B * N for B, N in sizes])
@@ -111,14 +86,14 @@ def _by_image(drop: nn.Module, tokens: Tensor, sizes: Sizes) -> Tensor:
 
 
 def block_part(block: Block, tokens: Tensor, some: slice) -> Tensor:
-    """Run a pre-norm timm Block for `some` of the tokens, which attend to all.
+    """Run a pre-norm timm Block for some of the tokens, which attend to all of them.
 
-    Equals `block(tokens)[:, some]` without the queries, projection and MLP of the others.
+    Equals `block(tokens)[:, some]` without computing queries, projection and MLP of the other tokens.
 
     Args:
-        block: see `divisible`.
+        block: See `divisible`.
         tokens: (B, N, D).
-        some: of the N.
+        some: Which of the N tokens.
 
     Returns:
         (B, n, D).
@@ -131,13 +106,13 @@ def block_part(block: Block, tokens: Tensor, some: slice) -> Tensor:
 
 
 def attention_weights(block: Block, tokens: Tensor, some: slice) -> Tensor:
-    """Return how `some` of the tokens (B, N, D) attend to all, in each head of a Block: (B, heads, n, N), rows sum to 1."""
+    """Return the attention weights (B, heads, n, N) of `some` of the tokens (B, N, D) in a Block; rows sum to 1."""
     query, key, _ = queries_keys_values(block.attn, block.norm1(tokens), some)
     return (query * block.attn.scale @ key.transpose(2, 3)).softmax(dim=-1)
 
 
 def queries_keys_values(attention: Attention, tokens: Tensor, some: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries (B, heads, n, d) of `some` tokens, and keys and values (B, heads, N, d) of all (B, N, D)."""
+    """Return queries (B, heads, n, d) of `some` of the tokens (B, N, D), and keys and values (B, heads, N, d) of all."""
     weight, bias, inner = attention.qkv.weight, attention.qkv.bias, attention.attn_dim
     by_head = (attention.num_heads, attention.head_dim)
     query = F.linear(tokens[:, some], weight[:inner], None if bias is None else bias[:inner])

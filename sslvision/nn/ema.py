@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy persistent buffers.
 
-    But not a batch norm's: its running statistics are of the teacher's own activations, see `own_statistics`.
+    But not a batch norm's: its running statistics are of the teacher's own activations, see `batch_statistics`.
     Buffers that are not persistent are constants.
     Source: DINO, section 3.1, "Teacher network".
     """
@@ -25,7 +25,7 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 
 @contextmanager
-def own_statistics(teacher: nn.Module) -> Iterator[None]:
+def batch_statistics(teacher: nn.Module) -> Iterator[None]:
     """Let a network in eval mode normalize by its batch where it has batch norms, and keep running statistics of it.
 
     The authors' teacher does so, being in train mode. The student's statistics would be those of other weights and, with

@@ -1,40 +1,76 @@
-"""Parameter groups."""
+"""Parameter groups, and how a schedule applies to them.
 
+Besides `params` and the optimizer's own keys a group may have `lr_scale`, `constant_lr` and `decayed`; `base.Method.optimizer`
+documents them.
+"""
+
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from sslvision.errors import UsageError
 from sslvision.nn.freezing import layers
 
 
-def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+def apply_schedule(groups: Sequence[dict[str, Any]], rates: dict[str, float]) -> None:
+    """Write the "lr" and "weight_decay" of a schedule to the groups that follow it."""
+    for group in groups:
+        if not group.get("constant_lr", False):
+            group["lr"] = rates["lr"] * group.get("lr_scale", 1.0)
+        if group.get("decayed", True):
+            group["weight_decay"] = rates["weight_decay"]
+
+
+def check_groups(optimizer: Optimizer) -> None:
+    """Raise UsageError if a group with a constant learning rate has none."""
+    for number, group in enumerate(optimizer.param_groups):
+        if group.get("constant_lr", False) and not group["lr"]:
+            raise UsageError(
+                f"Parameter group {number} of the optimizer has constant_lr=True and a learning rate of 0, so it would never "
+                'train: give the group its own "lr".'
+            )
+
+
+def decay_groups(module: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Split the trainable parameters of `module` into those with weight decay and those without.
 
-    Biases and other vectors (norm scales) are not decayed, as in MAE and DINO. Each group has `decayed: bool`, by which
-    a weight-decay schedule knows it.
+    Biases and other vectors (norm scales) are not decayed, as in MAE and DINO.
+
+    Args:
+        module: The module whose parameters train.
+        options: Further keys of both groups, such as `lr=0.05, constant_lr=True`.
+
+    Returns:
+        Two groups, the decayed one first.
     """
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
-    return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "decayed": True, **options},
+        {"params": plain, "decayed": False, "weight_decay": 0.0, **options},
+    ]
 
 
 def layer_groups(model: Any, *, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters of a timm model by layer, and each layer's as `decay_groups` does.
+    """Split the trainable parameters of a timm model by layer, and those of each layer as `decay_groups` does.
+
+    Source: BEiT (Bao et al. 2021), as in MAE's fine-tuning.
 
     Args:
-        model: a timm model that has its head on.
-        weight_decay: of matrices; biases, other vectors, and what the model itself exempts (class tokens, positions,
-            biases of attention) have none.
-        layer_decay: `lr_scale` of a group is this to the power of how many layers are above it: 1 for the head, which the
-            final norm belongs to; least for the embedding. 1 for one learning rate everywhere.
+        model: A timm model with its head.
+        weight_decay: Weight decay of matrices. Biases, other vectors, and what the model itself exempts (class tokens,
+            position embeddings, attention biases) have none.
+        layer_decay: A group's `lr_scale` is this to the power of the number of layers above it: 1 for the head, which the
+            final norm belongs to, and smallest for the embedding. 1 gives one learning rate everywhere.
 
     Returns:
-        Groups with `params`, `lr_scale`, `decayed` and `weight_decay`. Source: BEiT (Bao et al. 2021), as in MAE's fine-tuning.
+        Groups with `params`, `lr_scale`, `decayed` and `weight_decay`.
 
     Raises:
         UsageError: layer_decay is out of range, or timm does not know the model's layers.

@@ -119,7 +119,7 @@ def test_dino_trains_it_with_local_crops_and_its_teacher_follows(kind):
         loss.backward()
         trained = {name: p.grad for name, p in method.student["backbone"].named_parameters() if p.requires_grad}
         assert not [name for name, gradient in trained.items() if gradient is None]
-        method.ready(optimizer, clock)
+        method.prepare_update(optimizer, clock)
         optimizer.step()
         method.after_update(clock)
     teacher, stock = method.pretrained(), timm_model(kind).eval()

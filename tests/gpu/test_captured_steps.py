@@ -65,7 +65,7 @@ def train(method, step, steps=4, accumulate=1):
                 loss = step(*inputs_of(method, accumulate * update + micro))["loss"]
             losses.append(loss.item())
             (loss / accumulate).backward()
-        method.ready(optimizer, clock)
+        method.prepare_update(optimizer, clock)
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(clock)

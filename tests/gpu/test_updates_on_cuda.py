@@ -19,7 +19,7 @@ def test_an_update_with_an_infinite_gradient_is_left_out_and_the_next_is_made(cu
         method.losses(views, CLOCK)["loss"].backward()
         if spoil:
             next(method.decoder_blocks.parameters()).grad[0] = torch.inf
-        method.ready(optimizer, CLOCK)
+        method.prepare_update(optimizer, CLOCK)
         optimizer.step()
         optimizer.zero_grad()
 

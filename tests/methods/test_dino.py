@@ -68,7 +68,7 @@ def followed(golden):
         optimizer.zero_grad()
         metrics["loss"].backward()
         norms = torch.stack([named(method.student)[name].grad.norm() for name in names])
-        method.ready(optimizer, clock)
+        method.prepare_update(optimizer, clock)
         optimizer.step()
         method.after_update(clock)
         steps.append((rates, metrics["loss"].item(), norms, method.center.clone()))
@@ -163,7 +163,7 @@ def test_prototypes_stay_as_they_are_in_the_first_epoch_only():
         method.zero_grad()
         clock = Clock(step, 8, 2)
         method.losses([torch.randn(2, 3, 32, 32) for _ in range(4)], clock)["loss"].backward()
-        method.ready(method.configure_optimizers(), clock)
+        method.prepare_update(method.configure_optimizers(), clock)
         assert (method.student["head"].last_layer.weight_v.grad is None) == frozen
 
 
@@ -172,7 +172,7 @@ def test_each_gradient_is_clipped_by_itself():
     parameters = [parameter for parameter in method.student.parameters() if parameter.requires_grad]
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.ones_like(parameter) / parameter.numel() ** 0.5 * (0.1 if number % 2 else 10)
-    method.ready(method.configure_optimizers(), Clock(0, 8, 2))
+    method.prepare_update(method.configure_optimizers(), Clock(0, 8, 2))
     for number, parameter in enumerate(parameters):
         assert abs(parameter.grad.norm() - (0.1 if number % 2 else 0.5)) <= 1e-5
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from sslvision.nn.attention import attention_weights, block_joined, block_of_shared, block_part, divisible
+from sslvision.methods.mae import block_with_mask_tokens
+from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
 
 OPTIONS = [{}, {"qkv_bias": False}, {"init_values": 0.1}, {"qk_norm": True}, {"scale_attn_norm": True}]
 PARTS = [slice(0, None), slice(4, None), slice(10, None), slice(0, 1)]
@@ -84,7 +85,7 @@ def test_a_block_of_tokens_that_images_share_equals_that_of_each_images_own_and_
     own, shared = (torch.randn(*shape, 32, dtype=torch.float64, requires_grad=True) for shape in ((3, 4), (1, 9)))
     indices = torch.stack([torch.randperm(9)[:5] for _ in range(3)])
     whole = block(torch.cat([own, shared[0][indices]], dim=1))
-    once = block_of_shared(block, own, shared, indices)
+    once = block_with_mask_tokens(block, own, shared, indices)
     assert torch.allclose(once, whole, atol=1e-12)
     above, everything = torch.randn_like(whole), [own, shared, *block.parameters()]
     gradients = zip(*(torch.autograd.grad(out, everything, above) for out in (once, whole)), strict=True)
