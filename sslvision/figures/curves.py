@@ -8,44 +8,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 INK, MUTED, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 BLUE, ORANGE, GREEN = "#2c6fab", "#c8641b", "#3d8256"
 WIDTH = 7.0  # inches: the text width of a page
-CELL = 160  # pixels: small images are enlarged by a whole factor to at least this
-
-
-def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figure:
-    """Return a grid of images, a row for each and a column for each thing made of it, two such groups side by side.
-
-    `columns` are (heading, images), the images (N, C, H, W) in 0..1, of one N, H and W; N = 16 fills a page. Values outside
-    are clipped, NaN is drawn in mid gray. Of images with more than three channels the first three are drawn, of two
-    channels the first.
-    """
-    rows = np.stack([_drawable(images) for _, images in columns], axis=1)  # (N, columns, H, W, 3)
-    groups = min(2, len(rows))
-    canvas, column_centers = _canvas(rows, groups)
-    px_height, px_width = canvas.shape[:2]
-
-    dpi = px_width / (WIDTH * groups / 2)
-    top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a little air elsewhere
-    width, height = px_width + 2 * edge, px_height + top + edge
-    figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
-    axes = figure.add_axes((edge / width, edge / height, px_width / width, px_height / height))
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
-    figure.text(
-        edge / width, 1 - 0.07 * dpi / height, title, size=10, color=INK, weight="bold", va="top", parse_math=False
-    )
-    for i, center in enumerate(column_centers):
-        x, y = (edge + center) / width, (edge + px_height + 0.05 * dpi) / height
-        figure.text(x, y, columns[i % len(columns)][0], size=8, color=MUTED, ha="center", va="bottom")
-    return figure
 
 
 def learning_curve_figure(
@@ -71,7 +40,7 @@ def learning_curve_figure(
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=list(heights.values()))[:, 0]
     panel = dict(zip(heights, panels, strict=True))
     for axes in panels:
-        _style(axes)
+        style(axes)
 
     _plot_loss(panel["loss"], *curves["loss"])
     _reference(panel["loss"], untrained_loss, "untrained {:.4g}", curves["loss"][1])
@@ -107,7 +76,7 @@ def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figu
     figure = Figure(figsize=(WIDTH, 0.9 + 1.1 * len(curves)), dpi=150, layout="constrained", facecolor="white")
     panels = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, (x, y)) in zip(panels, curves.items(), strict=True):
-        _style(axes)
+        style(axes)
         axes.plot(x, y, color=BLUE, lw=1.4, marker="o" if len(x) < 20 else None, ms=3.5)
         axes.set_ylabel(name.replace("_", " ").replace(" ", "\n", 1))
         axes.yaxis.set_major_locator(MaxNLocator(4))
@@ -116,30 +85,6 @@ def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figu
     panels[-1].set_xlabel("epoch")
     figure.align_ylabels(panels)
     return figure
-
-
-def _drawable(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) of any number of channels -> (N, H, W, 3) in 0..1."""
-    images = images.detach().float().cpu()
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-    return torch.nan_to_num(images, nan=0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-
-
-def _canvas(rows: np.ndarray, groups: int) -> tuple[np.ndarray, list[float]]:
-    """Lay (N, columns, H, W, 3) out on white: the canvas, and the horizontal center of every column in its pixels."""
-    N, columns, H, W, _ = rows.shape
-    factor = max(1, math.ceil(CELL / W))
-    rows = rows.repeat(factor, axis=2).repeat(factor, axis=3)
-    H, W = H * factor, W * factor
-    gap, gutter = max(2, W // 28), max(8, W // 6)
-    lefts = [column * (W + gap) + (column // columns) * (gutter - gap) for column in range(columns * groups)]
-    lines = math.ceil(N / groups)
-    canvas = np.ones((lines * (H + gap) - gap, lefts[-1] + W, 3), dtype=np.float32)
-    for n, row in enumerate(rows):
-        y = n // groups * (H + gap)
-        for image, x in zip(row, lefts[n % groups * columns :], strict=False):
-            canvas[y : y + H, x : x + W] = image
-    return canvas, [left + W / 2 for left in lefts]
 
 
 def _curve(
@@ -183,7 +128,7 @@ def _smoothed(y: np.ndarray) -> np.ndarray:
     return np.where(finite, total / np.maximum(weight, 1e-12), np.nan)
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(RULE)
     axes.grid(axis="y", color=RULE, lw=0.5)

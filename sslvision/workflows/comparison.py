@@ -32,7 +32,7 @@ from sslvision.data.subsets import Subset, draw_per_class
 from sslvision.errors import UsageError
 from sslvision.evaluation.linear_probe import linear_probe
 from sslvision.evaluation.scores import ranking_of, score
-from sslvision.figures.score_figures import Cell, label_efficiency_figure
+from sslvision.figures.label_efficiency import Cell, label_efficiency_figure
 from sslvision.runs import run_folder
 from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from sslvision.evaluation.scores import Scores
-from sslvision.figures.score_figures import Cell
+from sslvision.figures.label_efficiency import Cell
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates

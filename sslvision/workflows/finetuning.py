@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.curves import learning_curve_figure
-from sslvision.figures.score_figures import confusion_figure
+from sslvision.figures.confusion import confusion_figure
 from sslvision.methods.supervised import Supervised
 from sslvision.runs import run_folder
 from sslvision.runs.checkpoint import AtomicCheckpoints

@@ -31,7 +31,7 @@ from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.protocols import PROTOCOLS, run_protocol
 from sslvision.evaluation.rankme import rankme
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.score_figures import confusion_figure
+from sslvision.figures.confusion import confusion_figure
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_folder
 from sslvision.settings import Probe
@@ -51,7 +51,7 @@ Made by `{command}`. The same command overwrites it.
 | file | what it is |
 | --- | --- |
 | results.json | top-1 with its 95 % interval, top-5 and per-class accuracy; the protocol and how it differs from the paper's |
-| confusion.png | what the linear probe takes for what |
+| confusion.png | confusion matrix of the linear probe |
 | config.yaml, environment.json | every setting; versions, git commit and hardware |
 """
 
@@ -115,7 +115,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     folder.mkdir(parents=True, exist_ok=True)
     run_folder.describe(folder, dataclasses.asdict(config), words, command="probe", contents=CONTENTS)
     run_folder.write_json(folder / "results.json", results)
-    title = f"Linear probe, protocol {protocol.name}: what is taken for what"
+    title = f"Linear probe, protocol {protocol.name}: confusion matrix"
     confusion = scores[LINEAR.format(config.protocol)].confusion
     confusion_figure(confusion, classes, title=title).savefig(folder / "confusion.png")
     for what, found, asked in (("training", train, indices), ("test", test, splits.test)):

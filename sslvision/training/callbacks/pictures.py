@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source
-from sslvision.figures.curves import picture_figure
+from sslvision.figures.images import picture_figure
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import eagerly
 
