@@ -14,11 +14,12 @@ from sslvision.runs import run_folder
 from sslvision.runs.checkpoint import RECORD, newest_good, read_head
 from sslvision.runs.metrics import MetricsCSV
 from sslvision.runs.redaction import redact
+from sslvision.runs.renamed_settings import renamed
 
 # Settings that may differ when a run goes on, and why. All others say what is computed, and must be the same.
 MAY_DIFFER = {
     "where the run lies and how it is begun": ("name", "output_dir", "overwrite", "resume"),
-    "how the same numbers are computed, but for rounding": ("memory", "compile", "cuda_graphs"),
+    "how the same numbers are computed, but for rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
     "read before the first update only; the checkpoint has its outcome": ("init_from",),
     "what is said of the run": ("about", "reference", "logger"),
     "what looks on, and when it gives up": (
@@ -143,7 +144,9 @@ def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
     Raises:
         UsageError: naming every setting that differs, with both values.
     """
-    then = resume.record
+    then = dict(resume.record)
+    targets = [one["settings"].get("method", {}).get("_target_") for one in (then, now)]
+    then["settings"] = renamed(then["settings"], str(resume.path), trusted=targets[0] == targets[1])
     free = {key for keys in MAY_DIFFER.values() for key in keys}
     before, after = (flat(one["settings"]) for one in (then, now))
     differing = [
