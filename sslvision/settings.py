@@ -1,4 +1,4 @@
-"""The settings of every command: their names, defaults and lines in --help. What fits them is checked in schema.py."""
+"""The settings of every command: names, defaults, and their lines in --help. cli/schema.py checks keys and types."""
 
 import pkgutil
 from collections.abc import Callable, Mapping
@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal, cast
 
 from sslvision.errors import UsageError
 
-Sections = Mapping[str, str | None]  # what the keys of an open section are those of; None: of its own `_target_`
+Sections = Mapping[str, str | None]  # the callable whose parameters a section holds; None: the one its `_target_` names
 
 
 def _option(default: Any, text: str) -> Any:
-    """Declare a setting with its line in --help."""
+    """Declare a setting and its line in --help."""
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
@@ -37,10 +37,10 @@ def _folder_name(name: str | None) -> None:
 
 _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
-_RUN = "a run's folder, an export/, an official MAE or DINO checkpoint, or a timm name (its weights are downloaded)"
-_COMPILE = "compile blocks and loss with torch.compile (default: on CUDA only); evaluation runs as it stands"
+_RUN = "a run folder, an export/, an official MAE or DINO checkpoint, or a timm model (weights are downloaded)"
+_COMPILE = "compile blocks and loss with torch.compile (default: only on CUDA); evaluation is never compiled"
 _GRAPHS = "launch a step's kernels as CUDA graphs (default: with ViT and Swin on one CUDA device)"
-_CHECKPOINTING = "compute activations again in the backward pass instead of keeping them: the same numbers, less memory"
+_CHECKPOINTING = "recompute activations in the backward pass instead of storing them: same results, less memory, slower"
 _OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 
 
@@ -49,48 +49,62 @@ class Pretrain:
     """All settings of a pretraining run."""
 
     sections: ClassVar[Sections] = {"method": None, "backbone": _BACKBONE, "data": None, "trainer": _TRAINER}
-    elsewhere: ClassVar[tuple[str, ...]] = ("backbone", "lr", "mean", "std", "seed")  # given by other keys
+    elsewhere: ClassVar[tuple[str, ...]] = (
+        "backbone",
+        "lr",
+        "mean",
+        "std",
+        "seed",
+    )  # parameters that other settings give
 
-    method: dict[str, Any] = _option(
-        {}, "the method and its settings; mask_ratio=0.6 is short for method.mask_ratio=0.6"
-    )
+    method: dict[str, Any] = _option({}, "settings of the method; mask_ratio=0.6 is short for method.mask_ratio=0.6")
     backbone: dict[str, Any] = _option(
-        {}, "name (any of timm; MAE: ViT or Swin), image_size, pool, and any timm keyword: patch_size, depth, ..."
+        {},
+        "name (any timm model; for MAE a ViT or Swin), image_size, pool, and any timm option: patch_size, depth, ...",
     )
     data: dict[str, Any] = _option(
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
     )
     epochs: int = _option(100, "passes over the training images")
     batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
-    base_lr: float = _option(1.5e-4, "learning rate per 256 images: the peak rate is base_lr x batch_size / 256")
-    lr: float | None = _option(None, "the peak learning rate itself, in place of base_lr")
-    seed: int = _option(0, "of weights, order, crops and masks")
-    name: str | None = _option(None, "name of the run's folder under outputs/ (default: recipe and time)")
-    output_dir: str | None = _option(None, "whole path of the run's folder, in place of outputs/<name>")
-    overwrite: bool = _option(False, "empty the run's folder first if it is in use")
+    base_lr: float = _option(
+        1.5e-4, "learning rate per 256 images: the peak learning rate is base_lr x batch_size / 256"
+    )
+    lr: float | None = _option(None, "peak learning rate, instead of base_lr")
+    seed: int = _option(0, "random seed for weights, data order, crops and masks")
+    name: str | None = _option(None, "name of the run folder in outputs/ (default: recipe and time)")
+    output_dir: str | None = _option(None, "path of the run folder, instead of outputs/<name>")
+    overwrite: bool = _option(False, "delete what is in the run folder first")
     resume: str | None = _option(
-        None, "auto: go on from the run folder's last whole checkpoint, if any; or a checkpoint's path"
+        None,
+        "auto: resume from the last good checkpoint in the run folder, if there is one; or the path of a checkpoint",
     )
     init_from: str | None = _option(
         None, "start from the weights of a run folder, a checkpoint or an exported backbone"
     )
-    dry_run: bool = _option(False, "two steps of everything, then stop: training, evaluation, export, figures")
-    logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
-    knn_every_epochs: int = _option(
-        10, "k-NN accuracy, RankMe and pictures while training, every so many epochs (0: never)"
+    dry_run: bool = _option(False, "run two steps of everything, then stop: training, evaluation, export, figures")
+    logger: Literal["csv", "wandb", "tensorboard"] = _option(
+        "csv", "csv | wandb | tensorboard; metrics.csv is always written"
     )
-    health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when the method has collapsed")
-    max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
-    checkpoint_every_epochs: int = _option(10, "write checkpoints/last.ckpt every so many epochs")
-    checkpoint_every_steps: int | None = _option(None, "and every so many optimizer updates, in mid-epoch too")
-    keep_checkpoints: int = _option(3, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
-    evaluate_images: int = _option(50_000, "at most so many training images are used by k-NN and linear probe")
+    knn_every_epochs: int = _option(
+        10, "epochs between measurements of k-NN accuracy and RankMe, with figures, during training (0: never)"
+    )
+    health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when training has collapsed")
+    max_skipped: int = _option(
+        5, "consecutive updates that may be skipped because of non-finite gradients, before the run stops"
+    )
+    checkpoint_every_epochs: int = _option(10, "epochs between checkpoints (checkpoints/last.ckpt)")
+    checkpoint_every_steps: int | None = _option(None, "optimizer updates between checkpoints, in addition")
+    keep_checkpoints: int = _option(
+        3, "number of checkpoints kept: last.ckpt, last-1.ckpt, ...; with 2 or more, a damaged one does no harm"
+    )
+    evaluate_images: int = _option(50_000, "maximum number of training images for k-NN and linear probe")
     activation_checkpointing: bool = _option(False, _CHECKPOINTING)
     compile: bool | None = _option(None, _COMPILE)
     cuda_graphs: bool | None = _option(None, _GRAPHS)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
-    about: str = _option("", "what the recipe is, in a line")
-    reference: str = _option("", "scores others reported for this recipe")
+    about: str = _option("", "description of the recipe, in one line")
+    reference: str = _option("", "scores reported by others for this recipe")
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, knn_every_epochs=0, evaluate_images=1, seed=0)
@@ -99,9 +113,7 @@ class Pretrain:
         _folder_name(self.name)
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
-                raise UsageError(
-                    f"The recipe names no {section}: give {section}._target_, as the recipes that come along do."
-                )
+                raise UsageError(f"The recipe names no {section}: give {section}._target_, as the included recipes do.")
         if "name" not in self.backbone:
             raise UsageError(
                 "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
@@ -120,30 +132,35 @@ class Probe:
     sections: ClassVar[Sections] = {"backbone": _BACKBONE, "data": None}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    run: str | None = _option(None, f"whose features: {_RUN}")
+    run: str | None = _option(None, f"the backbone to measure: {_RUN}")
     data: dict[str, Any] = _option(
-        {}, "embedded | digits | folder | torchvision; data.root, ... (default: the run's own)"
+        {}, "embedded | digits | folder | torchvision; data.root, ... (default: those of the run)"
     )
-    backbone: dict[str, Any] = _option({}, "image_size, pool (token | avg), and any timm keyword, if not the run's own")
+    backbone: dict[str, Any] = _option(
+        {}, "image_size, pool (token | avg), and any timm option that shall differ from the run's"
+    )
     pretrained: bool = _option(True, "false: the same network with random weights")
     protocol: Literal["fast", "mae", "dino"] = _option(
-        "fast", "of the linear probe: fast (L-BFGS, seconds), or as in the papers mae (LARS) and dino (SGD)"
+        "fast", "linear probe: fast (L-BFGS, seconds), or as in the papers: mae (LARS), dino (SGD)"
     )
-    k: list[int] = _option([10, 20, 100, 200], "neighbors of the k-NN vote, one or several")
+    k: list[int] = _option([10, 20, 100, 200], "numbers of neighbors for k-NN")
     views: int = _option(
-        1, "mae, dino: sets of features of random crops; 1 is the whole image once, as many as epochs is the paper's"
+        1,
+        "protocols mae and dino: random crops of each image; 1: the whole image; the papers': one crop for each epoch",
     )
     last_blocks: int | None = _option(
-        None, "dino: class tokens of so many last blocks (default: 4; 1 for ViT-B and up)"
+        None, "protocol dino: number of last blocks whose class tokens are used (default: 4; for ViT-B and larger 1)"
     )
-    pixels: bool = _option(True, "also measure raw pixels at 32x32, on 10,000 images at most: what features must beat")
-    train_images: int = _option(0, "at most so many training images, drawn at random (0: all)")
-    seed: int = _option(0, "of draws, order and crops")
-    batch_size: int = _option(256, "images per forward pass; changes no score")
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where features are computed")
-    name: str | None = _option(None, "name of the results' folder under outputs/ (default: of run, data, protocol)")
-    output_dir: str | None = _option(None, "whole path of the results' folder, in place of outputs/<name>")
-    features_dir: str = _option("outputs/features", "where features are kept; may be deleted at any time")
+    pixels: bool = _option(
+        True, "also measure raw 32x32 pixels, on at most 10,000 images: the score that features must beat"
+    )
+    train_images: int = _option(0, "maximum number of training images, drawn at random (0: all)")
+    seed: int = _option(0, "random seed for drawing images, order and crops")
+    batch_size: int = _option(256, "images per forward pass; does not change the scores")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device that computes the features")
+    name: str | None = _option(None, "name of the results folder in outputs/ (default: run, data and protocol)")
+    output_dir: str | None = _option(None, "path of the results folder, instead of outputs/<name>")
+    features_dir: str = _option("outputs/features", "cache of features; may be deleted at any time")
 
     def __post_init__(self) -> None:
         _at_least(self, views=1, train_images=0, seed=0, batch_size=1)
@@ -167,55 +184,70 @@ class Finetune:
         *("backbone", "classes", "labels", "validation_labels", "lr", "mean", "std", "seed"),
     )
 
-    run: str | None = _option(None, f"what to start from: {_RUN}")
+    run: str | None = _option(None, f"the backbone to start from: {_RUN}")
     method: dict[str, Any] = _option(
-        {}, "freeze, layer_decay, mixup, optimizer, ...; freeze=0.5 is short for method.freeze=0.5"
+        {},
+        "settings of the method: freeze, layer_decay, mixup, optimizer, ...; freeze=0.5 is short for method.freeze=0.5",
     )
     backbone: dict[str, Any] = _option(
-        {}, "image_size, pool (token | avg), drop_path_rate, drop_rate and any timm keyword, if not the run's own"
+        {},
+        "image_size, pool (token | avg), drop_path_rate, drop_rate, and any timm option that shall differ from the run's",
     )
     data: dict[str, Any] = _option(
-        {}, "embedded | digits | folder | torchvision; data.root, ... (default: the run's own)"
+        {}, "embedded | digits | folder | torchvision; data.root, ... (default: those of the run)"
     )
     epochs: int = _option(20, "passes over the training images")
-    min_updates: int = _option(300, "optimizer updates at least, however few images there are")
-    batch_size: int = _option(64, "images per optimizer update (fewer if there are fewer), over all devices together")
-    lr_ratio: float = _option(0.1, "learning rate in parts of pretraining's, both per 256 images")
-    base_lr: float | None = _option(None, "learning rate per 256 images, in place of lr_ratio")
-    lr: float | None = _option(None, "the peak learning rate itself, in place of lr_ratio and base_lr")
-    head_first: bool = _option(True, "fit the head on frozen features first, then train on from there (LP-FT)")
+    min_updates: int = _option(300, "minimum number of optimizer updates, for small data sets")
+    batch_size: int = _option(
+        64, "images per optimizer update, over all devices together (fewer if the data set is smaller)"
+    )
+    lr_ratio: float = _option(0.1, "learning rate as a fraction of the pretraining learning rate, both per 256 images")
+    base_lr: float | None = _option(None, "learning rate per 256 images, instead of lr_ratio")
+    lr: float | None = _option(None, "peak learning rate, instead of lr_ratio and base_lr")
+    head_first: bool = _option(True, "train the head on frozen features first, then all layers (LP-FT)")
     scratch: bool = _option(True, "also train the same network from random weights, for comparison")
-    scratch_lr_ratio: float = _option(1.0, "its learning rate in parts of pretraining's")
-    scratch_longer: int = _option(3, "from scratch takes so many times as many updates, since it starts from nothing")
+    scratch_lr_ratio: float = _option(1.0, "its learning rate as a fraction of the pretraining learning rate")
+    scratch_longer: int = _option(3, "its number of updates as a multiple, since it starts from random weights")
     labels_per_class: Any = _option(
         None,
-        "use so many images of each class, the held out ones among them; compare=true: a list, with all",
+        "number of labeled images per class, including those held out (default: all); with compare=true a list",
     )
     randaugment: int = _option(0, "magnitude of RandAugment, 0 to 30 (0: none)")
-    holdout: float = _option(0.1, "share of the training images to validate on, where no validation images are given")
-    evaluations: int = _option(20, "validations over the run")
+    holdout: float = _option(
+        0.1, "fraction of the training images held out for validation, if the data have no validation images"
+    )
+    evaluations: int = _option(20, "number of validations during the run")
     patience: int = _option(
-        0, "stop after so many validations without a better one (0: never); the best weights are kept"
+        0, "stop after this many validations without improvement (0: never); the best weights are kept"
     )
     compare: bool = _option(
-        False, "label efficiency: from scratch, frozen, partial, full, at several numbers of labels"
+        False,
+        "measure label efficiency: from scratch, frozen, partial and full fine-tuning, at several numbers of labels",
     )
-    seeds: int = _option(3, "compare: repetitions, each with other labeled images, order and weights")
-    lr_ratios: list[float] = _option([0.03, 0.1, 0.3, 1.0], "compare: the rates that every arm is tried with")
-    seed: int = _option(0, "of the head's weights, order, crops and held-out images")
-    name: str | None = _option(None, "name of the run's folder under outputs/ (default: of run, data and time)")
-    output_dir: str | None = _option(None, "whole path of the run's folder, in place of outputs/<name>")
-    overwrite: bool = _option(False, "empty the run's folder first if it is in use")
-    resume: str | None = _option(None, "auto: go on from the run folder's last checkpoint, if any")
-    dry_run: bool = _option(False, "two steps of everything, then stop")
-    max_skipped: int = _option(5, "updates in a row that may be left out because their gradients are not finite")
-    keep_checkpoints: int = _option(2, "the last so many: last.ckpt, last-1.ckpt, ...; 2 or more survive a damaged one")
-    logger: Literal["csv", "wandb", "tensorboard"] = _option("csv", "beside metrics.csv, which is always written")
+    seeds: int = _option(3, "compare: number of repetitions, each with different labeled images, order and weights")
+    lr_ratios: list[float] = _option(
+        [0.03, 0.1, 0.3, 1.0], "compare: learning rate ratios that every arm is tried with"
+    )
+    seed: int = _option(0, "random seed for the head's weights, data order, crops and held-out images")
+    name: str | None = _option(None, "name of the run folder in outputs/ (default: run, data and time)")
+    output_dir: str | None = _option(None, "path of the run folder, instead of outputs/<name>")
+    overwrite: bool = _option(False, "delete what is in the run folder first")
+    resume: str | None = _option(None, "auto: resume from the last good checkpoint in the run folder, if there is one")
+    dry_run: bool = _option(False, "run two steps of everything, then stop")
+    max_skipped: int = _option(
+        5, "consecutive updates that may be skipped because of non-finite gradients, before the run stops"
+    )
+    keep_checkpoints: int = _option(
+        2, "number of checkpoints kept: last.ckpt, last-1.ckpt, ...; with 2 or more, a damaged one does no harm"
+    )
+    logger: Literal["csv", "wandb", "tensorboard"] = _option(
+        "csv", "csv | wandb | tensorboard; metrics.csv is always written"
+    )
     activation_checkpointing: bool = _option(False, _CHECKPOINTING)
     compile: bool | None = _option(None, _COMPILE)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
-    about: str = _option("", "what the recipe is, in a line")
-    reference: str = _option("", "scores others reported for this recipe")
+    about: str = _option("", "description of the recipe, in one line")
+    reference: str = _option("", "scores reported by others for this recipe")
 
     def __post_init__(self) -> None:
         _at_least(
@@ -226,15 +258,17 @@ class Finetune:
         _folder_name(self.name)
         _needs_run_and_data(self)
         if not 0 <= self.holdout <= 0.5:
-            raise UsageError(f"holdout={self.holdout} is a share of the training images, from 0 to 0.5.")
+            raise UsageError(f"holdout={self.holdout} must be a fraction of the training images, from 0 to 0.5.")
         if self.epochs == 0 and self.min_updates == 0:
             raise UsageError("epochs=0 and min_updates=0 leave nothing to do: give one of them.")
         if self.randaugment > 30:
-            raise UsageError(f"randaugment={self.randaugment} is a magnitude from 1 to 30, or 0 for none.")
+            raise UsageError(f"randaugment={self.randaugment} must be a magnitude from 1 to 30, or 0 for none.")
         if not self.lr_ratios or min(self.lr_ratios) <= 0:
             raise UsageError(f"lr_ratios={self.lr_ratios} must be one or more numbers above 0.")
         if self.resume not in (None, "auto"):
-            raise UsageError(f"resume={self.resume}: a fine-tuning run goes on in its own folder: resume=auto.")
+            raise UsageError(
+                f"resume={self.resume}: a fine-tuning run can only be resumed in its own folder: resume=auto."
+            )
         self.labels_per_class = _labels(self.labels_per_class, several=self.compare)
 
 
@@ -245,31 +279,31 @@ class Predict:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    run: str | None = _option(None, "a fine-tuned run's folder, or its export/")
-    images: str | None = _option(None, "a folder of images, however nested, or one image")
-    output: str | None = _option(None, "the CSV file (default: predictions.csv in the run's folder)")
-    top: int = _option(5, "most likely classes of each image")
+    run: str | None = _option(None, "folder of a fine-tuned run, or its export/")
+    images: str | None = _option(None, "a folder of images, with any subfolders, or one image")
+    output: str | None = _option(None, "path of the CSV file (default: predictions.csv in the run folder)")
+    top: int = _option(5, "number of most likely classes to list for each image")
     batch_size: int = _option(256, "images per forward pass")
-    workers: int | None = _option(None, "loader processes (default: as many as cores, less one)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "where to compute")
+    workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device to run on")
 
     def __post_init__(self) -> None:
         _at_least(self, top=1, batch_size=1)
         for key, example in (("run", "run=outputs/<name>"), ("images", "images=photos")):
             if getattr(self, key) is None:
-                raise UsageError(f"{key} is not given, and it is needed: say {example}.")
+                raise UsageError(f"{key} is not given: say {example}.")
 
 
 def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if settings.run is None:
-        raise UsageError(f"run is not given, and it is needed: {_RUN}.")
+        raise UsageError(f"run is not given: say run=..., {_RUN}.")
     if "_target_" not in settings.data:
         raise UsageError(
-            f"Which labeled images? {settings.run} does not tell; say data=embedded, data=digits, data=folder "
+            f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
             "data.root=..., or data=torchvision data.name=... data.root=..."
         )
     if "name" in settings.backbone:
-        raise UsageError(f"run={settings.run} says which backbone it is; backbone.name has no place beside it.")
+        raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")
 
 
 def _labels(value: Any, *, several: bool) -> Any:

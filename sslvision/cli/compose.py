@@ -180,7 +180,7 @@ def _remove(tree: DictConfig, key: str) -> None:
     section, _, name = key.rpartition(".")
     values = OmegaConf.select(tree, section) if section else tree
     if not isinstance(values, DictConfig) or name not in values:
-        raise UsageError(f"~{key}: the recipe has no setting {_short(key)} that could be removed.")
+        raise UsageError(f"~{_short(key)}: the recipe has no such setting to remove.")
     del values[name]
 
 

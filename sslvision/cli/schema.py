@@ -127,7 +127,7 @@ def fit(key: str, value: Any, kind: Any) -> Any:
     if value is None:
         if kind in (Any, inspect.Parameter.empty) or isinstance(kind, str) or type(None) in typing.get_args(kind):
             return None
-        raise UsageError(f"{key} is not given, and it is needed: say {key}=...")
+        raise UsageError(f"{key} is not given: say {key}=...")
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [argument for argument in arguments if argument is not type(None)]

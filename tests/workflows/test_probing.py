@@ -96,14 +96,14 @@ def test_any_timm_model_is_probed_by_its_name(probe):
     ("words", "error", "message"),
     [
         ([], UsageError, "run is not given"),
-        (["run=test_vit", "pretrained=false"], UsageError, "Which labeled images.*data=digits"),
+        (["run=test_vit", "pretrained=false"], UsageError, "No labeled images.*data=digits"),
         (["run=nowhere", "data=digits"], UsageError, "nowhere"),
         (["run=test_vit", "data=digits", "pretrained=false", "views=3"], UsageError, "views are for protocol=mae"),
         (["run=test_vit", "data=digits", "k=[0]"], UsageError, r"k=\[0\]"),
         (["run=test_vit", "data=digits", "protocol=fats"], UsageError, "Did you mean fast"),
         (["run=test_vit", "data=digits", "backbone.name=resnet18"], UsageError, "backbone.name has no place"),
         (["run=test_vit", "data=digits", "protcol=mae"], UsageError, "Did you mean protocol"),
-        (["run=test_vit", "data=digits", "device=cuda"], UsageError, "there is none here"),
+        (["run=test_vit", "data=digits", "device=cuda"], UsageError, "this machine has none"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_words(words, error, message, probe):
