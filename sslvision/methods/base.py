@@ -157,7 +157,7 @@ class Method(LightningLoop, ABC):
         return _heads(self)
 
     def compile_blocks(self) -> None:
-        """Have backbones, `compilable_modules` and `compilable` functions compiled when they first run; before DDP wraps them."""
+        """Compile backbones, `compilable_modules` and `compilable` functions on their first call. Call before DDP wraps."""
         for module in self.modules():
             if isinstance(module, Backbone):
                 module.compile_blocks()
