@@ -1,6 +1,6 @@
 """Contestants in a process set up as their library sets it up: one process set up anew for each turn, or one for each.
 
-Ours chooses torch's kernels and the C library's allocator for the training it is about to do (choose_kernels of
+Ours chooses torch's kernels and the C library's allocator for the training it is about to do (configure_torch of
 sslvision/training/trainer.py); the others leave both as they are.
 """
 
@@ -16,7 +16,7 @@ from peers import PEERS, Ours
 from resident import compose, resident
 
 from sslvision.system.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
-from sslvision.training.trainer import choose_kernels
+from sslvision.training.trainer import configure_torch
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -25,7 +25,7 @@ def set_up_for(contestant):
     """Set this process up as the contestant's library does. All memory that is free goes back, so let it make a step first."""
     kind = contestant.views[0].device.type
     if isinstance(contestant, Ours):
-        choose_kernels({"cuda": "gpu"}.get(kind, kind))
+        configure_torch({"cuda": "gpu"}.get(kind, kind))
         return
     torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")
     if platform.libc_ver()[0] == "glibc":
@@ -65,7 +65,7 @@ def take_turns(line, arguments, overrides, peer, options):
         torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     if peer is None:
-        choose_kernels({"cuda": "gpu"}.get(device.type, device.type))
+        configure_torch({"cuda": "gpu"}.get(device.type, device.type))
     method, _, views = resident(compose(arguments, os.devnull, overrides), device)
     if peer is None:
         contestant = Ours("ours", method, views, **options)

@@ -25,7 +25,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.training.trainer import choose_kernels, choose_layers
+from sslvision.training.trainer import configure_method, configure_torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -78,7 +78,7 @@ def main():
     arguments = parser.parse_args()
     file = arguments.out.with_suffix(".json")
     if not arguments.draw:
-        choose_kernels(arguments.device)
+        configure_torch(arguments.device)
         file.write_text(json.dumps(measure(arguments), indent=1) + "\n")
     draw(json.loads(file.read_text())).savefig(arguments.out.with_suffix(".png"), dpi=130)
 
@@ -102,7 +102,7 @@ def measure(arguments):
     runs = {}
     for cell in track(sorted(cells), description="building, first steps"):
         runs[cell] = Run(*cell, device=device, grid=grid)
-        choose_layers(runs[cell].method, device, compiled=bool(arguments.compile))
+        configure_method(runs[cell].method, device, compile=bool(arguments.compile))
         runs[cell].timed()
     for number in track(range(arguments.rounds), description="measuring"):
         for cell in sorted(runs, reverse=number % 2 == 1):

@@ -21,7 +21,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
-from sslvision.training.trainer import choose_kernels, choose_layers
+from sslvision.training.trainer import configure_method, configure_torch
 
 
 def main():
@@ -35,7 +35,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be 2 or more: one round has no quartiles")
-    choose_kernels(arguments.device)
+    configure_torch(arguments.device)
     figures = {name: compare(method, arguments) for name, method in methods(arguments)}
     report(figures, arguments)
     if arguments.json:
@@ -59,7 +59,7 @@ def compare(method, arguments):
     usual, low = method.to(device).train(), copy.deepcopy(method).to(device).train()
     low.enable_activation_checkpointing()
     for one in (usual, low):
-        choose_layers(one, device, captured=False)  # activations are counted, which a graph keeps to itself
+        configure_method(one, device, cuda_graphs=False)  # activations are counted, which a graph keeps to itself
     generator = torch.Generator().manual_seed(0)
     views = [torch.randn(arguments.batch, 3, c.size, c.size, generator=generator).to(device) for c in method.crops]
     if isinstance(method, MAE):

@@ -19,7 +19,7 @@ from sslvision.nn.compilation import compile_module
 from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.masking import random_keep
 from sslvision.optim.groups import decay_groups
-from sslvision.training.trainer import choose_layers
+from sslvision.training.trainer import configure_method
 
 CLOCK = Clock(step=20_000, steps=100_000, steps_per_epoch=1_000)  # past warm-up and frozen prototypes
 RATES = {"lr": 1e-5, "weight_decay": 0.04}
@@ -96,7 +96,8 @@ class Ours(Contestant):
 
     def choose_layers(self):
         """Choose the method's layers as a run does. Once for a method, however many contestants share it."""
-        choose_layers(self.method, self.method.device, **self.chosen)
+        chosen = self.chosen
+        configure_method(self.method, self.method.device, compile=chosen["compiled"], cuda_graphs=chosen["captured"])
 
     def prepare(self):
         torch.default_generator.manual_seed(0)

@@ -15,14 +15,14 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from sslvision.backbones.build import build_backbone
-from sslvision.training.trainer import choose_kernels
+from sslvision.training.trainer import configure_torch
 
 ROUNDS = 7
 
 
 def main(name="swin_tiny_patch4_window7_224", size=256, window=8, batch=8):
     torch.manual_seed(0)
-    choose_kernels("cpu")
+    configure_torch("cpu")
     swin = build_backbone(name, image_size=int(size), window_size=int(window), drop_path_rate=0.0).train()
     images = torch.randn(int(batch), 3, int(size), int(size))
     units = swin.grid[0] * swin.grid[1]

@@ -40,8 +40,7 @@ from whole_run import draw_photographs, loader_level, trainer_level
 
 from sslvision.backbones.vit import ViT
 from sslvision.methods.mae import MAE
-from sslvision.training.trainer import choose_kernels, device_of
-from sslvision.workflows.pretraining import hush_lightning
+from sslvision.training.trainer import configure_torch, select_device, silence_lightning
 
 BATCH = {"mae": 16, "dino": 4}
 
@@ -49,13 +48,13 @@ BATCH = {"mae": 16, "dino": 4}
 def main():
     arguments, overrides = read_arguments()
     warnings.filterwarnings("ignore")
-    hush_lightning()
+    silence_lightning()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = device_of(arguments.device)
+    device = select_device(arguments.device)
     arguments.device = device.type
     accelerator = {"cuda": "gpu"}.get(device.type, device.type)
-    choose_kernels(accelerator)
+    configure_torch(accelerator)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.data or draw_photographs(Path(scratch) / "images", max(64, 4 * arguments.batch))
         settings = compose(arguments, folder, overrides)

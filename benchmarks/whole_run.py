@@ -10,14 +10,13 @@ from profile_step import StepTimes
 
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.loader import training_loader
-from sslvision.runs.resume import train_from
-from sslvision.training.trainer import build_trainer, choose_layers
-from sslvision.workflows.pretraining import method_of, open_splits, watchers
+from sslvision.training.trainer import build_trainer, configure_method, fit
+from sslvision.workflows.pretraining import method_from_settings, open_splits, pretraining_callbacks
 
 
 def loader_level(settings, arguments):
     """Return images per second of our loader alone, with the processes it would have; benchmarks/loader.py compares it."""
-    splits, method = open_splits(settings.data), method_of(settings)
+    splits, method = open_splits(settings.data), method_from_settings(settings)
     workers = ImageData(splits, method.crops, batch_size=1, workers=settings.data.get("workers")).workers
     ahead = 2 * workers  # batches that they make while nobody asks
     batches = [range(n, n + settings.batch_size) for n in range(ahead + arguments.trainer_steps)]
@@ -44,7 +43,7 @@ def train(settings, splits, folder, *, steps, options):
         checkpoint_every_epochs=1_000_000,
         trainer={**settings.trainer, **options, "enable_progress_bar": False},
     )
-    method = method_of(settings)
+    method = method_from_settings(settings)
     method.normalize.set(
         *pixel_statistics(splits.train, settings.data.get("normalize", "computed"), seed=settings.seed)
     )
@@ -59,11 +58,11 @@ def train(settings, splits, folder, *, steps, options):
         max_steps=steps,
         dry_run=False,
         loggers=[],
-        callbacks=[times, *watchers(settings, folder, data)],
+        callbacks=[times, *pretraining_callbacks(settings, folder, data)],
         options=settings.trainer,
     )
-    choose_layers(method, trainer.strategy.root_device, compiled=settings.compile, captured=settings.cuda_graphs)
-    train_from(None, trainer, method, data)
+    configure_method(method, trainer.strategy.root_device, compile=settings.compile, cuda_graphs=settings.cuda_graphs)
+    fit(trainer, method, data, checkpoint=None)
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
     ends = times.ends[steps // 3 :]

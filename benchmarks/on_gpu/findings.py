@@ -79,9 +79,9 @@ def set_up():
     from timm.layers import set_fused_attn
 
     from sslvision.nn import compilation
-    from sslvision.training.trainer import choose_kernels
+    from sslvision.training.trainer import configure_torch
 
-    choose_kernels("cpu" if DRY else "gpu")
+    configure_torch("cpu" if DRY else "gpu")
     if DRY:
         set_fused_attn(True)
         compilation.BACKEND = "aot_eager"

@@ -1,11 +1,10 @@
-"""Going on with a run: from which checkpoint, whether under the same settings, and what of the run's files is made again."""
+"""Resuming a run: from which checkpoint, under which settings, and which metrics will be written again."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as L
 from pytorch_lightning.loggers import Logger
 
 from sslvision import __version__
@@ -16,20 +15,20 @@ from sslvision.runs.metrics import MetricsCSV
 from sslvision.runs.redaction import redact
 from sslvision.runs.renamed_settings import renamed
 
-# Settings that may differ when a run goes on, and why. All others say what is computed, and must be the same.
+# Settings that may differ when a run is resumed, and why. All others determine what is computed, and must be the same.
 MAY_DIFFER = {
-    "where the run lies and how it is begun": ("name", "output_dir", "overwrite", "resume"),
-    "how the same numbers are computed, but for rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
-    "read before the first update only; the checkpoint has its outcome": ("init_from",),
-    "what is said of the run": ("about", "reference", "logger"),
-    "what looks on, and when it gives up": (
+    "where the run folder is, and how the run starts": ("name", "output_dir", "overwrite", "resume"),
+    "how the same numbers are computed, up to rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
+    "used before the first update only; the checkpoint contains the result": ("init_from",),
+    "descriptions and loggers": ("about", "reference", "logger"),
+    "monitoring, checkpoints, and when to give up": (
         *("health", "max_skipped", "knn_every_epochs", "evaluate_images"),
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
     "where and how the images are read; their number is compared": (
         *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir"),
     ),
-    "the machine; the images of every update are the same on any": tuple(
+    "the machine; every update has the same images on any": tuple(
         f"trainer.{key}"
         for key in (
             *("accelerator", "devices", "num_nodes", "strategy", "accumulate_grad_batches", "plugins", "benchmark"),
@@ -43,13 +42,13 @@ MAY_DIFFER = {
 
 @dataclasses.dataclass(frozen=True)
 class Resume:
-    """Where a run goes on.
+    """Where a run resumes.
 
     Attributes:
-        path: of the checkpoint.
-        step: optimizer updates done.
-        record: settings and facts of the run that wrote it, as `record` made them.
-        damaged: newer checkpoints in the same folder that are not whole, with the reasons.
+        path: The checkpoint.
+        step: Optimizer updates done.
+        record: Settings and facts of the run that wrote it, from `record`.
+        damaged: Newer checkpoints in the same folder that are damaged, with the reasons.
     """
 
     path: Path
@@ -59,24 +58,24 @@ class Resume:
 
     @property
     def findings(self) -> list[str]:
-        """Return what a person should know, in words."""
+        """Return what the user should know."""
         names = ", ".join(file.name for file in self.damaged)
         reasons = " ".join(self.damaged.values())
-        return [f"Went on from {self.path.name} (update {self.step}), not from {names}: {reasons}"] if names else []
+        return [f"Resumed from {self.path.name} (update {self.step}) instead of {names}: {reasons}"] if names else []
 
     def set_aside(self) -> None:
-        """Rename the damaged checkpoints, so that none is taken for a good one again."""
+        """Rename the damaged checkpoints, so that none is mistaken for a good one later."""
         for file in self.damaged:
             file.rename(file.with_name(f"{file.name}.damaged"))
 
 
 def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
-    """Return the checkpoint that `resume` means; none if it is None, or "auto" and there is none yet.
+    """Return the checkpoint that `resume` means; None if it is None, or "auto" and there is no checkpoint yet.
 
-    A folder's checkpoints stand in for one another: the newest whole one is taken. A file is that file.
+    Of a folder the newest undamaged checkpoint is used; a file is used itself.
 
     Raises:
-        UsageError: a path was given and nothing is there; or nothing whole is there.
+        UsageError: There is no checkpoint at the given path, or all are damaged.
     """
     if resume is None:
         return None
@@ -89,8 +88,8 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
         return _resume(found.path, found.head, found.damaged)
     if found.damaged:
         raise UsageError(
-            f"resume={resume}: no checkpoint in {checkpoints} is whole. {' '.join(found.damaged.values())} Begin anew with "
-            "overwrite=true and without resume, or under another name=."
+            f"resume={resume}: every checkpoint in {checkpoints} is damaged. {' '.join(found.damaged.values())} Start again "
+            "with overwrite=true and without resume, or with another name=."
         )
     if resume == "auto":
         return None
@@ -100,16 +99,16 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
 def _resume(file: Path, head: dict[str, Any], damaged: dict[Path, str]) -> Resume:
     if RECORD not in head or "global_step" not in head:
         raise UsageError(
-            f"{file} does not say by which settings it was made, so it cannot be gone on with. init_from= takes its weights."
+            f"{file} does not contain the settings of its run, so it cannot be resumed. init_from= starts from its weights."
         )
     return Resume(file, head["global_step"], head[RECORD], damaged)
 
 
-def may_begin_again(resume: str | None, folder: Path) -> bool:
-    """Return whether `folder` is of a run that ended before its first checkpoint, and resume=auto so begins it again."""
+def may_restart(resume: str | None, folder: Path) -> bool:
+    """Return whether resume=auto may restart the run in `folder`, because it ended before its first checkpoint."""
     if resume != "auto" or not folder.is_dir() or newest_good(folder / "checkpoints").path is not None:
         return False
-    # These two are what a run makes first.
+    # A run creates these two first.
     return (folder / "config.yaml").is_file() or {file.name for file in folder.iterdir()} <= {
         "figures",
         run_folder.LOCK,
@@ -117,32 +116,32 @@ def may_begin_again(resume: str | None, folder: Path) -> bool:
 
 
 def take_folder(folder: Path, settings: Any, resume: Resume | None) -> None:
-    """Take a run's folder: a new one, one to be emptied, or its own to go on in; set its damaged checkpoints aside.
+    """Claim a run folder: a new one, one to empty, or the one to resume in; rename its damaged checkpoints.
 
     Args:
-        folder: of the run.
-        settings: have `resume`, `overwrite` and `dry_run`.
-        resume: where the run goes on, if it does.
+        folder: The run folder.
+        settings: Settings with `resume`, `overwrite` and `dry_run`.
+        resume: Where the run resumes, if it does.
 
     Raises:
-        UsageError: the folder is in use.
+        UsageError: The folder is in use.
     """
-    again = resume is not None or may_begin_again(settings.resume, folder)
-    run_folder.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=again)
+    continues = resume is not None or may_restart(settings.resume, folder)
+    run_folder.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=continues)
     if resume is not None:
         resume.set_aside()
 
 
 def record(settings: Any, **facts: Any) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: settings (a dataclass; secrets redacted), facts, and our version."""
+    """Return what a checkpoint records about its run: settings (a dataclass; secrets redacted), facts, and our version."""
     return {"version": __version__, "settings": redact(dataclasses.asdict(settings)), **facts}
 
 
 def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
-    """Compare the record of a checkpoint with this run's.
+    """Compare the record of a checkpoint with the record of this run.
 
     Raises:
-        UsageError: naming every setting that differs, with both values.
+        UsageError: Settings differ; the message has each of them with both values.
     """
     then = dict(resume.record)
     targets = [one["settings"].get("method", {}).get("_target_") for one in (then, now)]
@@ -162,15 +161,15 @@ def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise UsageError(
-            f"{resume.path} was made under other settings, and going on under these would be neither run. "
+            f"{resume.path} was made under other settings, and cannot be resumed with these. "
             + "; ".join(differing)
-            + ". Set them as they were, or begin a new run under another name= (pretraining can start from these weights: "
+            + ". Restore them, or start a new run with another name= (pretraining can start from these weights: "
             f"init_from={resume.path})."
         )
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted keys; lists stay whole."""
+    """Return nested settings under dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
@@ -185,16 +184,7 @@ def _shown(value: Any) -> str:
 
 
 def rewind_metrics(loggers: Sequence[Logger], resume: Resume | None) -> None:
-    """Drop the metrics of updates that are about to be made again."""
+    """Delete the metrics of updates after the checkpoint, which will be made again."""
     for logger in loggers:
         if isinstance(logger, MetricsCSV):
             logger.rewind(resume.step if resume is not None else 0)
-
-
-def train_from(
-    resume_from: Path | None, trainer: L.Trainer, method: L.LightningModule, data: L.LightningDataModule
-) -> None:
-    """Train, from a checkpoint if there is one."""
-    # Lightning would read the checkpoint into single precision, and turn that into double afterwards.
-    trainer.precision_plugin.convert_module(method)
-    trainer.fit(method, datamodule=data, ckpt_path=resume_from, weights_only=True if resume_from else None)

@@ -1,7 +1,11 @@
-"""The Lightning trainer: everything of it can be set; what is not set follows the machine."""
+"""The Lightning trainer and the kernels it trains with. Every option can be set; what is not set follows the machine."""
 
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +13,7 @@ import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from timm.layers import set_fused_attn
 
 from sslvision.backbones.backbone import Backbone
@@ -33,43 +38,82 @@ def build_trainer(
     max_steps: int = -1,
     checkpoints: AtomicCheckpoints | None = None,
 ) -> L.Trainer:
-    """Assemble the trainer.
+    """Build the Lightning trainer.
 
     Args:
-        folder: the run's folder.
-        epochs: passes over the data; -1: until `max_steps`.
-        steps: optimizer updates of the whole run.
-        dry_run: stop after two updates.
-        loggers, callbacks: handed on.
-        options: the person's `trainer.*` settings; they win over the defaults below.
-        max_steps: stop after so many updates, be it in the middle of an epoch; -1: after the last epoch.
-        checkpoints: how they are written; precision and accumulated batches in effect are added to their record.
+        folder: The run folder.
+        epochs: Passes over the data; -1 for no limit but `max_steps`.
+        steps: Optimizer updates of the whole run.
+        dry_run: Stop after two updates.
+        loggers, callbacks: Passed on to Lightning.
+        options: The user's `trainer.*` settings; they override the defaults below.
+        max_steps: Stop after this many updates, even in mid-epoch; -1 for no limit but `epochs`.
+        checkpoints: How checkpoints are written. The precision and the number of accumulated batches in effect are added
+            to its record.
 
     Raises:
-        UsageError: Lightning refuses an option.
+        UsageError: Lightning rejects an option.
     """
     defaults: dict[str, Any] = {
-        "precision": _precision(options.get("accelerator", "auto")),
+        "precision": _default_precision(options.get("accelerator", "auto")),
         "log_every_n_steps": max(1, min(50, steps // 100)),  # a short run has a learning curve too
-        "enable_model_summary": False,  # the effective configuration says it better
+        "enable_model_summary": False,  # the printed configuration contains it
         "num_sanity_val_steps": 0,
         "enable_checkpointing": True,
     }
     checkpoints = checkpoints or AtomicCheckpoints()
+    with _rejections(options):
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            max_steps=2 if dry_run else max_steps,
+            default_root_dir=folder,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[checkpoints, *(options.get("plugins") or [])],
+            use_distributed_sampler=False,
+            **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
+        )
+    checkpoints.record |= {"precision": str(trainer.precision), "accumulate": trainer.accumulate_grad_batches}
+    return trainer
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What Lightning makes of `trainer.accelerator`, `devices`, `strategy` and `precision` on this machine.
+
+    Attributes:
+        device: The device of this process.
+        world_size: Number of training processes.
+        precision: dtype of matrix products.
+    """
+
+    device: torch.device
+    world_size: int
+    precision: torch.dtype
+
+
+def resolve_machine(options: dict[str, Any]) -> Machine:
+    """Return what a trainer with these options will train on.
+
+    Raises:
+        UsageError: Lightning rejects an option.
+    """
+    names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
+    given = {"precision": _default_precision(options.get("accelerator", "auto")), **options}
+    with _rejections(options):  # Lightning resolves them in this class only, a private one; Trainer calls it first
+        connector = _AcceleratorConnector(**{name: given[name] for name in names if name in given})
+    strategy = connector.strategy
+    precision = _dtype_of(strategy.precision_plugin.precision)
+    return Machine(strategy.root_device, getattr(strategy, "world_size", 1), precision)
+
+
+@contextmanager
+def _rejections(options: dict[str, Any]) -> Iterator[None]:
+    """Turn Lightning's errors about an option into a UsageError."""
     try:
         with warnings.catch_warnings():
-            # "GPU available but not used" and the like: the person asked for it.
-            warnings.simplefilter("ignore")
-            trainer = L.Trainer(
-                max_epochs=epochs,
-                max_steps=2 if dry_run else max_steps,
-                default_root_dir=folder,
-                logger=loggers,
-                callbacks=callbacks,
-                plugins=[checkpoints, *(options.get("plugins") or [])],
-                use_distributed_sampler=False,
-                **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
-            )
+            warnings.simplefilter("ignore")  # "GPU available but not used" and the like: the user asked for it
+            yield
     except (
         TypeError,
         ValueError,
@@ -78,106 +122,31 @@ def build_trainer(
         L.utilities.exceptions.MisconfigurationException,
     ) as error:
         shown = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
-        raise UsageError(f"Lightning refuses {shown or 'the trainer'}: {error}") from error
-    checkpoints.record |= {"precision": str(trainer.precision), "accumulate": trainer.accumulate_grad_batches}
-    return trainer
+        raise UsageError(f"Lightning rejects {shown or 'the trainer'}: {error}") from error
 
 
-def _precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bf16 where the hardware has units for it; on a CPU without them it is a hundred times slower."""
-    if trains_on_cpu(accelerator):
-        return "bf16-mixed" if _cpu_has_bf16() else "32-true"
-    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
-
-
-def _cpu_has_bf16() -> bool:
-    features = torch.cpu.get_capabilities()
-    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-
-
-def choose_kernels(accelerator: str) -> None:
-    """Choose the faster of equivalent kernels, for the whole process."""
-    on_cpu = trains_on_cpu(accelerator)
-    # On a CPU two batched products beat the fused kernel, which is made for long sequences (in bf16 tenfold).
-    set_fused_attn(not on_cpu)
-    # "high" is TF32 on a GPU. On a CPU "medium" has oneDNN multiply in place of MKL, which is slow on other makers' chips;
-    # fp32 stays fp32 but for matrix units (AMX), which it would have multiply in bf16.
-    exact = bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if exact else "medium")
-    if on_cpu:
-        keep_freed_memory()
-        if not torch.cuda.is_available():
-            # Optimizers ask in every step whether there is a GPU. Lightning has torch look for its driver then, which takes
-            # as long as ten small operations; the usual way to ask is quick where there is none.
-            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-
-
-def choose_layers(
-    method: Method,
-    device: torch.device,
-    *,
-    compiled: bool | None = None,
-    captured: bool | None = None,
-    processes: int = 1,
-    accumulated: int = 1,
-) -> None:
-    """Choose how a method's steps are computed. Where it is not set, what pays on the device.
-
-    Args:
-        method: before DDP wraps it.
-        device: on which it trains.
-        compiled: have its blocks and losses compiled; by default on CUDA. If not, a CPU computes them its own way.
-        captured: have each step be two CUDA graphs, see nn/cuda_graphs.py; by default with a ViT or Swin on one CUDA device,
-            unless activations are computed again in the backward pass, whose random numbers a graph cannot wind back.
-        processes: how many train together. Graphs leave gradients where DDP does not see them.
-        accumulated: batches of an update. Graphs of more than one are taken only if asked for: no GPU has proved them yet.
-
-    Raises:
-        UsageError: `captured` where that cannot be.
-    """
-    if device.type == "cuda":
-        suit_cuda(method)
-    if wanted(compiled, device):
-        method.compile_blocks()
-    elif device.type == "cpu":
-        suit_cpu(method)
-    reason = why_not_captured(method, device, processes)
-    if captured and reason:
-        raise UsageError(f"cuda_graphs=true cannot be: {reason}. Leave it out.")
-    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
-    # ViT and Swin, which encode visible patches alone, are known to ask the device nothing; of others only a person can say.
-    usual = accumulated == 1 and all(backbone.supports_masking for backbone in backbones)
-    if captured or (captured is None and not reason and usual):
-        method.capture_steps()
-
-
-def choose_layers_for(trainer: L.Trainer, method: Method, *, compiled: bool | None, captured: bool | None) -> None:
-    """Choose how a method's steps are computed under a trainer; see `choose_layers`."""
-    choose_layers(
-        method,
-        trainer.strategy.root_device,
-        compiled=compiled,
-        captured=captured,
-        processes=trainer.world_size,
-        accumulated=trainer.accumulate_grad_batches,
-    )
-
-
-def why_not_captured(method: Method, device: torch.device, processes: int) -> str:
-    """Return why a method's steps cannot be CUDA graphs; nothing if they can."""
-    if device.type != "cuda":
-        return f"there are none on {device.type}"
-    if processes > 1:
-        return f"{processes} processes exchange gradients during the backward pass"
-    if not vars(type(method)).get("capturable"):  # a subclass may do in Python what a graph would do but once
-        return f"{type(method).__name__} is not made for them"
-    checkpointed = any(isinstance(one, Backbone) and one.activation_checkpointing for one in method.modules())
-    return "activation_checkpointing=true computes activations a second time" if checkpointed else ""
+def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, checkpoint: Path | None) -> None:
+    """Train, starting from a checkpoint if one is given."""
+    # Lightning would load the checkpoint into a single-precision method, and convert that to double afterwards.
+    trainer.precision_plugin.convert_module(method)
+    trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
 
 
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:
-    """Return the type in which the trainer's precision has matrix products computed."""
-    return torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
+    """Return the dtype of matrix products under the trainer's precision."""
+    return _dtype_of(trainer.precision)
+
+
+def _dtype_of(precision: Any) -> torch.dtype:
+    return torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
+
+
+def _default_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """bf16 where the hardware has units for it; a CPU without them is a hundred times slower in bf16."""
+    if trains_on_cpu(accelerator):
+        features = torch.cpu.get_capabilities()
+        return "bf16-mixed" if features.get("avx512_bf16") or features.get("amx_bf16") else "32-true"
+    return "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def trains_on_cpu(accelerator: str) -> bool:
@@ -187,13 +156,103 @@ def trains_on_cpu(accelerator: str) -> bool:
     )
 
 
-def device_of(setting: str) -> torch.device:
-    """Return the device that auto, cpu, cuda or mps means here.
+def select_device(setting: str) -> torch.device:
+    """Return the device that auto, cpu, cuda or mps means on this machine.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: There is no such device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if setting != "auto" and not there[setting]:
-        raise UsageError(f"device={setting}: there is none here; say device=auto.")
-    return torch.device(next(kind for kind in there if there[kind]) if setting == "auto" else setting)
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if setting != "auto" and not available[setting]:
+        raise UsageError(f"device={setting}: this machine has none; use device=auto.")
+    return torch.device(next(kind for kind in available if available[kind]) if setting == "auto" else setting)
+
+
+def configure_torch(accelerator: str) -> None:
+    """Select the faster of equivalent kernels and the allocator's behavior, for the whole process.
+
+    Args:
+        accelerator: `trainer.accelerator`, or the type of the device.
+    """
+    on_cpu = trains_on_cpu(accelerator)
+    # On a CPU two batched products beat the fused kernel, which is made for long sequences (tenfold in bf16).
+    set_fused_attn(not on_cpu)
+    # "high" is TF32 on a GPU. On a CPU "medium" makes oneDNN multiply instead of MKL, which is slow on other vendors' chips;
+    # fp32 stays fp32, except with matrix units (AMX), where oneDNN would multiply in bf16.
+    has_amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    torch.set_float32_matmul_precision("high" if not on_cpu else "highest" if has_amx else "medium")
+    if on_cpu:
+        keep_freed_memory()
+        if not torch.cuda.is_available():
+            # Optimizers check for a GPU in every step. Lightning makes torch query the driver for it, which takes as long as
+            # ten small operations; the usual check is quick where there is no driver.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+
+
+def configure_method(
+    method: Method,
+    device: torch.device,
+    *,
+    compile: bool | None = None,
+    cuda_graphs: bool | None = None,
+    world_size: int = 1,
+    accumulate: int = 1,
+) -> None:
+    """Compile a method's blocks, capture its steps in CUDA graphs, or replace its layers by faster equivalents.
+
+    Args:
+        method: The method, before DDP wraps it.
+        device: The device it trains on.
+        compile: Compile its blocks and losses; None: on CUDA only. Without it, a CPU gets layers of its own.
+        cuda_graphs: Run each step as two CUDA graphs, see nn/cuda_graphs.py. None: for a ViT or Swin on one CUDA device,
+            without activation checkpointing (a graph cannot rewind its random numbers).
+        world_size: Number of training processes. Graphs leave gradients where DDP does not see them.
+        accumulate: Batches per update. With more than one, graphs are used only on request: no GPU has proved them yet.
+
+    Raises:
+        UsageError: `cuda_graphs` is true where graphs are not possible.
+    """
+    if device.type == "cuda":
+        suit_cuda(method)
+    if wanted(compile, device):
+        method.compile_blocks()
+    elif device.type == "cpu":
+        suit_cpu(method)
+    obstacle = cuda_graph_obstacle(method, device, world_size)
+    if cuda_graphs and obstacle:
+        raise UsageError(f"cuda_graphs=true is not possible: {obstacle}. Remove it.")
+    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
+    # ViT and Swin, which encode visible patches only, are known not to synchronize with the device; others are not.
+    proven = accumulate == 1 and all(backbone.supports_masking for backbone in backbones)
+    if cuda_graphs or (cuda_graphs is None and not obstacle and proven):
+        method.capture_steps()
+
+
+def cuda_graph_obstacle(method: Method, device: torch.device, world_size: int) -> str:
+    """Return why a method's steps cannot be CUDA graphs; an empty string if they can."""
+    if device.type != "cuda":
+        return f"{device.type} has none"
+    if world_size > 1:
+        return f"{world_size} processes exchange gradients during the backward pass"
+    if not vars(type(method)).get(
+        "capturable"
+    ):  # not inherited: a subclass may run Python code that a graph runs only once
+        return f"{type(method).__name__} does not support them"
+    checkpointed = any(isinstance(one, Backbone) and one.activation_checkpointing for one in method.modules())
+    return "activation_checkpointing=true recomputes activations" if checkpointed else ""
+
+
+def silence_lightning() -> None:
+    """Silence Lightning's messages that the user can do nothing about, or that our printed configuration contains."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
+        ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
+        ".*The dirpath has changed.*",  # a run folder may be moved; we do not use what the callback forgets
+        ".*module\\(s\\) in eval mode at the start of training.*",  # a teacher is
+        ".*dataloader is not resumable.*",  # its sampler starts at the trainer's position
+        ".*does not have many workers.*",  # images in memory need none
+        ".*smaller than the logging interval.*",  # the last update is always logged
+        ".*no `val_dataloader`.*",  # a data set may be too small for validation
+    ):
+        warnings.filterwarnings("ignore", message=message)

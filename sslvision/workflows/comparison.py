@@ -1,17 +1,17 @@
-"""What was pretraining worth? Four ways to the same classifier, at several numbers of labels, every one tuned alike.
+"""The value of pretraining: four ways to the same classifier, at several numbers of labels, all tuned alike.
 
-    from scratch      the network with random weights, all of it trained
-    frozen features   a linear head on the pretrained features: nothing else is trained
-    partial           that head first; then the upper half of the blocks is trained with it
-    full              that head first; then everything is trained
+    from scratch      the network with random weights, trained completely
+    frozen features   a linear head on the pretrained features, nothing else trained
+    partial           starts from that head, and trains the upper half of the blocks with it
+    full              starts from that head, and trains everything
 
-All that train are tried with the same learning rates, on the labeled images of the first seed; the rate whose weights do
-best on the validation images is kept for the other seeds. The L2 strength of the linear head is chosen by the same images.
-They are set aside before, belong to no training set, and are the same for all arms and numbers of labels. From scratch
-takes `scratch_longer` times as many updates, since it starts from nothing. Training sets
-grow: that of five labels has that of two inside. Test images choose nothing.
+The arms that train try the same learning rates on the labeled images of the first seed; the rate that does best on the
+validation images is used for the other seeds. The L2 strength of the linear head is chosen on the same images. They are
+set aside first, belong to no training set, and are the same for all arms and numbers of labels. From scratch gets
+`scratch_longer` times as many updates, because it starts from nothing. Training sets are nested: the one of five labels
+contains the one of two. Nothing is chosen on test images.
 
-Every training is written down when it is done and never repeated, so a comparison may be stopped and called again.
+Every training is recorded when it is done and never repeated, so a comparison can be stopped and started again.
 """
 
 import csv
@@ -36,20 +36,26 @@ from sslvision.figures.label_efficiency import Cell, label_efficiency_figure
 from sslvision.runs import run_folder
 from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune
-from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
-from sslvision.workflows.console import print_comparison, print_configuration
-from sslvision.workflows.labeled_data import Encoded, LabeledData, encode, open_labeled_data, rank
-from sslvision.workflows.pretraining import hush_lightning
-from sslvision.workflows.transfer import (
+from sslvision.training.trainer import Machine, configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows.classifier_training import (
     Head,
-    adapt_statistics,
-    batch_size,
-    build,
-    classifier,
-    fit,
+    adapt_batch_norms,
+    build_classifier,
+    build_classifier_trainer,
+    build_network,
     fit_head,
     from_scratch,
+    plan_training,
+    train_classifier,
     with_method,
+)
+from sslvision.workflows.console import print_comparison, print_configuration
+from sslvision.workflows.labeled_data import (
+    Features,
+    LabeledData,
+    frozen_features,
+    open_labeled_data,
+    rank_classes,
 )
 
 SCRATCH, FROZEN, PARTIAL, FULL = ARMS = ("from scratch", "frozen features", "partial", "full")
@@ -59,128 +65,130 @@ MAY_CHANGE = ("labels_per_class", "seeds", "name", "output_dir", "resume", "over
 CONTENTS = """\
 # {name}
 
-Made by `{command}`. The same command goes on where it was stopped.
+Made by `{command}`. The same command continues where it was stopped.
 
 | file | what it is |
 | --- | --- |
-| comparison.csv | mean and deviation of top-1 for each arm and number of labels |
-| comparison.png | the same as a picture |
-| cells.jsonl | every training there was: arm, labels, seed, rate, validation and test accuracy, seconds |
-| config.yaml, environment.json | every setting; versions, git commit and hardware |
+| comparison.csv | mean and standard deviation of top-1 for each arm and number of labels |
+| comparison.png | the same as a figure |
+| cells.jsonl | every training: arm, labels, seed, learning rate, validation and test accuracy, seconds |
+| config.yaml, environment.json | all settings; versions, git commit and hardware |
 """
 
-Point = tuple[str, Any, int, float]  # arm, labels per class, seed, learning rate in parts of pretraining's
+Point = tuple[str, Any, int, float]  # arm, labels per class, seed, learning rate as a ratio to pretraining's
 
 
-def compare(config: Finetune, folder: Path, words: Sequence[str] = ()) -> list[Cell]:
-    """Run the comparison, or what is left of it.
+def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list[Cell]:
+    """Run the comparison, or the rest of it.
 
     Returns:
         A cell for each arm and number of labels.
 
     Raises:
-        UsageError: more than one device, or another comparison's folder.
+        UsageError: There is more than one device, or the folder belongs to another comparison.
     """
     console = Console(soft_wrap=True, highlight=False)
-    hush_lightning()
-    choose_kernels(config.trainer.get("accelerator", "auto"))
-    trainer = build_trainer(
-        folder=folder, epochs=1, steps=1, dry_run=True, loggers=[], callbacks=[], options=config.trainer
-    )
-    if trainer.world_size > 1:
+    silence_lightning()
+    configure_torch(settings.trainer.get("accelerator", "auto"))
+    machine = resolve_machine(settings.trainer)
+    if machine.world_size > 1:
         raise UsageError(
-            "A comparison trains many small networks one after another, on one device: leave trainer.devices at 1, and run "
-            "several commands beside one another for several devices."
+            "A comparison trains many small networks one after another, on one device: set trainer.devices=1. To use several "
+            "devices, run several commands at once."
         )
-    labeled = open_labeled_data(config, validate_on=VALIDATE_ON)
+    labeled = open_labeled_data(settings, validate_on=VALIDATE_ON)
     if labeled.validation is None:
-        raise UsageError("A comparison chooses learning rates on validation images: set holdout above 0.")
-    done = claim(config, folder, words)
-    bench = Comparison(config, labeled, done, folder, console, compute_dtype(trainer), trainer.strategy.root_device)
+        raise UsageError("A comparison chooses learning rates on validation images: set holdout to more than 0.")
+    done = claim(settings, folder, words)
+    comparison = Comparison(settings, labeled, machine, done, folder, console)
     cells: list[Cell] = []
     rows = {
         "weights": labeled.weights,
-        "images": f"{labeled.train.name}: {len(labeled.train):,} to draw from, {len(labeled.validation):,} to choose by, "
-        f"{len(labeled.test):,} to score by",
-        "rates": f"{', '.join(map(str, config.lr_ratios))} of pretraining's {labeled.base_lr:g} per 256 images",
-        "trainings": f"{bench.total}, of which {len(done)} are done",
+        "images": f"{labeled.train.name}: {len(labeled.train):,} to draw training sets from, {len(labeled.validation):,} for "
+        f"validation, {len(labeled.test):,} for testing",
+        "learning rates": f"{', '.join(map(str, settings.lr_ratios))} times pretraining's {labeled.base_lr:g} per 256 images",
+        "trainings": f"{comparison.total}, {len(done)} of them done",
         "folder": str(folder),
     }
-    print_configuration(console, rows, title=config.about or folder.name)
-    for labels in config.labels_per_class:
-        cells += [bench.cell(arm, labels) for arm in ARMS]
+    print_configuration(console, rows, title=settings.about or folder.name)
+    for labels in settings.labels_per_class:
+        cells += [comparison.cell(arm, labels) for arm in ARMS]
         write(cells, folder, labeled)
-        print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images of each class")
-    spent = sum(entry["seconds"] for entry in bench.done.values())
+        print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images per class")
+    spent = sum(entry["seconds"] for entry in comparison.done.values())
     console.print(
-        f"{len(bench.done)} trainings, {spent:,.0f} s. Everything is in {folder}; its README.md says what is what."
+        f"{len(comparison.done)} trainings in {spent:,.0f} s. Everything is in {folder}, described in its README.md."
     )
     return cells
 
 
-def claim(config: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, dict[str, Any]]:
-    """Take the comparison's folder, and return the trainings done before.
+def claim(settings: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, dict[str, Any]]:
+    """Claim the comparison's folder, and return the trainings done before.
 
     Raises:
-        UsageError: the folder is in use by something else, or by a comparison with other settings.
+        UsageError: The folder is used by something else, or by a comparison with other settings.
     """
     record, kept = folder / "cells.jsonl", folder / "settings.json"
-    settings = json.loads(json.dumps(redact(dataclasses.asdict(config))))
-    resumes = kept.is_file() and not (config.overwrite or config.dry_run)
-    if resumes:
+    plain = json.loads(json.dumps(redact(dataclasses.asdict(settings))))
+    resumes = kept.is_file() and not (settings.overwrite or settings.dry_run)
+    done = recorded_trainings(record) if resumes else {}
+    if done:  # before the first training is done, any setting may be corrected
         before = json.loads(kept.read_text())
-        changed = [key for key in settings if key not in MAY_CHANGE and settings[key] != before.get(key)]
+        changed = [key for key in plain if key not in MAY_CHANGE and plain[key] != before.get(key)]
         if changed:
-            told = ", ".join(f"{key}={settings[key]} (it was {before.get(key)})" for key in changed)
+            differing = ", ".join(f"{key}={plain[key]} (it was {before.get(key)})" for key in changed)
             raise UsageError(
-                f"{folder} holds a comparison with other settings: {told}. Give this one another name=, or overwrite=true."
+                f"{folder} holds a comparison with other settings: {differing}. Use another name= or overwrite=true."
             )
-    run_folder.claim(folder, overwrite=config.overwrite or config.dry_run, resume=resumes)
-    run_folder.describe(folder, dataclasses.asdict(config), words, command="finetune", contents=CONTENTS)
-    run_folder.write_json(kept, settings)
-    if not record.is_file():
-        return {}
-    lines = record.read_text().splitlines()
-    found = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have torn the last one
-    record.write_text("".join(json.dumps(entry) + "\n" for entry in found))
-    return {(entry["arm"], entry["labels"], entry["seed"], entry["lr_ratio"]): entry for entry in found}
+    run_folder.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=resumes)
+    run_folder.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
+    run_folder.write_json(kept, plain)
+    record.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()))
+    return done
+
+
+def recorded_trainings(file: Path) -> dict[Point, dict[str, Any]]:
+    """Return the trainings recorded in cells.jsonl; its last line may be incomplete after a kill."""
+    lines = file.read_text().splitlines() if file.is_file() else []
+    entries = [json.loads(line) for line in lines if line.endswith("}")]
+    return {(entry["arm"], entry["labels"], entry["seed"], entry["lr_ratio"]): entry for entry in entries}
 
 
 class Comparison:
-    """The trainings of a comparison, those that are done and those to do."""
+    """The trainings of a comparison, done and to do."""
 
     def __init__(
         self,
-        config: Finetune,
+        settings: Finetune,
         labeled: LabeledData,
+        machine: Machine,
         done: dict[Point, dict[str, Any]],
         folder: Path,
         console: Console,
-        precision: torch.dtype,
-        device: torch.device,
     ):
-        self.config, self.labeled, self.done, self.folder, self.console = config, labeled, done, folder, console
-        self.precision, self.device = precision, device
+        self.settings, self.labeled, self.machine = settings, labeled, machine
+        self.done, self.folder, self.console = done, folder, console
         assert labeled.validation is not None
         assert labeled.train.labels is not None
         self.validation, self.labels = labeled.validation, labeled.train.labels
-        tried = len(config.lr_ratios) + config.seeds - 1
-        self.total = len(config.labels_per_class) * (config.seeds + tried * (len(ARMS) - 1))
-        self.settings = {
-            SCRATCH: from_scratch(config),
-            PARTIAL: with_method(config, freeze=0.5, freeze_stages=0),
-            FULL: with_method(config, freeze=0, freeze_stages=0),
+        tried = len(settings.lr_ratios) + settings.seeds - 1
+        self.total = len(settings.labels_per_class) * (settings.seeds + tried * (len(ARMS) - 1))
+        rated = dataclasses.replace(settings, lr=None, base_lr=None)  # every arm is tried with lr_ratios
+        self.settings_of = {
+            SCRATCH: from_scratch(rated),
+            PARTIAL: with_method(rated, freeze=0.5, freeze_stages=0),
+            FULL: with_method(rated, freeze=0, freeze_stages=0),
         }
-        self._encoded: list[Encoded] | None = None
+        self._features: list[Features] | None = None
         self._heads: dict[tuple[int, int], tuple[Head, dict[str, Any]]] = {}  # by number of images and seed
 
     def cell(self, arm: str, labels: Any) -> Cell:
-        """Return mean and deviation over the seeds, each with the rate that validated best with the first."""
-        seeds = range(self.config.seed, self.config.seed + self.config.seeds)
+        """Return mean and standard deviation over the seeds, each with the rate that validated best with the first."""
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.seeds)
         if arm == FROZEN:
             entries = [self.entry((arm, labels, seed, 0.0)) for seed in seeds]
         else:
-            tried = [self.entry((arm, labels, seeds[0], ratio)) for ratio in self.config.lr_ratios]
+            tried = [self.entry((arm, labels, seeds[0], ratio)) for ratio in self.settings.lr_ratios]
             best = max(tried, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
             entries = [best, *(self.entry((arm, labels, seed, best["lr_ratio"])) for seed in seeds[1:])]
         scores = [entry["test_top1"] for entry in entries]
@@ -194,11 +202,11 @@ class Comparison:
         )
 
     def entry(self, point: Point) -> dict[str, Any]:
-        """Return a training's record, after doing it if it is not done."""
+        """Return the record of a training, after doing it if it is not done."""
         if point not in self.done:
             started, (arm, labels, seed, ratio) = time.perf_counter(), point
             indices = draw_per_class(self.labels, None if labels == "all" else labels, seed=seed)
-            found = self._frozen(indices, seed)[1] if arm == FROZEN else self._trained(arm, indices, seed, ratio)
+            found = self._fit_frozen(indices, seed)[1] if arm == FROZEN else self._train(arm, indices, seed, ratio)
             entry = {
                 **{"arm": arm, "labels": labels, "seed": seed, "lr_ratio": ratio, "images": len(indices)},
                 **found,
@@ -209,81 +217,83 @@ class Comparison:
                 file.flush()
                 os.fsync(file.fileno())
             self.done[point] = entry
-            rated = "" if arm == FROZEN else f", rate {ratio:g}"
+            rate = "" if arm == FROZEN else f", rate {ratio:g}"
             self.console.print(
-                f"{len(self.done)}/{self.total}  {arm}, {labels} per class, seed {seed}{rated}: "
+                f"{len(self.done)}/{self.total}  {arm}, {labels} per class, seed {seed}{rate}: "
                 f"validation {entry['val_top1']:.1f}, test {entry['test_top1']:.1f} %, {entry['seconds']:.0f} s"
             )
         return self.done[point]
 
-    def _frozen(self, indices: torch.Tensor, seed: int) -> tuple[Head, dict[str, Any]]:
+    def _fit_frozen(self, indices: torch.Tensor, seed: int) -> tuple[Head, dict[str, Any]]:
         """Fit a linear head on frozen features, once; return it and its accuracies in percent."""
         if (known := self._heads.get((len(indices), seed))) is not None:
             return known
-        if self._encoded is None:
-            backbone = build(self.config, pretrained=True, seed=self.config.seed).to(self.device)
+        if self._features is None:
+            backbone = build_network(self.settings, pretrained=True, seed=self.settings.seed).to(self.machine.device)
             sources = (self.labeled.train, self.validation, self.labeled.test)
-            self._encoded = [encode(backbone, self.labeled, one, precision=self.precision) for one in sources]
-        pool, held, tested = self._encoded
-        rows = torch.isin(pool.indices, indices)  # those of the indices that can be read
+            self._features = [
+                frozen_features(backbone, self.labeled, source, precision=self.machine.precision) for source in sources
+            ]
+        pool, validation, test = self._features
+        rows = torch.isin(pool.indices, indices)  # the indices that can be read
         classes = len(self.labeled.classes)
         probe = linear_probe(
-            pool.features[rows].to(self.device),
+            pool.features[rows].to(self.machine.device),
             pool.labels[rows],
-            tested.features,
-            tested.labels,
-            validation=(held.features, held.labels),
+            test.features,
+            test.labels,
+            validation=(validation.features, validation.labels),
             num_classes=classes,
             seed=seed,
         )
         head = (probe.weight, probe.bias)
-        ranking = ranking_of(F.linear(held.features, *(part.cpu() for part in head)))
-        fitted = (
-            head,
-            {
-                "val_top1": score(ranking, held.labels, classes=classes).top1,
-                "test_top1": score(probe.ranking, tested.labels, classes=classes).top1,
-                "l2": probe.l2,
-            },
-        )
-        self._heads[len(indices), seed] = fitted
-        return fitted
+        ranking = ranking_of(F.linear(validation.features, *(part.cpu() for part in head)))
+        accuracies = {
+            "val_top1": score(ranking, validation.labels, classes=classes).top1,
+            "test_top1": score(probe.ranking, test.labels, classes=classes).top1,
+            "l2": probe.l2,
+        }
+        self._heads[len(indices), seed] = head, accuracies
+        return head, accuracies
 
-    def _trained(self, arm: str, indices: torch.Tensor, seed: int, ratio: float) -> dict[str, Any]:
+    def _train(self, arm: str, indices: torch.Tensor, seed: int, ratio: float) -> dict[str, Any]:
         """Train an arm on some of the labeled images; return its accuracies in percent."""
         labeled = dataclasses.replace(self.labeled, train=Subset(self.labeled.train, indices))
-        config = self.settings[arm]
-        method = classifier(
-            config,
+        device, precision = self.machine.device, self.machine.precision
+        plan = plan_training(
+            self.settings_of[arm],
             labeled,
-            build(config, pretrained=arm != SCRATCH, seed=seed),
-            lr=ratio * labeled.base_lr * batch_size(config, labeled) / 256,
+            self.machine,
+            folder=self.folder,
+            lr_ratio=ratio,
             seed=seed,
+            pretrained=arm != SCRATCH,
+            head_first=arm != SCRATCH,
         )
-        if arm != SCRATCH:
-            adapted = adapt_statistics(method.backbone.to(self.device), labeled, seed=seed)
-            method.start_head(
-                *fit_head(labeled, method.backbone, precision=self.precision, seed=seed)[0]
-                if adapted
-                else self._frozen(indices, seed)[0]
-            )
-        fitted = fit(config, labeled, method, folder=self.folder)
-        ranking, labels = rank(fitted.method.evaluated.to(self.device), labeled, labeled.test, precision=self.precision)
+        trainer = build_classifier_trainer(plan, labeled)
+        method = build_classifier(plan, labeled)
+        if plan.head_first:
+            head, _ = self._fit_frozen(indices, seed)
+            if adapt_batch_norms(method.backbone.to(device), labeled, seed=seed):
+                head, _ = fit_head(labeled, method.backbone, precision=precision, seed=seed)
+            method.start_head(*head)
+        best = train_classifier(plan, labeled, method, trainer)
+        ranking, labels = rank_classes(method.evaluated.to(device), labeled, labeled.test, precision=precision)
         return {
-            "val_top1": fitted.best["val_top1"],
-            "val_loss": fitted.best["val_loss"],
+            "val_top1": best["val_top1"],
+            "val_loss": best["val_loss"],
             "test_top1": score(ranking, labels, classes=len(labeled.classes)).top1,
-            "updates": fitted.updates,
+            "updates": plan.updates,
         }
 
 
 def write(cells: Sequence[Cell], folder: Path, labeled: LabeledData) -> None:
-    """Write the table and its picture."""
+    """Write the table and its figure."""
     with open(folder / "comparison.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, list(cells[0]))
         rows.writeheader()
         rows.writerows(
             {**cell, "mean": f"{cell['mean']:.2f}", "deviation": f"{cell['deviation']:.2f}"} for cell in cells
         )
-    title = f"{labeled.test.name}: what pretraining is worth"
+    title = f"{labeled.test.name}: the value of pretraining"
     label_efficiency_figure(cells, title=title, classes=len(labeled.classes)).savefig(folder / "comparison.png")

@@ -1,10 +1,11 @@
-"""What a person reads in the terminal: the effective configuration before the first step, findings and tables at the end."""
+"""What the commands print: the configuration in effect before the first step, findings and tables at the end."""
 
 from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as L
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
@@ -17,34 +18,40 @@ from sslvision.training.callbacks.unreadable_images import UnreadableImages
 
 
 def print_configuration(console: Console, rows: Mapping[str, str], title: str) -> None:
-    """Print what is about to happen."""
+    """Print the configuration in effect."""
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)
     console.print(Panel(table, title=title, title_align="left", box=box.ROUNDED, expand=False))
 
 
+def print_findings(console: Console, findings: Sequence[str]) -> None:
+    """Print what the user should know about a run."""
+    for finding in findings:
+        console.print(f"[yellow]{escape(finding)}[/]")
+
+
 def findings_of(trainer: L.Trainer) -> list[str]:
-    """Return what a person should know about how training went."""
+    """Return what the callbacks found: unreadable images, skipped updates, waiting for data, collapse."""
     findings: list[str] = []
-    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(watcher, UnreadableImages | SkippedUpdates | DataWaits) and watcher.found:
-            findings.append(watcher.summary())
-        elif isinstance(watcher, Health):
-            findings += watcher.found.values()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, UnreadableImages | SkippedUpdates | DataWaits) and callback.found:
+            findings.append(callback.summary())
+        elif isinstance(callback, Health):
+            findings += callback.found.values()
     return findings
 
 
 def waiting_of(trainer: L.Trainer) -> dict[str, float]:
-    """Return how much of the time went into waiting for images, if it was measured."""
-    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(watcher, DataWaits) and watcher.share is not None:
-            return {"waiting_for_data_percent": round(watcher.share, 1)}
+    """Return the percentage of time spent waiting for images, if it was measured."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, DataWaits) and callback.share is not None:
+            return {"waiting_for_data_percent": round(callback.share, 1)}
     return {}
 
 
 def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Print k-NN and linear-probe accuracy and RankMe, a line for each set of features, the first one set off."""
+    """Print k-NN accuracy, linear-probe accuracy and RankMe, a row for each set of features, the first row bold."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("frozen features")
     table.add_column("k-NN top-1 %", justify="right")
@@ -57,8 +64,8 @@ def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], titl
     console.print(table)
 
 
-def print_probe(console: Console, rows: Mapping[str, Scores], title: str) -> None:
-    """Print the scores of each classifier ("k-NN, k = 10", "linear probe", "fine-tuned"), a line for each."""
+def print_classifiers(console: Console, rows: Mapping[str, Scores], title: str) -> None:
+    """Print the scores of classifiers ("k-NN, k = 10", "linear probe", "fine-tuned"), a row for each."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("classifier")
     for heading in ("top-1 %", "95 % interval", "top-5 %", "mean per class %"):
@@ -72,7 +79,7 @@ def print_probe(console: Console, rows: Mapping[str, Scores], title: str) -> Non
 
 
 def print_comparison(console: Console, cells: Sequence[Cell], title: str) -> None:
-    """Print top-1, and its standard deviation over the seeds, by arm and labels per class; in each column the best is bold."""
+    """Print top-1 accuracy with its standard deviation over the seeds, by arm and labels per class; a column's best is bold."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.padding, table.pad_edge, table.show_edge = (0, 1, 0, 0), False, False  # six columns fit a terminal's 80
     table.add_column("labels\nper class")

@@ -1,21 +1,19 @@
-"""Stage two: a pretrained backbone becomes a classifier of a small labeled set, beside the same network from scratch.
+"""Fine-tuning: a pretrained backbone becomes a classifier of a small labeled set, beside the same network from scratch.
 
-The head comes first: fitted on frozen features, it is what training goes on from (LP-FT: Kumar et al. 2022,
-arXiv:2202.10054), so that the gradients of a random head do not spoil the features. Then the layers that are not frozen
-train, at a tenth of the pretraining rate. The weights that did best on the validation images are kept.
+The head comes first: fitted on frozen features, it is where training starts (LP-FT: Kumar et al. 2022, arXiv:2202.10054),
+so that the gradients of a random head do not distort the features. Then the layers that are not frozen train, at a tenth
+of the learning rate of pretraining. The weights that did best on the validation images are kept.
 """
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
-import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
-from rich.markup import escape
 
 from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.curves import learning_curve_figure
@@ -33,21 +31,25 @@ from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoint
 from sslvision.training.callbacks.progress import Progress
 from sslvision.training.callbacks.stop_on_signal import StopOnSignal
 from sslvision.training.callbacks.unreadable_images import UnreadableImages
-from sslvision.training.trainer import build_trainer, choose_kernels, compute_dtype
-from sslvision.workflows.console import findings_of, print_configuration, print_probe, waiting_of
-from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank
-from sslvision.workflows.pretraining import hush_lightning
-from sslvision.workflows.transfer import (
-    Fitted,
-    adapt_statistics,
-    batch_size,
-    build,
-    classifier,
-    fit,
+from sslvision.training.trainer import configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows.classifier_training import (
+    TrainingPlan,
+    adapt_batch_norms,
+    build_classifier,
+    build_classifier_trainer,
     fit_head,
     from_scratch,
-    plan,
+    plan_training,
+    train_classifier,
 )
+from sslvision.workflows.console import (
+    findings_of,
+    print_classifiers,
+    print_configuration,
+    print_findings,
+    waiting_of,
+)
+from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank_classes
 
 CONTENTS = """\
 # {name}
@@ -58,231 +60,268 @@ Made by `{command}`.
 | --- | --- |
 | results.json | top-1, top-5 and per-class accuracy of the fine-tuned network, of its frozen features and from scratch |
 | export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
-| figures/ | what is taken for what (confusion), learning curves |
-| metrics.csv, scratch/metrics.csv | loss, rate and validation accuracy by step |
-| checkpoints/last.ckpt, last-1.ckpt, ... | all that `resume=auto` needs to go on, and the same of before |
-| config.yaml | every setting of the run, in full |
+| figures/ | confusion matrix, learning curves |
+| metrics.csv, scratch/metrics.csv | loss, learning rate and validation accuracy by step |
+| checkpoints/last.ckpt, last-1.ckpt, ... | the state from which `resume=auto` continues, and earlier ones |
+| config.yaml | all settings of the run |
 | environment.json | versions, git commit and hardware |
-| unreadable.csv | images that could not be read, if there were any |
+| unreadable.csv | images that could not be read, if any |
 
 Label new images: `python -m sslvision.predict run={folder} images=...`
 """
 
 
-def finetune(config: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Fine-tune, and train from scratch for comparison; export the classifier and say how good it is.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The trainings of a fine-tuning run; `scratch` is None where nothing is trained from random weights."""
+
+    tuned: TrainingPlan
+    scratch: TrainingPlan | None
+
+
+def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
+    """Fine-tune, and train from scratch for comparison; export the classifier and evaluate both.
 
     Args:
-        config: all settings.
-        folder: of the run.
-        words: the command line, for the record.
+        settings: All settings.
+        folder: The run folder.
+        words: The command line, for the record.
 
     Returns:
-        What results.json holds; in all processes but the first, nothing.
+        The content of results.json; empty in all processes but the first.
 
     Raises:
-        UsageError, DataError: before the first step, for settings or data that cannot be; DataError also when too many
+        UsageError, DataError: Before the first step, for settings or data that cannot be used. DataError also when too many
             images turn out unreadable, and Diverged when the loss is no longer finite.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
-    hush_lightning()
-    choose_kernels(config.trainer.get("accelerator", "auto"))
-    labeled = open_labeled_data(config)
-    lr = rate(config, labeled, config.lr_ratio)
-    method = classifier(config, labeled, build(config, pretrained=True, seed=config.seed), lr=lr, seed=config.seed)
-    first, checkpoints, resume = going_on(config, labeled, folder)
+    silence_lightning()
+    configure_torch(settings.trainer.get("accelerator", "auto"))
+    labeled = open_labeled_data(settings)
+    plan = plan_finetuning(settings, labeled, folder)
+    method = build_classifier(plan.tuned, labeled)
+    trainer, resume = prepare_trainer(plan.tuned, labeled)
     findings = resume.findings if resume is not None else []
-    is_first, precision, device = first.is_global_zero, compute_dtype(first), first.strategy.root_device
-    if is_first:
-        take_folder(folder, config, resume)
-        run_folder.describe(folder, dataclasses.asdict(config), words, command="finetune", contents=CONTENTS)
-        print_configuration(console, configuration(config, labeled, method, folder), title=config.about or folder.name)
-        for finding in findings:
-            console.print(f"[yellow]{escape(finding)}[/]")
+    if trainer.is_global_zero:
+        take_folder(folder, settings, resume)
+        run_folder.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
+        print_configuration(
+            console, effective_configuration(plan.tuned, labeled, method), title=settings.about or folder.name
+        )
+        print_findings(console, findings)
 
     scores: dict[str, Scores] = {}
-    if config.head_first and labeled.weights != "random":
-        head, scores["frozen features"] = fit_head(
-            labeled, method.backbone.to(device), precision=precision, seed=config.seed
-        )
-        if adapt_statistics(method.backbone, labeled, seed=config.seed):
-            head, _ = fit_head(labeled, method.backbone, precision=precision, seed=config.seed)
-        method.start_head(*head)
-        if is_first:
-            console.print(f"The head on frozen features: {scores['frozen features'].top1:.1f} % of the test images.")
-    tuned = train(config, labeled, method, folder, checkpoints, resume)
-    scores = {"fine-tuned": test_scores(tuned, labeled, precision)} | scores
-    rates = {"fine-tuned": lr}
-    if config.scratch and labeled.weights != "random":
-        if is_first:
+    if plan.tuned.head_first:
+        scores["frozen features"] = start_from_fitted_head(plan.tuned, labeled, method)
+        if trainer.is_global_zero:
+            console.print(f"Linear head on frozen features: {scores['frozen features'].top1:.1f} % test accuracy.")
+    best = train(plan.tuned, labeled, method, trainer, resume)
+    scores = {"fine-tuned": score_on_test_images(plan.tuned, labeled, method)} | scores
+    if plan.scratch is not None:
+        if trainer.is_global_zero:
             console.print("\nThe same network from random weights:")
-        plain = dataclasses.replace(from_scratch(config), lr=None, base_lr=None)
-        rates["from scratch"] = rate(plain, labeled, config.scratch_lr_ratio)
-        network = build(plain, pretrained=False, seed=config.seed)
-        method = classifier(plain, labeled, network, lr=rates["from scratch"], seed=config.seed)
-        _, checkpoints, resume = going_on(plain, labeled, folder / "scratch")
-        if is_first and resume is not None:
-            resume.set_aside()
-        untuned = train(plain, labeled, method, folder / "scratch", checkpoints, resume)
-        scores["from scratch"] = test_scores(untuned, labeled, precision)
-    if not tuned.trainer.is_global_zero:
+        scores["from scratch"] = train_from_scratch(plan.scratch, labeled)
+    if not trainer.is_global_zero:
         return {}
-    results = finish(config, folder, labeled, tuned, scores, rates, console)
-    findings += findings_of(tuned.trainer)
-    results |= ({"findings": findings} if findings else {}) | waiting_of(tuned.trainer)
+    report(plan, labeled, method, scores, console)
+    findings += (found := findings_of(trainer))
+    print_findings(console, found)
+    print_conclusions(labeled, scores, best, console)
+    results = results_of(plan, labeled, scores, best)
+    results |= ({"findings": findings} if findings else {}) | waiting_of(trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
     run_folder.write_json(folder / "results.json", results)
-    console.print(f"{results['seconds']:.0f} s in all. Everything is in {folder}; its README.md says what is what.")
+    console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
     return results
 
 
-def rate(config: Finetune, labeled: LabeledData, ratio: float) -> float:
-    """Return the peak learning rate: the given one, or a part of pretraining's for as large a batch."""
-    if config.lr is not None:
-        return config.lr
-    base_lr = config.base_lr if config.base_lr is not None else ratio * labeled.base_lr
-    return base_lr * batch_size(config, labeled) / 256
+def plan_finetuning(settings: Finetune, labeled: LabeledData, folder: Path) -> Plan:
+    """Plan the trainings: learning rates, batches, updates and validations, on the machine at hand."""
+    machine, pretrained = resolve_machine(settings.trainer), labeled.weights != "random"
+    tuned = plan_training(
+        settings,
+        labeled,
+        machine,
+        folder=folder,
+        lr_ratio=settings.lr_ratio,
+        seed=settings.seed,
+        pretrained=True,
+        head_first=settings.head_first and pretrained,
+    )
+    if not (settings.scratch and pretrained):
+        return Plan(tuned, None)
+    scratch = plan_training(
+        from_scratch(settings),
+        labeled,
+        machine,
+        folder=folder / "scratch",
+        lr_ratio=settings.scratch_lr_ratio,
+        seed=settings.seed,
+        pretrained=False,
+        head_first=False,
+    )
+    return Plan(tuned, scratch)
 
 
-def going_on(
-    config: Finetune, labeled: LabeledData, folder: Path
-) -> tuple[L.Trainer, AtomicCheckpoints, Resume | None]:
-    """Return a trainer to ask about the machine, how checkpoints are written in `folder`, and where to go on, if at all.
+def prepare_trainer(plan: TrainingPlan, labeled: LabeledData) -> tuple[L.Trainer, Resume | None]:
+    """Build the trainer, and find the checkpoint to resume from, if any.
 
     Raises:
-        UsageError: there is a checkpoint, but damaged or of other settings.
+        UsageError: Lightning rejects an option; or the checkpoint is damaged or of other settings.
     """
+    settings = plan.settings
     checkpoints = AtomicCheckpoints(
-        keep=config.keep_checkpoints,
-        record=record(config, images=len(labeled.train), batch=batch_size(config, labeled)),
+        keep=settings.keep_checkpoints,
+        record=record(settings, images=len(labeled.train), batch=plan.batch_size),
     )
-    trainer = build_trainer(
-        folder=folder,
-        epochs=1,
-        steps=1,
-        dry_run=True,
-        loggers=[],
-        callbacks=[],
-        options=config.trainer,
+    trainer = build_classifier_trainer(
+        plan,
+        labeled,
+        callbacks=finetuning_callbacks(plan, labeled),
+        loggers=build_loggers(settings.logger, plan.folder, dataclasses.asdict(settings)),
         checkpoints=checkpoints,
     )
-    resume = checkpoint_to_resume(config.resume, folder)
+    resume = checkpoint_to_resume(settings.resume, plan.folder)
     if resume is not None:
         check_same(resume, checkpoints.record)
-    return trainer, checkpoints, resume
+    return trainer, resume
 
 
-def train(
-    config: Finetune,
-    labeled: LabeledData,
-    method: Supervised,
-    folder: Path,
-    checkpoints: AtomicCheckpoints,
-    resume: Resume | None,
-) -> Fitted:
-    """Train one network, with all that a person watches and keeps of it."""
-    batch = batch_size(config, labeled)
-    updates, every = plan(config, len(labeled.train), batch)
+def finetuning_callbacks(plan: TrainingPlan, labeled: LabeledData) -> list[Callback]:
+    """Return the callbacks of a run with a folder of its own: unreadable images, checkpoints, signals, progress."""
+    settings, folder, batch_size = plan.settings, plan.folder, plan.batch_size
     last = folder / "checkpoints" / "last.ckpt"
-    watchers: list[Callback] = [
-        UnreadableImages(labeled.train, folder / "unreadable.csv", config.data.get("max_unreadable", 0.1)),
-        PeriodicCheckpoints(last, every_steps=every)
+    callbacks: list[Callback] = [
+        UnreadableImages(labeled.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
+        PeriodicCheckpoints(last, every_steps=plan.validate_every)
         if labeled.validation is None
-        else ModelCheckpoint(  # after each validation, so that what was best is in it
+        else ModelCheckpoint(  # after each validation, so that it contains the best weights
             last.parent, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
         ),
-        StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=config.resume == "auto"),
+        StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=settings.resume == "auto"),
     ]
     waits = None
-    if labeled.train.images is None or config.randaugment:  # those in memory need no loader, unless it augments them
-        cached = labeled.train.images is not None or config.data.get("cache") in ("ram", "disk")
-        watchers.append(waits := DataWaits(workers=labeled.workers, cached=cached))
-    if config.trainer.get("enable_progress_bar", True):
-        per_epoch = max(1, len(labeled.train) // batch)
-        watchers.append(Progress(images_per_step=batch, total_steps=updates, steps_per_epoch=per_epoch, waits=waits))
-    folder.mkdir(parents=True, exist_ok=True)
-    loggers = build_loggers(config.logger, folder, dataclasses.asdict(config))
-    rewind_metrics(loggers, resume)
-    fitted = fit(
-        config,
-        labeled,
-        method,
-        folder=folder,
-        loggers=loggers,
-        callbacks=watchers,
-        checkpoints=checkpoints,
-        resume_from=resume.path if resume is not None else None,
-    )
-    close_loggers(loggers, folder)
-    return fitted
+    if labeled.train.images is None or settings.randaugment:  # images in memory need no loader, except to augment them
+        cached = labeled.train.images is not None or settings.data.get("cache") in ("ram", "disk")
+        callbacks.append(waits := DataWaits(workers=labeled.workers, cached=cached))
+    if settings.trainer.get("enable_progress_bar", True):
+        per_epoch = max(1, len(labeled.train) // batch_size)
+        callbacks.append(
+            Progress(images_per_step=batch_size, total_steps=plan.updates, steps_per_epoch=per_epoch, waits=waits)
+        )
+    return callbacks
 
 
-def test_scores(fitted: Fitted, labeled: LabeledData, precision: torch.dtype) -> Scores:
-    """Return the scores of a trained classifier on the test images."""
-    backbone = fitted.method.evaluated.to(fitted.trainer.strategy.root_device)
-    return score(*rank(backbone, labeled, labeled.test, precision=precision), classes=len(labeled.classes))
-
-
-def configuration(config: Finetune, labeled: LabeledData, method: Supervised, folder: Path) -> dict[str, str]:
-    """Return what will happen, in the terms a person checks."""
-    batch = batch_size(config, labeled)
-    updates, every = plan(config, len(labeled.train), batch)
-    part = method.lr / (labeled.base_lr * batch / 256)
-    held = f"{len(labeled.validation):,} to validate on" if labeled.validation is not None else "none to validate on"
+def effective_configuration(plan: TrainingPlan, labeled: LabeledData, method: Supervised) -> dict[str, str]:
+    """Return the configuration in effect, for the user to check."""
+    ratio = plan.lr / (labeled.base_lr * plan.batch_size / 256)
+    validation = f"{len(labeled.validation):,} for validation" if labeled.validation is not None else "no validation"
     return {
         "weights": labeled.weights,
-        "images": f"{labeled.train.name}: {len(labeled.train):,} to learn from, {held}, {len(labeled.test):,} to score by",
+        "images": f"{labeled.train.name}: {len(labeled.train):,} for training, {validation}, {len(labeled.test):,} for testing",
         **method.describe(),
-        "learning rate": f"{method.lr:.3g}, {part:.3g} of pretraining's for {batch} images",
-        "updates": f"{updates:,} of {batch} images, validated every {every:,}",
-        "run folder": str(folder),
+        "learning rate": f"{plan.lr:.3g}, {ratio:.3g} of pretraining's for {plan.batch_size} images",
+        "updates": f"{plan.updates:,} of {plan.batch_size} images, validation every {plan.validate_every:,}",
+        "run folder": str(plan.folder),
     }
 
 
-def finish(
-    config: Finetune,
-    folder: Path,
-    labeled: LabeledData,
-    tuned: Fitted,
-    scores: dict[str, Scores],
-    rates: dict[str, float],
-    console: Console,
-) -> dict[str, Any]:
-    """Export the classifier, draw, and print what it is worth."""
-    best = tuned.method.evaluated.cpu()
-    export_backbone(best, folder / "export", mean=labeled.mean, std=labeled.std, classes=labeled.classes)
-    tested = int(scores["fine-tuned"].confusion.sum())
-    print_probe(console, scores, title=f"How good is it, on {tested:,} test images of {labeled.test.name}?")
+def start_from_fitted_head(plan: TrainingPlan, labeled: LabeledData, method: Supervised) -> Scores:
+    """Fit the head on frozen features, start training from it, and return its scores on the test images."""
+    backbone, precision = method.backbone.to(plan.machine.device), plan.machine.precision
+    head, scores = fit_head(labeled, backbone, precision=precision, seed=plan.seed)
+    if adapt_batch_norms(backbone, labeled, seed=plan.seed):
+        head, _ = fit_head(labeled, backbone, precision=precision, seed=plan.seed)
+    method.start_head(*head)
+    return scores
+
+
+def train(
+    plan: TrainingPlan, labeled: LabeledData, method: Supervised, trainer: L.Trainer, resume: Resume | None
+) -> Mapping[str, float]:
+    """Train, from the checkpoint if there is one, and return the best validation; metrics go to the run folder."""
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    rewind_metrics(trainer.loggers, resume)
+    checkpoint = resume.path if resume is not None else None
+    best = train_classifier(plan, labeled, method, trainer, checkpoint=checkpoint)
+    close_loggers(trainer.loggers, plan.folder)
+    return best
+
+
+def train_from_scratch(plan: TrainingPlan, labeled: LabeledData) -> Scores:
+    """Train the same network from random weights, and return its scores on the test images."""
+    method = build_classifier(plan, labeled)
+    trainer, resume = prepare_trainer(plan, labeled)
+    if trainer.is_global_zero and resume is not None:
+        resume.set_aside()
+    train(plan, labeled, method, trainer, resume)
+    return score_on_test_images(plan, labeled, method)
+
+
+def score_on_test_images(plan: TrainingPlan, labeled: LabeledData, method: Supervised) -> Scores:
+    """Return the scores of a trained classifier on the test images."""
+    backbone = method.evaluated.to(plan.machine.device)
+    ranking, labels = rank_classes(backbone, labeled, labeled.test, precision=plan.machine.precision)
+    return score(ranking, labels, classes=len(labeled.classes))
+
+
+def report(
+    plan: Plan, labeled: LabeledData, method: Supervised, scores: Mapping[str, Scores], console: Console
+) -> None:
+    """Export the classifier, print the scores, and draw the figures."""
+    folder, tuned = plan.tuned.folder, scores["fine-tuned"]
+    export_backbone(
+        method.evaluated.cpu(), folder / "export", mean=labeled.mean, std=labeled.std, classes=labeled.classes
+    )
+    tested = int(tuned.confusion.sum())
+    print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
     if tested < len(labeled.test):
-        console.print(f"[yellow]{len(labeled.test) - tested:,} test images cannot be read, and count for nothing.[/]")
+        console.print(f"[yellow]{len(labeled.test) - tested:,} test images cannot be read, and are not counted.[/]")
     figures = folder / "figures"
-    confusion_figure(
-        scores["fine-tuned"].confusion, labeled.classes, title="Fine-tuned: what is taken for what"
-    ).savefig(figures / "confusion.png")
+    confusion_figure(tuned.confusion, labeled.classes, title="Confusion matrix, fine-tuned").savefig(
+        figures / "confusion.png"
+    )
     for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
-            figure.savefig(figures / f"learning_curve_{name.replace(' ', '_').replace('-', '_')}.png")
-    for finding in findings_of(tuned.trainer):
-        console.print(f"[yellow]{escape(finding)}[/]")
-    if tuned.best.get("step") == 0:
+            figure.savefig(figures / f"learning_curve_{key_of(name)}.png")
+
+
+def print_conclusions(
+    labeled: LabeledData, scores: Mapping[str, Scores], best: Mapping[str, float], console: Console
+) -> None:
+    """Print what the scores mean."""
+    if best.get("step") == 0:
         console.print(
-            "[yellow]No update did better on the validation images than the fitted head on frozen features, so these are what "
-            "is kept. A higher rate (lr_ratio=), more updates or more validation images (holdout=) may change it.[/]"
+            "[yellow]No update did better on the validation images than the fitted head on frozen features, so that one is "
+            "kept. A higher learning rate (lr_ratio=), more updates, or more validation images (holdout=) may help.[/]"
         )
     if (scratch := scores.get("from scratch")) is not None:
         gain = scores["fine-tuned"].top1 - scratch.top1
         console.print(
-            f"Fine-tuned against from scratch: {gain:+.1f} points at {len(labeled.train):,} labeled images. That is one "
-            "training of each at one rate, a hint; compare=true tunes and repeats both."
+            f"Fine-tuned against from scratch: {gain:+.1f} points at {len(labeled.train):,} labeled images, from one training "
+            "each at one learning rate. For a fair comparison, compare=true tunes and repeats both."
         )
+
+
+def results_of(
+    plan: Plan, labeled: LabeledData, scores: Mapping[str, Scores], best: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return the content of results.json."""
+    rates = {"fine-tuned": plan.tuned.lr}
+    if plan.scratch is not None:
+        rates["from scratch"] = plan.scratch.lr
     return {
-        name.replace(" ", "_").replace("-", "_"): as_json(arm, labeled.classes)
-        | ({"lr": rates[name]} if name in rates else {})
+        key_of(name): as_json(arm, labeled.classes) | ({"lr": rates[name]} if name in rates else {})
         for name, arm in scores.items()
     } | {
-        "validation_top1": tuned.best.get("val_top1"),
-        "best_update": tuned.best.get("step"),
-        "updates": tuned.updates,
+        "validation_top1": best.get("val_top1"),
+        "best_update": best.get("step"),
+        "updates": plan.tuned.updates,
         "weights": labeled.weights,
     }
+
+
+def key_of(name: str) -> str:
+    """Return the name of a classifier as a key and in file names: "fine-tuned" is fine_tuned."""
+    return name.replace(" ", "_").replace("-", "_")

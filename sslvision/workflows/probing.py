@@ -35,9 +35,9 @@ from sslvision.figures.confusion import confusion_figure
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_folder
 from sslvision.settings import Probe
-from sslvision.training.trainer import choose_kernels, device_of
-from sslvision.workflows.console import print_configuration, print_probe
-from sslvision.workflows.labeled_data import statistics_of, untrained
+from sslvision.training.trainer import configure_torch, select_device
+from sslvision.workflows.console import print_classifiers, print_configuration
+from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import open_splits
 
 KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # what the table calls them
@@ -72,7 +72,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
             f"views={config.views}: protocol fast sees whole images once; views are for protocol=mae and dino."
         )
     rank, world, device = join(config)
-    choose_kernels(device.type)
+    configure_torch(device.type)
     loaded = open_backbone(config)
     splits = open_splits({**config.data, "channels": loaded.backbone.channels})
     if not has_labels(splits):
@@ -93,7 +93,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
     if rank:
         return {}
     scores, told = classify(config, train, test, classes=len(classes), device=device)
-    print_probe(console, scores, title=f"How good are the features, on {len(test.labels):,} test images?")
+    print_classifiers(console, scores, title=f"How good are the features, on {len(test.labels):,} test images?")
     pixels: dict[str, float] = {}
     if config.pixels:
         at_most = min(len(indices), PIXELS_OF)
@@ -132,7 +132,7 @@ def probe(config: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, A
 def open_backbone(config: Probe) -> Loaded:
     """Return the backbone that `run` means, pretrained or as it was before."""
     loaded = load_backbone(config.run or "", head=False, **{"pretrained": config.pretrained, **config.backbone})
-    before = None if config.pretrained else untrained(config.run or "", seed=config.seed, **config.backbone)
+    before = None if config.pretrained else untrained_backbone(config.run or "", seed=config.seed, **config.backbone)
     if before is None:
         return loaded
     return loaded._replace(backbone=before, weights=f"random, as {config.run} was before pretraining")
@@ -231,7 +231,7 @@ def workers_of(config: Probe) -> int:
 
 def join(config: Probe) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, if it did: return this one's number, how many there are, and its device."""
-    device, world = device_of(config.device), int(os.environ.get("WORLD_SIZE", "1"))
+    device, world = select_device(config.device), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":

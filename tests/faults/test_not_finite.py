@@ -44,8 +44,8 @@ class Weights(Callback):
 
 @pytest.fixture
 def weights(monkeypatch):
-    build, watching = pretraining.watchers, Weights()
-    monkeypatch.setattr(pretraining, "watchers", lambda *given: [*build(*given), watching])
+    build, watching = pretraining.pretraining_callbacks, Weights()
+    monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *given: [*build(*given), watching])
     return watching.after
 
 
@@ -122,7 +122,7 @@ def test_a_run_that_diverged_goes_on_from_before_it(run_tiny, tmp_path, monkeypa
     checkpoints = tmp_path / "run" / "checkpoints"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 5
     results = run_tiny(tmp_path / "run", *words)
-    assert "Went on from last-2.ckpt (update 2)" in results["findings"][0]
+    assert "Resumed from last-2.ckpt (update 2)" in results["findings"][0]
 
 
 def test_a_loss_a_hundred_times_higher_is_told_and_training_goes_on(run_tiny, tmp_path, monkeypatch, capsys):

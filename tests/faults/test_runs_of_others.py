@@ -10,7 +10,7 @@ import yaml
 from sslvision.backbones.load import load_backbone
 from sslvision.errors import UsageError
 from sslvision.workflows.finetuning import finetune
-from sslvision.workflows.labeled_data import pretraining_rate, untrained
+from sslvision.workflows.labeled_data import pretraining_base_lr, untrained_backbone
 
 pytestmark = pytest.mark.faults
 
@@ -65,7 +65,7 @@ def test_naming_the_images_oneself_is_the_way_round(sent, tmp_path, settings_of)
 @pytest.mark.parametrize("target", TRAPS)
 def test_a_method_that_a_run_names_is_not_built_and_timms_random_weights_stand_in(sent, tmp_path, target):
     folder = sent(method=trap(tmp_path, target), data=trap(tmp_path, target))
-    assert untrained(str(folder), seed=0) is None
+    assert untrained_backbone(str(folder), seed=0) is None
 
 
 def test_a_run_of_a_foreign_method_is_fine_tuned_without_building_it(sent, tmp_path, settings_of):
@@ -77,7 +77,7 @@ def test_a_run_of_a_foreign_method_is_fine_tuned_without_building_it(sent, tmp_p
 
 def test_images_that_a_run_names_do_not_matter_to_its_untrained_backbone(sent, tmp_path):
     images = trap(tmp_path, "booby.trap") | {"channels": 1}
-    assert untrained(str(sent(data=images)), seed=0).channels == 1
+    assert untrained_backbone(str(sent(data=images)), seed=0).channels == 1
 
 
 def test_resuming_in_a_folder_does_not_read_what_its_config_names(sent, tmp_path, run_tiny):
@@ -103,14 +103,14 @@ def test_a_config_that_is_no_config_is_refused_in_words(tmp_path, settings_of, t
     with pytest.raises(UsageError, match=r"config\.yaml"):
         settings_of("probe", f"run={tmp_path}")
     with pytest.raises(UsageError, match=r"config\.yaml"):
-        pretraining_rate(str(tmp_path))
+        pretraining_base_lr(str(tmp_path))
     assert not (tmp_path / "sprung").exists()
 
 
 @pytest.mark.parametrize("value", ["a", [1], {"a": 1}])
 def test_a_config_with_a_nonsensical_rate_is_refused_in_words(sent, value):
     with pytest.raises(UsageError, match=r"config.yaml is not as sslvision writes it"):
-        pretraining_rate(str(sent(base_lr=value)))
+        pretraining_base_lr(str(sent(base_lr=value)))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_an_export_cannot_have_timm_load_further_files(sent, key):
         load_backbone(folder)
     told = yaml.safe_load((folder / "config.yaml").read_text())
     with pytest.raises(UsageError, match=f"further files .{key}."):
-        untrained(str(sent(backbone=told["backbone"] | {key: "https://example.org/evil.bin"})), seed=0)
+        untrained_backbone(str(sent(backbone=told["backbone"] | {key: "https://example.org/evil.bin"})), seed=0)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:someone/evil", "local-dir:/tmp", "os.system", "../../x", 3, None, ["a"]])

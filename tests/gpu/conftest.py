@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sslvision.training.trainer import choose_kernels
+from sslvision.training.trainer import configure_torch
 
 
 @pytest.fixture(autouse=True)
@@ -13,7 +13,7 @@ def cuda():
         pytest.skip("needs a CUDA device, and is run by: pytest -m gpu")
     fused, precision, convolutions = fused_attention(), torch.get_float32_matmul_precision(), torch.backends.cudnn
     tf32 = convolutions.allow_tf32
-    choose_kernels("gpu")
+    configure_torch("gpu")
     yield torch.device("cuda")
     fused_attention(fused)
     torch.set_float32_matmul_precision(precision)

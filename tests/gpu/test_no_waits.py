@@ -68,9 +68,9 @@ class Strict(L.Callback):
 @pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(("method", "compiled"), [("mae", False), ("dino", False), ("mae", True)])
 def test_no_step_of_a_run_waits(run_tiny, tmp_path, monkeypatch, method, compiled):
-    strict, watchers = Strict(), pretraining.watchers
-    monkeypatch.setattr(pretraining, "watchers", lambda *about: [strict, *watchers(*about)])
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
+    strict, watchers = Strict(), pretraining.pretraining_callbacks
+    monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [strict, *watchers(*about)])
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     monkeypatch.setattr(Method, "_write_log", lambda *_: None)  # the last update writes the log, and waits
     words = ["batch_size=64", "epochs=1", "knn_every_epochs=0", "trainer.accelerator=cuda", "backbone.depth=2"]
     words += ["trainer.log_every_n_steps=1000", f"compile={compiled}".lower()]

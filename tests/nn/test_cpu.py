@@ -154,8 +154,8 @@ class Kinds(L.Callback):
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, tmp_path, monkeypatch, recipe):
-    kinds, watchers = Kinds(), pretraining.watchers
-    monkeypatch.setattr(pretraining, "watchers", lambda *about: [kinds, *watchers(*about)])
+    kinds, watchers = Kinds(), pretraining.pretraining_callbacks
+    monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [kinds, *watchers(*about)])
     run_tiny(tmp_path / "run", recipe=recipe)
     assert {PackedLinear, FewerCopies} <= kinds.found
     assert not {nn.Linear, Attention} & kinds.found

@@ -151,11 +151,11 @@ def test_a_model_that_timm_cannot_spare_is_refused_in_words():
 def test_a_run_that_spares_memory_ends_with_the_same_weights_and_says_so(
     run_tiny, tmp_path, monkeypatch, capsys, recipe
 ):
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     words = ["backbone.depth=3", "backbone.drop_path_rate=0.2", "knn_every_epochs=0", "dry_run=true"]
     for checkpointed in ("false", "true"):
         run_tiny(tmp_path / checkpointed, *words, f"activation_checkpointing={checkpointed}", recipe=recipe)
-        assert ("computed again" in capsys.readouterr().out) == (checkpointed == "true")
+        assert ("recomputed" in capsys.readouterr().out) == (checkpointed == "true")
     assert_same(weights_of(tmp_path / "false"), weights_of(tmp_path / "true"))
 
 
@@ -284,9 +284,9 @@ class Strict(L.Callback):
 
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_tiny, tmp_path, monkeypatch, recipe):
-    strict, watchers = Strict(), pretraining.watchers
-    monkeypatch.setattr(pretraining, "watchers", lambda *about: [strict, *watchers(*about)])
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
+    strict, watchers = Strict(), pretraining.pretraining_callbacks
+    monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [strict, *watchers(*about)])
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     words = ["backbone.depth=2", "compile=true", "data=digits", "batch_size=300"]
     run_tiny(tmp_path / "run", *words, recipe=recipe)
     assert strict.graphs > 2
@@ -304,7 +304,7 @@ def test_compiled_fine_tuning_is_validated_and_exported_as_it_stands(aot_eager, 
 
 
 def test_a_compiled_run_goes_on_to_the_same_weights(aot_eager, run_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     words = ["compile=true", "backbone.drop_path_rate=0.3", "backbone.depth=3", "knn_every_epochs=0"]
     run_tiny(tmp_path / "whole", *words, "keep_checkpoints=5")
     run_tiny(tmp_path / "again", *words, f"resume={tmp_path / 'whole' / 'checkpoints' / 'last-1.ckpt'}")

@@ -14,7 +14,7 @@ from sslvision.methods.supervised import Supervised
 from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.packed_attention import PackedAttention
 from sslvision.training import trainer
-from sslvision.training.trainer import choose_layers
+from sslvision.training.trainer import configure_method
 from sslvision.workflows import pretraining
 
 CUDA = torch.device("cuda")
@@ -35,37 +35,37 @@ def method_of(kind, backbone=VIT):
 def test_steps_of_a_vit_on_one_cuda_device_are_captured_unless_the_setting_says_otherwise(kind):
     for setting, captures in ((None, True), (True, True), (False, False)):
         method = method_of(kind)
-        choose_layers(method, CUDA, compiled=False, captured=setting)
+        configure_method(method, CUDA, compile=False, cuda_graphs=setting)
         assert method.captures == captures
         assert any(type(module) is PackedAttention for module in method.modules())
 
 
 def test_a_backbone_nobody_has_tried_and_accumulated_batches_are_captured_only_if_asked_for():
-    for method, how in ((method_of("dino", RESNET), {}), (method_of("mae"), {"accumulated": 2})):
-        choose_layers(method, CUDA, compiled=False, **how)
+    for method, how in ((method_of("dino", RESNET), {}), (method_of("mae"), {"accumulate": 2})):
+        configure_method(method, CUDA, compile=False, **how)
         assert not method.captures
-        choose_layers(method, CUDA, compiled=False, captured=True, **how)
+        configure_method(method, CUDA, compile=False, cuda_graphs=True, **how)
         assert method.captures
 
 
 @pytest.mark.parametrize(
     ("kind", "how", "reason"),
     [
-        ("mae", {"device": torch.device("cpu")}, "there are none on cpu"),
-        ("mae", {"processes": 2}, "2 processes exchange gradients"),
-        ("supervised", {}, "Supervised is not made for them"),
-        ("activation_checkpointing", {}, "activation_checkpointing=true computes activations a second time"),
+        ("mae", {"device": torch.device("cpu")}, "cpu has none"),
+        ("mae", {"world_size": 2}, "2 processes exchange gradients"),
+        ("supervised", {}, "Supervised does not support them"),
+        ("activation_checkpointing", {}, "activation_checkpointing=true recomputes activations"),
     ],
 )
 def test_where_there_can_be_no_graph_there_is_none_and_asking_for_one_is_refused(kind, how, reason):
     method = method_of("mae" if kind == "activation_checkpointing" else kind)
     if kind == "activation_checkpointing":
         method.enable_activation_checkpointing()
-    where = {"device": CUDA, "compiled": False} | how
-    choose_layers(method, **where)
+    where = {"device": CUDA, "compile": False} | how
+    configure_method(method, **where)
     assert not method.captures
-    with pytest.raises(UsageError, match=f"cuda_graphs=true cannot be: {reason}"):
-        choose_layers(method, **where, captured=True)
+    with pytest.raises(UsageError, match=f"cuda_graphs=true is not possible: {reason}"):
+        configure_method(method, **where, cuda_graphs=True)
 
 
 def test_a_method_made_of_another_is_captured_if_it_says_so_itself():
@@ -77,12 +77,12 @@ def test_a_method_made_of_another_is_captured_if_it_says_so_itself():
 
     for kind, captures in ((Cautious, False), (Sure, True)):
         method = kind(build_backbone(**VIT), decoder_embed_dim=32, decoder_depth=2, decoder_num_heads=1)
-        choose_layers(method, CUDA, compiled=False)
+        configure_method(method, CUDA, compile=False)
         assert method.captures == captures
 
 
 def test_a_run_on_a_cpu_that_asks_for_graphs_ends_before_the_first_step(run_tiny, tmp_path):
-    with pytest.raises(UsageError, match="cuda_graphs=true cannot be: there are none on cpu"):
+    with pytest.raises(UsageError, match="cuda_graphs=true is not possible: cpu has none"):
         run_tiny(tmp_path / "run", "cuda_graphs=true", recipe="mae")
     assert not (tmp_path / "run").exists()
 
@@ -121,8 +121,8 @@ class Replayed(CapturedStep):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_training_by_replayed_steps_ends_with_the_same_weights(run_tiny, tmp_path, monkeypatch, recipe, accumulate):
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
-    monkeypatch.setattr(trainer, "why_not_captured", lambda *_: "")
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
+    monkeypatch.setattr(trainer, "cuda_graph_obstacle", lambda *_: "")
     monkeypatch.setattr(base, "CapturedStep", Replayed)
     made, weights = Replayed.made, []
     words = ["backbone.drop_path_rate=0.2", "knn_every_epochs=0", "trainer.precision=32-true"]

@@ -147,9 +147,9 @@ MORE = ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=1"]
 @pytest.fixture
 def watch(monkeypatch):
     """Watch training as on a GPU, and leave out what comes after it."""
-    watch, watchers = Watch(), pretraining.watchers
-    monkeypatch.setattr(pretraining, "watchers", lambda *about: [From(watch), *watchers(*about)])
-    monkeypatch.setattr(pretraining, "finish", lambda *_: {})
+    watch, watchers = Watch(), pretraining.pretraining_callbacks
+    monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [From(watch), *watchers(*about)])
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     cut = swin.cut_windows
     # On a CPU the windows with tokens are counted, as it costs nothing there.
     monkeypatch.setattr(swin, "cut_windows", lambda *about, count: cut(*about, count=False))
@@ -173,8 +173,8 @@ def test_a_step_of_fine_tuning_asks_the_device_nothing(watch, settings_of, tiny_
     regular = ["mixup=0.8", "cutmix=1", "erase=0.5", "label_smoothing=0.1", "class_weights=balanced", "ema=0.9"]
     words = [*few, *regular, "scratch=false", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1000"]
     settings = settings_of("finetune", f"run={tiny_run}", *words)
-    fit = finetuning.fit
-    monkeypatch.setattr(finetuning, "fit", lambda *a, callbacks, **b: fit(*a, callbacks=[From(watch), *callbacks], **b))
+    callbacks = finetuning.finetuning_callbacks
+    monkeypatch.setattr(finetuning, "finetuning_callbacks", lambda *given: [From(watch), *callbacks(*given)])
     with watch:
         finetuning.finetune(settings, tmp_path / "run")
     assert watch.steps == 7

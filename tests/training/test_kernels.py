@@ -9,10 +9,10 @@ import torch
 
 FAULTS = """
 import resource, torch
-from sslvision.training.trainer import choose_kernels
+from sslvision.training.trainer import configure_torch
 torch.set_num_threads(1)
 if {chosen}:
-    choose_kernels("cpu")
+    configure_torch("cpu")
 
 def step():  # tensors of 40 MB, made and freed as activations are
     kept = [torch.ones(10_000_000) for _ in range(4)]
@@ -27,8 +27,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 PRODUCT = """
 import torch
-from sslvision.training.trainer import choose_kernels
-choose_kernels("cpu")
+from sslvision.training.trainer import configure_torch
+configure_torch("cpu")
 torch.manual_seed(0)
 a, b = torch.randn(2, 300, 300)
 print(((a @ b).double() - a.double() @ b.double()).abs().max().item())
@@ -36,8 +36,8 @@ print(((a @ b).double() - a.double() @ b.double()).abs().max().item())
 
 ASKED = """
 import torch
-from sslvision.training.trainer import choose_kernels
-choose_kernels("cpu")
+from sslvision.training.trainer import configure_torch
+configure_torch("cpu")
 torch.cuda.device_count = lambda: print("NVIDIA's driver is looked for") or 0
 weight = torch.nn.Parameter(torch.ones(3))
 weight.grad = torch.ones(3)

@@ -87,13 +87,13 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(finished, compare
         (begun / name).write_bytes((folder / name).read_bytes())
     lines = (folder / "cells.jsonl").read_text().splitlines(keepends=True)
     (begun / "cells.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])  # a kill tore the last one
-    trained, fit = [], comparison.fit
+    trained, train = [], comparison.train_classifier
 
     def count(*arguments, **options):
         trained.append(arguments)
-        return fit(*arguments, **options)
+        return train(*arguments, **options)
 
-    monkeypatch.setattr(comparison, "fit", count)
+    monkeypatch.setattr(comparison, "train_classifier", count)
     assert compare(begun) == cells
     assert len(trained) == 1
     again, *others = (

@@ -5,8 +5,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sslvision.evaluation.scores import Cell, Scores
-from sslvision.workflows.console import print_comparison, print_probe
+from sslvision.evaluation.scores import Scores
+from sslvision.figures.label_efficiency import Cell
+from sslvision.workflows.console import print_classifiers, print_comparison
 
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
@@ -28,7 +29,7 @@ def test_the_probe_table_has_a_line_for_each_classifier() -> None:
     per_class = torch.tensor([50.0, float("nan"), 70.0])
     scores = Scores(61.23, 99.0, (58.04, 64.96), per_class, torch.zeros(3, 3, dtype=torch.int64))
     out = console(80)
-    print_probe(out, {"k-NN, k = 10": scores, "linear probe": scores}, "How good?")
+    print_classifiers(out, {"k-NN, k = 10": scores, "linear probe": scores}, "How good?")
     title, head, _, first, second = lines(out)
     assert title == "How good?"
     assert " ".join(head.split()) == "classifier top-1 % 95 % interval top-5 % mean per class %"

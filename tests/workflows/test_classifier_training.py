@@ -1,4 +1,6 @@
-"""One training on a labeled: how long it is, how fast it learns, and what it starts from."""
+"""The training of one classifier: how long it is, how fast it learns, and what it starts from."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,23 +8,35 @@ from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvision.nn.normalize import Normalize
-from sslvision.workflows.labeled_data import open_labeled_data, pretraining_rate, untrained
-from sslvision.workflows.transfer import adapt_statistics, batch_size, build, classifier, fit_head, from_scratch, plan
+from sslvision.training.trainer import resolve_machine
+from sslvision.workflows.classifier_training import (
+    adapt_batch_norms,
+    build_classifier,
+    build_network,
+    count_updates,
+    fit_head,
+    from_scratch,
+    plan_training,
+)
+from sslvision.workflows.labeled_data import open_labeled_data, pretraining_base_lr, untrained_backbone
+
+
+def planned(settings, labeled):
+    """The plan of a fine-tuning with these settings."""
+    machine = resolve_machine(settings.trainer)
+    options = {"folder": Path("unused"), "lr_ratio": 0.1, "seed": 0, "pretrained": True, "head_first": False}
+    return plan_training(settings, labeled, machine, **options)
 
 
 @pytest.fixture
 def resnet(settings_of):
-    """A small ResNet and its labeled: resnet("freeze=0.5") -> settings, labeled, method."""
+    """A small ResNet and its labeled images: resnet("freeze=0.5") -> settings, labeled, method."""
 
     def made(*words):
         timm = ("run=test_resnet", "backbone.pretrained=false", "backbone.image_size=32", "backbone.channels=1")
         settings = settings_of("finetune", *timm, "data=digits", *words)
         labeled = open_labeled_data(settings)
-        return (
-            settings,
-            labeled,
-            classifier(settings, labeled, build(settings, pretrained=True, seed=0), lr=1e-3, seed=0),
-        )
+        return settings, labeled, build_classifier(planned(settings, labeled), labeled)
 
     return made
 
@@ -34,7 +48,7 @@ def norms_of(method):
 def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs(resnet):
     _, labeled, method = resnet("freeze=0.5")
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms_of(method)]
-    assert adapt_statistics(method.backbone, labeled, seed=0)
+    assert adapt_batch_norms(method.backbone, labeled, seed=0)
     for (mean, variance), norm in zip(before, norms_of(method), strict=True):
         frozen = not any(parameter.requires_grad for parameter in norm.parameters())
         assert torch.equal(norm.running_mean, mean) == frozen
@@ -64,41 +78,41 @@ def test_a_head_fitted_first_fits_the_first_step_of_a_network_that_learnt_other_
         return float(torch.nn.functional.cross_entropy(logits, labels))
 
     fitted = first_loss()
-    assert adapt_statistics(method.backbone, labeled, seed=0)
+    assert adapt_batch_norms(method.backbone, labeled, seed=0)
     assert first_loss() < 1 < fitted  # chance is 2.3
 
 
 def test_a_network_without_batch_norms_has_none_to_adapt(settings_of, tiny_run):
     settings = settings_of("finetune", f"run={tiny_run}", "data=digits")
     labeled = open_labeled_data(settings)
-    assert not adapt_statistics(build(settings, pretrained=True, seed=0), labeled, seed=0)
+    assert not adapt_batch_norms(build_network(settings, pretrained=True, seed=0), labeled, seed=0)
 
 
 def test_a_small_set_is_gone_through_more_often_and_the_last_validation_is_at_the_end(settings_of, tiny_run):
     settings = settings_of(
         "finetune", f"run={tiny_run}", "data=digits", "epochs=20", "min_updates=300", "evaluations=20"
     )
-    assert plan(settings, 10, 10) == (300, 15)
-    assert plan(settings, 6400, 64) == (2000, 100)
+    assert count_updates(settings, 10, 10) == (300, 15)
+    assert count_updates(settings, 6400, 64) == (2000, 100)
     for images in (10, 333, 1000, 64_000):
-        updates, every = plan(settings, images, min(64, images))
+        updates, every = count_updates(settings, images, min(64, images))
         assert updates % every == 0
         assert updates >= max(300, 20 * (images // min(64, images)))
-    longer, _ = plan(from_scratch(settings), 6400, 64)
+    longer, _ = count_updates(from_scratch(settings), 6400, 64)
     assert longer == 6000
 
 
 def test_a_batch_is_never_larger_than_the_set_and_divides_among_devices(settings_of, tiny_run):
     words = ("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=1", "holdout=0")
     settings = settings_of(*words)
-    assert batch_size(settings, open_labeled_data(settings)) == 10
+    assert planned(settings, open_labeled_data(settings)).batch_size == 10
     several = settings_of(*words, "trainer.devices=4", "trainer.strategy=ddp")
-    assert batch_size(several, open_labeled_data(several)) == 8
+    assert planned(several, open_labeled_data(several)).batch_size == 8
 
 
 def test_untrained_is_the_network_as_its_method_begins_it(tiny_run):
     exported = load_file(tiny_run / "export" / "model.safetensors")
-    one, again, other = (untrained(str(tiny_run), seed=seed).model.state_dict() for seed in (0, 0, 1))
+    one, again, other = (untrained_backbone(str(tiny_run), seed=seed).model.state_dict() for seed in (0, 0, 1))
     assert torch.equal(one["pos_embed"], exported["pos_embed"])  # MAE's are fixed
     name = "blocks.0.attn.qkv.weight"
     limit = (6 / sum(one[name].shape)) ** 0.5
@@ -107,12 +121,12 @@ def test_untrained_is_the_network_as_its_method_begins_it(tiny_run):
     assert not torch.equal(one[name], exported[name])
     assert all(torch.equal(value, again[key]) for key, value in one.items())
     assert not torch.equal(one[name], other[name])
-    assert untrained("resnet18", seed=0) is None
+    assert untrained_backbone("resnet18", seed=0) is None
 
 
 def test_pretrainings_rate_is_told_by_its_run_however_it_was_given(tiny_run, tmp_path):
-    assert pretraining_rate(str(tiny_run)) == pytest.approx(8e-3)
-    assert pretraining_rate(str(tiny_run / "export")) == pytest.approx(8e-3)
+    assert pretraining_base_lr(str(tiny_run)) == pytest.approx(8e-3)
+    assert pretraining_base_lr(str(tiny_run / "export")) == pytest.approx(8e-3)
     (tmp_path / "config.yaml").write_text("lr: 0.001\nbase_lr: 0.00015\nbatch_size: 64\n")
-    assert pretraining_rate(str(tmp_path)) == pytest.approx(4e-3)
-    assert pretraining_rate("resnet18") == pytest.approx(1e-3)
+    assert pretraining_base_lr(str(tmp_path)) == pytest.approx(4e-3)
+    assert pretraining_base_lr("resnet18") == pytest.approx(1e-3)
