@@ -1,9 +1,11 @@
-"""What several tests share: a tiny run, and the command line as a person calls it."""
+"""What several tests share: a tiny run, the command line as a user calls it, and in how many processes tests run."""
 
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -11,6 +13,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before torch is loaded: see s
 
 from sslvision.cli.compose import compose_settings
 from sslvision.cli.recipes import COMMANDS
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A ViT of one block on the embedded images, four updates to an epoch.
 TINY = [
@@ -34,6 +39,20 @@ SMALL = {
     "dino": ["prototypes=64", "hidden=32", "bottleneck=16", "local_crops=2", "local_size=16"],
 }
 
+OF_COMMANDS = {"COLUMNS": "200", "WANDB_MODE": "offline"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run all tests, or all of a mark, in up to four processes; files given by name, and what needs a GPU, in one.
+
+    `-n` chooses otherwise. Without pytest-xdist, everything runs in one process.
+    """
+    option = config.option
+    if getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
+        everything = config.args_source is not config.ArgsSource.ARGS and option.markexpr != "gpu"
+        option.numprocesses = min(4, len(os.sched_getaffinity(0))) if everything else 0
+
 
 def pytest_configure(config):
     """Hide GPUs from tests and their subprocesses, unless those that need one are asked for.
@@ -55,15 +74,25 @@ def tiny_settings():
 def run_tiny():
     """Run a tiny recipe in this process: run_tiny(folder, "key=value", ...) -> results."""
 
-    def run(folder, *words, recipe="mae"):
-        from sslvision.workflows.pretraining import pretrain
+    def run(folder, *words, recipe="mae", evaluate=True):
+        from sslvision.workflows import pretraining
 
         given = {word.split("=")[0] for word in words}
         kept = [word for word in (*TINY, *SMALL[recipe]) if word.split("=")[0] not in given]
         settings = compose_settings([f"recipe={recipe}", *kept, *words])
-        return pretrain(settings, Path(folder), words)
+        if evaluate:
+            return pretraining.pretrain(settings, Path(folder), words)
+        last = "export_and_evaluate" if hasattr(pretraining, "export_and_evaluate") else "finish"
+        with mock.patch.object(pretraining, last, lambda *_: {}):
+            return pretraining.pretrain(settings, Path(folder), words)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train_tiny(run_tiny):
+    """The same without the export and the evaluation after training, which take most of a tiny run's time."""
+    return functools.partial(run_tiny, evaluate=False)
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +124,20 @@ def command():
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "COLUMNS": "200", "WANDB_MODE": "offline", **environment},
+            env={**os.environ, **OF_COMMANDS, **environment},
         )
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def warm_command(tmp_path_factory):
+    """The same, much sooner: the process is forked from one that has imported everything. For one process on a CPU."""
+    from warm_process import call_warm
+
+    def call(*words, cwd, of="pretrain", timeout=300):
+        environment = {**os.environ, **OF_COMMANDS}
+        log = tmp_path_factory.mktemp("log")
+        return call_warm(of, words, cwd=cwd, log=log, timeout=timeout, environment=environment)
 
     return call

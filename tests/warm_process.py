@@ -1,0 +1,37 @@
+"""Commands in processes forked from one that has already imported what a run imports, which takes longer than a dry run."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CONTEXT = multiprocessing.get_context("forkserver")
+# The server has one thread: it runs nothing, so that OpenMP may be used after a fork.
+CONTEXT.set_forkserver_preload(["sslvision.workflows.pretraining", "sslvision.workflows.comparison", "wandb"])
+
+
+def call_warm(name, words, *, cwd, log, timeout, environment):
+    """Call the command `name` in a forked process. Return a CompletedProcess, as subprocess.run does."""
+    streams = [Path(log) / stream for stream in ("stdout", "stderr")]
+    process = CONTEXT.Process(target=_main, args=(name, [*words], str(cwd), streams, environment))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise subprocess.TimeoutExpired([name, *words], timeout)
+    return subprocess.CompletedProcess([name, *words], process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def _main(name, words, cwd, streams, environment):
+    for handle, file in enumerate(streams, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [f"sslvision.{name}", *words]
+
+    from sslvision.cli.main import main
+
+    main(name, words)
