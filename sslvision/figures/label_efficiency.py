@@ -57,9 +57,9 @@ def label_efficiency_figure(cells: Sequence[Cell], *, title: str, classes: int) 
     style(axes)
     for number, (arm, line) in enumerate(lines.items()):
         shift = (number - (len(lines) - 1) / 2) * 3 / 72  # inches
+        x, means, deviations = np.array(line).T
         axes.errorbar(
-            *np.array([(point.x, point.mean) for point in line]).T,
-            yerr=[point.deviation for point in line],
+            x, means, deviations,
             label=f"{arm}  {line[-1].mean:.1f}" if line[-1].x == most else arm,
             color=ARMS.get(arm, INK), lw=1.6, marker="o", ms=4, elinewidth=1, capsize=2,
             transform=axes.transData + ScaledTranslation(shift, 0, figure.dpi_scale_trans),
@@ -110,7 +110,7 @@ def _place_legend(figure: Figure, axes: Axes, lines: dict[str, list[Point]]) -> 
     entries = zip(*axes.get_legend_handles_labels(), lines.values(), strict=True)
     handles, labels, _ = zip(*sorted(entries, key=lambda entry: -entry[2][-1].mean), strict=True)
     legend = figure.legend(
-        handles, labels, loc="outside right upper", frameon=False, fontsize=9, labelcolor="linecolor"
-    )
-    legend.set_title("top-1 with the most labels", {"size": 8})
+        handles, labels, title="top-1 with the most labels", title_fontsize=8,
+        loc="outside right upper", frameon=False, fontsize=9, labelcolor="linecolor",
+    )  # fmt: skip
     legend.get_title().set_color(MUTED)
