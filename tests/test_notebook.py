@@ -73,6 +73,7 @@ def test_its_links_into_the_project_lead_somewhere(cells):
         assert not heading or heading in headings, link
 
 
+@pytest.mark.e2e
 def test_what_it_learns_is_far_above_chance_and_not_what_the_untrained_network_knows(executed):
     _, left = executed
     assert set(left["probes"]) == {
@@ -85,6 +86,7 @@ def test_what_it_learns_is_far_above_chance_and_not_what_the_untrained_network_k
         assert pretrained != untrained  # an epoch of a shortened run need not be better
 
 
+@pytest.mark.e2e
 def test_every_written_image_gets_a_row_and_most_digits_their_right_label(executed):
     _, left = executed
     with open(Path(left["folder"]) / "predictions.csv", newline="") as file:
@@ -97,6 +99,7 @@ def test_every_written_image_gets_a_row_and_most_digits_their_right_label(execut
     assert left["answer"] in set("0123456789")  # of the export in plain timm
 
 
+@pytest.mark.e2e
 def test_every_picture_it_shows_is_there_and_not_blank(executed):
     printed, _ = executed
     pictures = [Path(line.removeprefix("picture: ")) for line in printed if line.startswith("picture: ")]

@@ -71,7 +71,13 @@ def test_a_batch_travels_as_one_piece_of_memory(rooms):
     assert written.getvalue().count(b"rebuild_storage") == 1
 
 
-@pytest.mark.parametrize("start", multiprocessing.get_all_start_methods())
+@pytest.mark.parametrize(
+    "start",
+    [
+        pytest.param(how, marks=pytest.mark.e2e if how == "spawn" else ())
+        for how in multiprocessing.get_all_start_methods()
+    ],
+)
 def test_batches_that_are_kept_are_never_written_over_however_the_worker_was_started(start):
     """More than the worker makes ahead, and than it keeps memory for."""
 

@@ -62,7 +62,7 @@ def until(process, word):
     raise AssertionError(f"it ended without {word}")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.e2e if kind == "ram" else ()) for kind in KINDS])
 def test_killed_while_it_is_built_a_cache_is_built_again_and_nothing_is_left_over(photos, cache_of, process, kind):
     one = process(kind, seconds=0.3)
     until(one, "decoding")
@@ -103,6 +103,7 @@ def test_without_locks_the_process_that_builds_last_takes_what_is_there(photos, 
     assert torch.equal(kept.read(0), meanwhile.built.read(0))
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
 def test_shared_memory_is_free_again_when_its_last_user_has_gone(photos, cache_of, process):
     one, other = process("ram"), process("ram")
@@ -113,6 +114,7 @@ def test_shared_memory_is_free_again_when_its_last_user_has_gone(photos, cache_o
     assert built(cache_of.root) == []
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
 def test_of_two_processes_that_find_no_cache_one_builds_and_both_use_it(photos, cache_of, process, monkeypatch):
     """Where the one that comes second to the lock waited to have it alone, it waited until the first one's run was over."""
@@ -130,6 +132,7 @@ def test_of_two_processes_that_find_no_cache_one_builds_and_both_use_it(photos, 
     assert built(cache_of.root) == [kept.folder.name]
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here")
 def test_what_a_killed_process_left_in_shared_memory_is_freed_by_the_next(photos, cache_of, process):
     one = process("ram")

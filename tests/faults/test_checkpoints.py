@@ -40,10 +40,10 @@ def steps(folder):
 
 
 @pytest.fixture(scope="module")
-def finished(run_tiny, tmp_path_factory):
+def finished(train_tiny, tmp_path_factory):
     """A finished run of eight updates, with checkpoints from 8, 6 and 4."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    run_tiny(folder, "checkpoint_every_steps=3")
+    train_tiny(folder, "checkpoint_every_steps=3")
     assert steps(folder / "checkpoints") == {"last.ckpt": 8, "last-1.ckpt": 6, "last-2.ckpt": 4}
     return folder
 
@@ -108,7 +108,7 @@ def limit(folder):
 
 @pytest.mark.parametrize(("disk", "fill"), [(small_disk, fill_up), (small_files, limit)])
 def test_a_run_whose_disk_fills_up_ends_with_code_5_and_goes_on_from_the_checkpoint_before(
-    disk, fill, finished, run_tiny, tmp_path, monkeypatch
+    disk, fill, finished, train_tiny, tmp_path, monkeypatch
 ):
     folder, after_update = tmp_path / "disk", MAE.after_update
 
@@ -121,7 +121,7 @@ def test_a_run_whose_disk_fills_up_ends_with_code_5_and_goes_on_from_the_checkpo
         with monkeypatch.context() as patched:
             patched.setattr(MAE, "after_update", fill_the_disk)
             with pytest.raises(StorageError) as caught:
-                run_tiny(folder / "run", "checkpoint_every_steps=3", SLOW)
+                train_tiny(folder / "run", "checkpoint_every_steps=3", SLOW)
         lift_limit()
         saved = folder / "run" / "checkpoints"
         size, free = (saved / "last.ckpt").stat().st_size, shutil.disk_usage(folder).free
@@ -134,7 +134,7 @@ def test_a_run_whose_disk_fills_up_ends_with_code_5_and_goes_on_from_the_checkpo
         assert names(saved) == ["last-1.ckpt", "last.ckpt"]
         (folder / "thesis.tar").unlink(missing_ok=True)
         if disk is small_files:  # the run's other files are too many for 4 MB
-            run_tiny(folder / "run", "checkpoint_every_steps=3", "resume=auto", SLOW)
+            train_tiny(folder / "run", "checkpoint_every_steps=3", "resume=auto", SLOW)
             state = weights(folder / "run")
             assert all(torch.equal(value, state[name]) for name, value in weights(finished).items())
 
@@ -234,10 +234,10 @@ SPOILT = {
 
 
 @pytest.mark.parametrize("spoil", [cut_off, flip_a_bit])
-def test_resuming_falls_back_to_the_newest_whole_checkpoint_and_says_so(spoil, run, finished, run_tiny, capsys):
+def test_resuming_falls_back_to_the_newest_whole_checkpoint_and_says_so(spoil, run, finished, train_tiny, capsys):
     for name in ("last.ckpt", "last-1.ckpt"):
         spoil(run / "checkpoints" / name)
-    results = run_tiny(run, "resume=auto", "checkpoint_every_steps=3")
+    results = train_tiny(run, "resume=auto", "checkpoint_every_steps=3")
     (finding,) = results["findings"]
     assert "last-2.ckpt (update 4)" in finding
     assert SPOILT[spoil] in finding
@@ -249,19 +249,19 @@ def test_resuming_falls_back_to_the_newest_whole_checkpoint_and_says_so(spoil, r
 
 
 @pytest.mark.parametrize("spoil", SPOILT)
-def test_a_spoilt_checkpoint_that_was_asked_for_is_refused_by_name(spoil, run, run_tiny, tmp_path):
+def test_a_spoilt_checkpoint_that_was_asked_for_is_refused_by_name(spoil, run, train_tiny, tmp_path):
     file = run / "checkpoints" / "last.ckpt"
     spoil(file)
     with pytest.raises(UsageError, match=f"{file} .*{SPOILT[spoil]}"):
-        run_tiny(tmp_path / "other", f"resume={file}")
+        train_tiny(tmp_path / "other", f"resume={file}")
     assert not (tmp_path / "other").exists()
 
 
-def test_a_run_without_a_whole_checkpoint_is_not_begun_again_unasked(run, run_tiny):
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again_unasked(run, train_tiny):
     for file in (run / "checkpoints").glob("*.ckpt"):
         flip_a_bit(file)
     with pytest.raises(UsageError, match=r"is damaged.*last.ckpt.*last-1.ckpt.*last-2.ckpt.*overwrite=true"):
-        run_tiny(run, "resume=auto")
+        train_tiny(run, "resume=auto")
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
@@ -300,12 +300,12 @@ def test_a_file_with_a_checksum_in_its_comment_of_an_earlier_version_is_read_and
         load_verified(file)
 
 
-def test_weights_of_a_damaged_checkpoint_start_no_run(run, run_tiny, tmp_path):
+def test_weights_of_a_damaged_checkpoint_start_no_run(run, train_tiny, tmp_path):
     file = run / "checkpoints" / "last.ckpt"
     flip_a_bit(file)
     with pytest.raises(UsageError, match=f"{file} is damaged"):
-        run_tiny(tmp_path / "other", f"init_from={file}")
-    results = run_tiny(
+        train_tiny(tmp_path / "other", f"init_from={file}")
+    results = train_tiny(
         tmp_path / "next", f"init_from={run}", "lr=1e-12", "epochs=1"
     )  # of a folder the newest whole one
     assert results
@@ -314,11 +314,11 @@ def test_weights_of_a_damaged_checkpoint_start_no_run(run, run_tiny, tmp_path):
     assert torch.allclose(weights(tmp_path / "next")[name], before[name], atol=1e-8)
 
 
-def test_weights_that_another_program_saved_are_read(run, run_tiny, tmp_path):
+def test_weights_that_another_program_saved_are_read(run, train_tiny, tmp_path):
     file = run / "checkpoints" / "last.ckpt"
     before = weights(run)
     torch.save(load_verified(file), file)
-    run_tiny(tmp_path / "other", f"init_from={file}", "lr=1e-12", "epochs=1")
+    train_tiny(tmp_path / "other", f"init_from={file}", "lr=1e-12", "epochs=1")
     name = "backbone.model.blocks.0.mlp.fc1.weight"
     assert torch.allclose(weights(tmp_path / "other")[name], before[name], atol=1e-8)
 
@@ -337,39 +337,39 @@ class Harm:
 
 
 @pytest.mark.parametrize("setting", ["resume", "init_from"])
-def test_a_malicious_checkpoint_is_refused_and_nothing_of_it_runs(setting, run, run_tiny, tmp_path):
+def test_a_malicious_checkpoint_is_refused_and_nothing_of_it_runs(setting, run, train_tiny, tmp_path):
     sign, file = tmp_path / "harm", tmp_path / "sent.ckpt"
     torch.save({**load_verified(run / "checkpoints" / "last.ckpt"), "state_dict": Harm(sign)}, file)
     with pytest.raises(UsageError, match=r"sent.ckpt is refused: it asks to run (posix|nt).system"):
-        run_tiny(tmp_path / "other", f"{setting}={file}")
+        train_tiny(tmp_path / "other", f"{setting}={file}")
     assert not sign.exists()
     torch.load(file, weights_only=False)  # it would have
     assert sign.exists()
 
 
-def test_a_malicious_checkpoint_in_the_runs_folder_is_passed_over(run, finished, run_tiny, tmp_path):
+def test_a_malicious_checkpoint_in_the_runs_folder_is_passed_over(run, finished, train_tiny, tmp_path):
     sign, file = tmp_path / "harm", run / "checkpoints" / "last.ckpt"
     torch.save({**load_verified(file), "callbacks": Harm(sign)}, file)
-    results = run_tiny(run, "resume=auto", "checkpoint_every_steps=3")
+    results = train_tiny(run, "resume=auto", "checkpoint_every_steps=3")
     assert "posix.system" in results["findings"][0] or "nt.system" in results["findings"][0]
     assert not sign.exists()
     assert_as_if_nothing_had_been(run, finished)
 
 
-def test_targets_in_a_checkpoint_are_never_made(run, finished, run_tiny, tmp_path):
+def test_targets_in_a_checkpoint_are_never_made(run, finished, train_tiny, tmp_path):
     sign, file = tmp_path / "harm", run / "checkpoints" / "last-1.ckpt"
     harm = {"_target_": "os.system", "command": f"touch {sign}"}
     sent = {**load_verified(file), "hyper_parameters": {"method": harm, **harm}, "hparams_name": "kwargs"}
     sent["datamodule_hyper_parameters"] = harm
     torch.save(sent, tmp_path / "sent.ckpt")
-    run_tiny(tmp_path / "other", f"resume={tmp_path / 'sent.ckpt'}", "checkpoint_every_steps=3")
+    train_tiny(tmp_path / "other", f"resume={tmp_path / 'sent.ckpt'}", "checkpoint_every_steps=3")
     state = weights(tmp_path / "other")
     assert all(torch.equal(value, state[name]) for name, value in weights(finished).items())
     record = sent["sslvision"]
     sent["sslvision"] = {**record, "settings": {**record["settings"], "method": harm}}
     torch.save(sent, tmp_path / "sent.ckpt")
     with pytest.raises(UsageError, match=r"method._target_: os.system then, sslvision.methods.mae.MAE now"):
-        run_tiny(tmp_path / "third", f"resume={tmp_path / 'sent.ckpt'}")
+        train_tiny(tmp_path / "third", f"resume={tmp_path / 'sent.ckpt'}")
     assert not sign.exists()
 
 

@@ -100,7 +100,9 @@ def assert_same_end(folder, other):
     assert (folder / "metrics.csv").read_bytes() == (other / "metrics.csv").read_bytes()
 
 
-@pytest.mark.parametrize("recipe", KINDS)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(kind, marks=pytest.mark.e2e) if "swin" in kind else kind for kind in KINDS]
+)
 def test_a_run_that_broke_in_mid_epoch_and_at_its_end_goes_on_as_if_it_had_not(recipe, run, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     run(whole, recipe=recipe)
@@ -112,6 +114,7 @@ def test_a_run_that_broke_in_mid_epoch_and_at_its_end_goes_on_as_if_it_had_not(r
     assert_same_end(whole, broken)
 
 
+@pytest.mark.e2e
 def test_accumulated_batches_of_an_update_that_broke_count_once(run, tmp_path):
     whole, broken, words = tmp_path / "whole", tmp_path / "broken", ["trainer.accumulate_grad_batches=2"]
     run(whole, *words)
@@ -176,6 +179,7 @@ pretrain.main()
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("devices", [1, 2])
 def test_processes_that_vanished_go_on_as_if_they_had_not(devices, tiny_settings, tmp_path):
     """os._exit: no handler, no flush, no goodbye."""

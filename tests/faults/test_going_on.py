@@ -82,20 +82,20 @@ def test_more_or_fewer_images_are_refused(run, run_tiny, tmp_path):
         run_tiny(run, "resume=auto", "data=digits", "batch_size=1000")
 
 
-def test_what_changes_no_weight_may_differ(finished, run, run_tiny, tmp_path):
+def test_what_changes_no_weight_may_differ(finished, run, train_tiny, tmp_path):
     words = ["health=stop", "knn_every_epochs=2", "evaluate_images=300", "keep_checkpoints=5", "about=moved"]
     words += ["checkpoint_every_epochs=2", "trainer.log_every_n_steps=2", "logger=csv", "data.workers=1"]
     file = run / "checkpoints" / "last-2.ckpt"
-    run_tiny(tmp_path / "elsewhere", f"resume={file}", *words)
+    train_tiny(tmp_path / "elsewhere", f"resume={file}", *words)
     assert same(weights(finished), weights(tmp_path / "elsewhere"))
 
 
-def test_weights_to_start_from_are_not_read_again(finished, run_tiny, tmp_path):
+def test_weights_to_start_from_are_not_read_again(finished, train_tiny, tmp_path):
     start = Path(shutil.copytree(finished / "export", tmp_path / "export"))
-    run_tiny(tmp_path / "whole", f"init_from={start}", EVERY)
+    train_tiny(tmp_path / "whole", f"init_from={start}", EVERY)
     shutil.rmtree(start)
     file = tmp_path / "whole" / "checkpoints" / "last-1.ckpt"
-    run_tiny(tmp_path / "other", f"init_from={start}", f"resume={file}")
+    train_tiny(tmp_path / "other", f"init_from={start}", f"resume={file}")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "other"))
 
 
@@ -120,11 +120,12 @@ def of_two_processes(command, tiny_settings, tmp_path_factory):
     return folder / "two"
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_run_of_two_processes_goes_on_in_one_with_the_same_images(accumulate, of_two_processes, run_tiny, tmp_path):
+def test_a_run_of_two_processes_goes_on_in_one_with_the_same_images(accumulate, of_two_processes, train_tiny, tmp_path):
     file = of_two_processes / "checkpoints" / "last-1.ckpt"
     assert load_verified(file)["global_step"] == 6  # in the middle of the second epoch
-    run_tiny(tmp_path / "one", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={accumulate}", f"resume={file}")
+    train_tiny(tmp_path / "one", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={accumulate}", f"resume={file}")
     assert load_verified(tmp_path / "one" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert same(weights(of_two_processes), weights(tmp_path / "one"), tolerance=1e-9)
     assert not same(weights(of_two_processes, "last-1.ckpt"), weights(tmp_path / "one"), tolerance=1e-9)
@@ -132,19 +133,24 @@ def test_a_run_of_two_processes_goes_on_in_one_with_the_same_images(accumulate, 
 
 @pytest.mark.parametrize(
     ("then", "now", "name"),
-    [(1, 2, "last-1.ckpt"), (4, 2, "last-1.ckpt"), (2, 1, "last-2.ckpt")],  # in mid-epoch, and at an epoch's end
+    [
+        (1, 2, "last-1.ckpt"),  # in mid-epoch
+        pytest.param(4, 2, "last-1.ckpt", marks=pytest.mark.e2e),
+        pytest.param(2, 1, "last-2.ckpt", marks=pytest.mark.e2e),  # at an epoch's end
+    ],
 )
-def test_accumulated_batches_may_change_in_number_on_the_way(then, now, name, run_tiny, tmp_path):
-    run_tiny(tmp_path / "then", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={then}")
+def test_accumulated_batches_may_change_in_number_on_the_way(then, now, name, train_tiny, tmp_path):
+    train_tiny(tmp_path / "then", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={then}")
     file = tmp_path / "then" / "checkpoints" / name
-    run_tiny(tmp_path / "now", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={now}", f"resume={file}")
+    train_tiny(tmp_path / "now", DOUBLE, *QUICK, f"trainer.accumulate_grad_batches={now}", f"resume={file}")
     assert load_verified(tmp_path / "now" / "checkpoints" / "last.ckpt")["global_step"] == 8
     assert same(weights(tmp_path / "then"), weights(tmp_path / "now"), tolerance=1e-9)
 
 
-def test_double_precision_is_resumed_to_the_last_bit(run_tiny, tmp_path):
-    run_tiny(tmp_path / "whole", DOUBLE, *QUICK)
-    run_tiny(tmp_path / "broken", DOUBLE, *QUICK, f"resume={tmp_path / 'whole' / 'checkpoints' / 'last-1.ckpt'}")
+@pytest.mark.e2e
+def test_double_precision_is_resumed_to_the_last_bit(train_tiny, tmp_path):
+    train_tiny(tmp_path / "whole", DOUBLE, *QUICK)
+    train_tiny(tmp_path / "broken", DOUBLE, *QUICK, f"resume={tmp_path / 'whole' / 'checkpoints' / 'last-1.ckpt'}")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
@@ -177,7 +183,7 @@ def outcome(results):
     return {name: value for name, value in results.items() if name not in ("seconds", "findings")}
 
 
-@pytest.mark.parametrize("holdout", [0.1, 0.0])
+@pytest.mark.parametrize("holdout", [0.1, pytest.param(0.0, marks=pytest.mark.e2e)])
 def test_fine_tuning_falls_back_to_the_checkpoint_before_and_says_so(holdout, finetune, tmp_path, capsys):
     whole = finetune(tmp_path / "run", f"holdout={holdout}")
     saved = tmp_path / "run" / "checkpoints"
@@ -208,11 +214,11 @@ def test_the_same_folder_twice_is_refused_and_nothing_in_it_is_touched(run, run_
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
 
-def test_emptied_or_gone_on_with_a_folder_has_no_checkpoints_but_its_own(run, finished, run_tiny):
+def test_emptied_or_gone_on_with_a_folder_has_no_checkpoints_but_its_own(run, finished, train_tiny):
     assert same(weights(finished), weights(run))
-    run_tiny(run, "resume=auto", EVERY)
+    train_tiny(run, "resume=auto", EVERY)
     assert sorted(file.name for file in (run / "checkpoints").iterdir()) == ["last-1.ckpt", "last-2.ckpt", "last.ckpt"]
-    run_tiny(run, "overwrite=true", "epochs=1", "seed=1")
+    train_tiny(run, "overwrite=true", "epochs=1", "seed=1")
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert not same(weights(finished), weights(run))
 
@@ -263,7 +269,7 @@ def test_there_is_nothing_to_resume_where_nothing_is(run_tiny, tmp_path):
             run_tiny(tmp_path / "run", f"resume={given}")
 
 
-def test_two_processes_do_not_go_on_with_one_run_at_once(finished, run_tiny, tmp_path):
+def test_two_processes_do_not_go_on_with_one_run_at_once(finished, train_tiny, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     code = "import pathlib, sys; from sslvision.runs.run_folder import claim\n"
     code += (
@@ -274,6 +280,6 @@ def test_two_processes_do_not_go_on_with_one_run_at_once(finished, run_tiny, tmp
         assert other.stdout.readline() == "held\n"
         for word in ("resume=auto", "overwrite=true"):
             with pytest.raises(UsageError, match="Another process is at work"):
-                run_tiny(tmp_path / "run", word, EVERY)
+                train_tiny(tmp_path / "run", word, EVERY)
         other.kill()
-    run_tiny(tmp_path / "run", "resume=auto", EVERY)
+    train_tiny(tmp_path / "run", "resume=auto", EVERY)

@@ -101,7 +101,7 @@ def _no_hang():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("channels", [3, 1, 4])
+@pytest.mark.parametrize("channels", [3, *(pytest.param(channels, marks=pytest.mark.e2e) for channels in (1, 4))])
 def test_every_damaged_file_is_an_image_or_has_a_reason_and_no_worker_dies(damaged, channels):
     source = open_folder(damaged, channels=channels, holdout=0).train
     assert len(source) == FILES + len(EXTENSIONS)

@@ -54,7 +54,7 @@ def rows_of(file):
         return list(csv.DictReader(opened))
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", [math.nan, pytest.param(math.inf, marks=pytest.mark.e2e)])
 def test_an_update_that_is_not_finite_changes_neither_weights_nor_optimizer(
     broken, weights, run_tiny, tmp_path, monkeypatch, capsys
 ):
@@ -68,12 +68,12 @@ def test_an_update_that_is_not_finite_changes_neither_weights_nor_optimizer(
     assert all(math.isfinite(float(row["loss"])) for row in rows_of(tmp_path / "run" / "metrics.csv") if row["loss"])
 
 
-def test_the_images_of_a_broken_update_are_named_and_its_crops_kept(run_tiny, tmp_path, monkeypatch):
+def test_the_images_of_a_broken_update_are_named_and_its_crops_kept(train_tiny, tmp_path, monkeypatch):
     seen = []
     views = MAE.views
     monkeypatch.setattr(MAE, "views", lambda self, batch, rng: [seen.append(batch), views(self, batch, rng)][1])
     spoil(monkeypatch, MAE, {4: math.nan})
-    run_tiny(tmp_path / "run", *WORDS)
+    train_tiny(tmp_path / "run", *WORDS)
     rows = rows_of(tmp_path / "run" / "not_finite" / "update-00000004.csv")
     assert [(int(row["epoch"]), int(row["place"])) for row in rows] == [(0, int(place)) for place in seen[3].indices]
     assert rows[0]["image"]
@@ -93,7 +93,7 @@ def test_a_row_of_them_ends_the_run_and_what_was_saved_before_is_good(run_tiny, 
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
-@pytest.mark.parametrize("good", [0, 8])
+@pytest.mark.parametrize("good", [0, pytest.param(8, marks=pytest.mark.e2e)])
 def test_a_run_whose_end_is_not_finite_is_no_success(good, run_tiny, tmp_path, monkeypatch):
     spoil(monkeypatch, MAE, dict.fromkeys(range(good + 1, 11), math.nan))
     with pytest.raises(Diverged, match="in the last updates"):
@@ -101,33 +101,33 @@ def test_a_run_whose_end_is_not_finite_is_no_success(good, run_tiny, tmp_path, m
     assert not (tmp_path / "run" / "export").exists()
 
 
-def test_a_resumed_run_knows_what_was_left_out_before(run_tiny, tmp_path, monkeypatch, capsys):
+def test_a_resumed_run_knows_what_was_left_out_before(train_tiny, tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, MAE, {2: math.nan, 8: math.nan})
-    run_tiny(tmp_path / "run", *WORDS)
+    train_tiny(tmp_path / "run", *WORDS)
     capsys.readouterr()
     (tmp_path / "run" / "results.json").unlink()
-    run_tiny(tmp_path / "run", *WORDS, "resume=auto")  # nothing is left to train
+    train_tiny(tmp_path / "run", *WORDS, "resume=auto")  # nothing is left to train
     findings = json.loads((tmp_path / "run" / "results.json").read_text())["findings"]
     assert any("2 updates were left out" in finding for finding in findings)
     assert "left out" not in capsys.readouterr().err  # it was told then
 
 
-def test_a_run_that_diverged_goes_on_from_before_it(run_tiny, tmp_path, monkeypatch):
+def test_a_run_that_diverged_goes_on_from_before_it(train_tiny, tmp_path, monkeypatch):
     """Its last weights are finite, and may be spoilt all the same."""
     words = [*WORDS, "max_skipped=2", "checkpoint_every_steps=2", "resume=auto"]
     with monkeypatch.context() as broken:
         spoil(broken, MAE, dict.fromkeys(range(4, 11), math.nan))
         with pytest.raises(Diverged):
-            run_tiny(tmp_path / "run", *words)
+            train_tiny(tmp_path / "run", *words)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert torch.load(checkpoints / "last.ckpt", weights_only=True)["global_step"] == 5
-    results = run_tiny(tmp_path / "run", *words)
+    results = train_tiny(tmp_path / "run", *words)
     assert "Resumed from last-2.ckpt (update 2)" in results["findings"][0]
 
 
-def test_a_loss_a_hundred_times_higher_is_told_and_training_goes_on(run_tiny, tmp_path, monkeypatch, capsys):
+def test_a_loss_a_hundred_times_higher_is_told_and_training_goes_on(train_tiny, tmp_path, monkeypatch, capsys):
     spoil(monkeypatch, MAE, {7: 100.0})
-    results = run_tiny(tmp_path / "run", *WORDS, "trainer.log_every_n_steps=2")
+    results = train_tiny(tmp_path / "run", *WORDS, "trainer.log_every_n_steps=2")
     assert "The loss jumped between updates 7 and 8" in capsys.readouterr().err
     assert any("The loss jumped" in finding for finding in results["findings"])
 

@@ -142,6 +142,7 @@ def test_before_training_a_signal_ends_the_run_in_a_line(start, tmp_path):
         assert "Traceback" not in said
 
 
+@pytest.mark.e2e
 def test_a_signal_ends_a_whole_sweep(start):
     run = start("seed=0,1", "-m")
     first, second = (run.folder.with_name(f"run-{number}") for number in (0, 1))
@@ -157,6 +158,7 @@ def test_a_signal_ends_a_whole_sweep(start):
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("to", "signum", "exit_code"),
     [
@@ -180,6 +182,7 @@ def test_two_processes_stop_together_whichever_of_them_is_told(start, to, signum
     assert f"saved at step {saved(run.folder)['global_step']:,} " in said
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("lost", ["second", pytest.param("first", marks=pytest.mark.slow)])
 def test_when_one_of_two_processes_dies_the_other_ends_too(start, lost):
     """Row 31; `end` waits for a minute at most for all of them."""

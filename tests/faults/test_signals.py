@@ -24,9 +24,9 @@ ACCUMULATED = "trainer.accumulate_grad_batches=2"
 
 
 @pytest.fixture(scope="session")
-def run_tiny(run_tiny):
-    """The same with a quick evaluation, which is not what these tests are about."""
-    return lambda folder, *words: run_tiny(folder, "evaluate_images=100", *words)
+def run_tiny(train_tiny):
+    """The same without its evaluation, which is not what these tests are about."""
+    return train_tiny
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def assert_same(weights, others):
 @pytest.mark.parametrize(
     ("signum", "exit_code", "batch", "step"),
     [
-        (signal.SIGHUP, 129, 2, 2),
+        pytest.param(signal.SIGHUP, 129, 2, 2, marks=pytest.mark.e2e),
         (signal.SIGINT, 130, 5, 5),
         (signal.SIGTERM, 143, 4, 4),  # the last of an epoch
-        (signal.SIGTERM, 143, 8, 8),  # the last of all
+        pytest.param(signal.SIGTERM, 143, 8, 8, marks=pytest.mark.e2e),  # the last of all
     ],
 )
 def test_a_signal_stops_at_the_update_it_comes_in_and_the_resumed_run_ends_the_same(
@@ -160,7 +160,9 @@ def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, run_tiny, tm
         run_tiny(tmp_path / "run")
 
 
-@pytest.mark.parametrize("update", [4, 5])  # a validation falls on every second one
+@pytest.mark.parametrize(
+    "update", [4, pytest.param(5, marks=pytest.mark.e2e)]
+)  # a validation falls on every second one
 def test_fine_tuning_stops_and_goes_on_as_if_nothing_had_been(update, settings_of, tiny_run, tmp_path, monkeypatch):
     """Rows 2 and 4, of stage two: no validation may be left out, for the best weights by these are kept."""
     words = [

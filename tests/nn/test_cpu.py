@@ -152,7 +152,7 @@ class Kinds(L.Callback):
         self.found = {type(module) for module in method.modules()}
 
 
-@pytest.mark.parametrize("recipe", ["mae", "dino"])
+@pytest.mark.parametrize("recipe", ["mae", pytest.param("dino", marks=pytest.mark.e2e)])
 def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, tmp_path, monkeypatch, recipe):
     kinds, watchers = Kinds(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [kinds, *watchers(*about)])

@@ -147,7 +147,7 @@ def test_a_model_that_timm_cannot_spare_is_refused_in_words():
         backbone.enable_activation_checkpointing()
 
 
-@pytest.mark.parametrize("recipe", ["mae", "dino"])
+@pytest.mark.parametrize("recipe", ["mae", pytest.param("dino", marks=pytest.mark.e2e)])
 def test_a_run_that_spares_memory_ends_with_the_same_weights_and_says_so(
     run_tiny, tmp_path, monkeypatch, capsys, recipe
 ):
@@ -208,7 +208,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "backbone", "most", "low"), [(*case, False) for case in CASES] + [(*CASES[n], True) for n in (0, 1, 4)]
+    ("kind", "backbone", "most", "low"),
+    [pytest.param(*case, False, marks=pytest.mark.e2e if case[1]["name"] == SWIN["name"] else ()) for case in CASES]
+    + [pytest.param(*CASES[n], True, marks=pytest.mark.e2e if n else ()) for n in (0, 1, 4)],
 )
 def test_compiled_steps_compute_the_same_with_few_graphs_and_no_recompiling(aot_eager, kind, backbone, most, low):
     plain = method_on(kind, backbone)
@@ -282,7 +284,7 @@ class Strict(L.Callback):
             self.graphs = graphs()
 
 
-@pytest.mark.parametrize("recipe", ["mae", "dino"])
+@pytest.mark.parametrize("recipe", ["mae", pytest.param("dino", marks=pytest.mark.e2e)])
 def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_tiny, tmp_path, monkeypatch, recipe):
     strict, watchers = Strict(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [strict, *watchers(*about)])
@@ -303,6 +305,7 @@ def test_compiled_fine_tuning_is_validated_and_exported_as_it_stands(aot_eager, 
     assert not any("orig_mod" in name for name in names)
 
 
+@pytest.mark.e2e
 def test_a_compiled_run_goes_on_to_the_same_weights(aot_eager, run_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     words = ["compile=true", "backbone.drop_path_rate=0.3", "backbone.depth=3", "knn_every_epochs=0"]

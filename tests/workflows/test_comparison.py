@@ -122,6 +122,7 @@ def test_a_comparison_needs_images_to_choose_by_and_one_device(compare, tmp_path
         compare(tmp_path / "b", "trainer.devices=2", "trainer.strategy=ddp")
 
 
+@pytest.mark.e2e
 def test_the_same_command_goes_on_in_the_same_folder(command, tiny_run, tmp_path):
     words = [f"run={tiny_run}", *SHORT, "labels_per_class=[1]", "seeds=1"]
     given = dict(word.split("=", 1) for word in words)  # the later ones count

@@ -146,7 +146,7 @@ def test_training_stops_early_and_what_is_exported_validated_best(finetune, tmp_
     assert "No update did better" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("holdout", [0.1, 0.0])
+@pytest.mark.parametrize("holdout", [0.1, pytest.param(0.0, marks=pytest.mark.e2e)])
 def test_a_run_that_broke_goes_on_as_if_it_had_not(holdout, finetune, tmp_path, monkeypatch):
     words = ("head_first=false", "lr=0.01", "scratch=false", f"holdout={holdout}", "ema=0.9")
     whole = finetune(tmp_path / "whole", *words)
@@ -199,10 +199,11 @@ def test_other_networks_are_fine_tuned_with_their_lower_half_frozen(name, finetu
 
 
 @pytest.mark.parametrize("recipe", FINETUNE.recipes)
-def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, tiny_run, tmp_path):
+def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, warm_command, tiny_run, tmp_path):
     if recipe == "compare":
         pytest.skip("tests/test_comparison.py")
     words = (f"recipe={recipe}", f"run={tiny_run}", "data=digits", "batch_size=16", "dry_run=true", "name=a")
+    command = command if recipe == "default" else warm_command
     done = command(*words, "trainer.accelerator=cpu", of="finetune", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "outputs" / "a-dry-run" / "results.json").read_text())
@@ -210,6 +211,7 @@ def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, comm
     assert "fine-tuned" in done.stdout
 
 
+@pytest.mark.e2e
 def test_two_processes_train_as_one(finetune, command, tiny_run, tmp_path):
     words = ("scratch=false", "trainer.precision=64-true", "head_first=false", "lr=0.003")
     one = finetune(tmp_path / "one", *words)

@@ -57,9 +57,9 @@ def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_a
         (["run={finetuned}", "images=.", "topp=3"], 2, "Did you mean top"),
     ],
 )
-def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, command, finetuned, tiny_run, tmp_path):
+def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, warm_command, finetuned, tiny_run, tmp_path):
     words = [word.format(finetuned=finetuned, tiny_run=tiny_run) for word in words]
-    done = command(*words, of="predict", cwd=tmp_path)
+    done = warm_command(*words, of="predict", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     import re

@@ -125,6 +125,7 @@ def test_images_without_labels_are_refused(probe, tiny_run, tmp_path):
         probe(f"run={tiny_run}", "data=folder", f"data.root={tmp_path / 'flat'}")
 
 
+@pytest.mark.e2e
 def test_two_processes_give_the_scores_of_one(probe, tiny_run, tmp_path):
     words = [f"run={tiny_run}", "data=digits", "train_images=301"]
     one = probe(*words)

@@ -22,16 +22,16 @@ QUICK = [
 ]
 
 
-def test_without_centering_the_run_ends_with_a_single_prototype_collapse(run_tiny, tmp_path):
+def test_without_centering_the_run_ends_with_a_single_prototype_collapse(train_tiny, tmp_path):
     with pytest.raises(Diverged, match="Single-prototype collapse") as raised:
         # With seed 0 two prototypes share the images for long, and which way that ends, rounding decides.
-        run_tiny(tmp_path / "run", *QUICK, "center_momentum=1.0", "health=stop", "seed=2", recipe="dino")
+        train_tiny(tmp_path / "run", *QUICK, "center_momentum=1.0", "health=stop", "seed=2", recipe="dino")
     assert "center_momentum=0.9" in str(raised.value)
 
 
-def test_without_sharpening_the_run_ends_with_a_uniform_collapse(run_tiny, tmp_path):
+def test_without_sharpening_the_run_ends_with_a_uniform_collapse(train_tiny, tmp_path):
     with pytest.raises(Diverged, match="Uniform collapse") as raised:
-        run_tiny(
+        train_tiny(
             tmp_path / "run",
             *QUICK,
             "teacher_temp=1.0",
@@ -42,8 +42,9 @@ def test_without_sharpening_the_run_ends_with_a_uniform_collapse(run_tiny, tmp_p
     assert "Set teacher_temp well below student_temp" in str(raised.value)
 
 
-def test_a_healthy_run_gives_no_alarm(run_tiny, tmp_path, capsys):
-    assert run_tiny(tmp_path / "run", *QUICK, "health=stop", recipe="dino")["findings"] == []
+@pytest.mark.e2e
+def test_a_healthy_run_gives_no_alarm(train_tiny, tmp_path, capsys):
+    assert train_tiny(tmp_path / "run", *QUICK, "health=stop", recipe="dino")["findings"] == []
     assert "ollapse" not in capsys.readouterr().err
 
 
