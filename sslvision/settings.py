@@ -206,8 +206,10 @@ class Finetune:
     lr: float | None = _option(None, "peak learning rate, instead of lr_ratio and base_lr")
     head_first: bool = _option(True, "train the head on frozen features first, then all layers (LP-FT)")
     scratch: bool = _option(True, "also train the same network from random weights, for comparison")
-    scratch_lr_ratio: float = _option(1.0, "its learning rate as a fraction of the pretraining learning rate")
-    scratch_longer: int = _option(3, "its number of updates as a multiple, since it starts from random weights")
+    scratch_lr_ratio: float = _option(1.0, "scratch: its learning rate as a fraction of the pretraining learning rate")
+    scratch_longer: int = _option(
+        3, "scratch: its number of updates as a multiple, since it starts from random weights"
+    )
     labels_per_class: Any = _option(
         None,
         "number of labeled images per class, including those held out (default: all); with compare=true a list",

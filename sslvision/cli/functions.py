@@ -13,15 +13,14 @@ Signals are left alone, and environment variables and warning filters are restor
 import os
 import types
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
 from sslvision.cli.recipes import FINETUNE, PREDICT, PRETRAIN, PROBE, Command
-from sslvision.cli.run_folders import RUN_FOLDER
+from sslvision.cli.run_folders import RUN_FOLDER, surroundings_restored
 from sslvision.system.failures import explained
 
 
@@ -91,7 +90,7 @@ def predict(run: str | Path, images: str | Path, **settings: Any) -> Path:
 
 
 class CallableModule(types.ModuleType):
-    """A command's module that can be called: `import sslvision.pretrain` puts it in place of the function of that name."""
+    """A command's module that can be called: `import sslvision.pretrain` replaces the function of that name by it."""
 
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         """Call the function of the same name."""
@@ -99,7 +98,7 @@ class CallableModule(types.ModuleType):
 
 
 def _call(command: Command[Any], settings: Mapping[str, Any]) -> Any:
-    with _restored():
+    with surroundings_restored(), warnings.catch_warnings():
         try:
             run = compose_values(settings, command)
             return work(run, run.words)()
@@ -108,15 +107,3 @@ def _call(command: Command[Any], settings: Mapping[str, Any]) -> Any:
             if told is None or told is error:
                 raise
             raise told from error
-
-
-@contextmanager
-def _restored() -> Iterator[None]:
-    """Restore the environment and the warning filters at the end."""
-    environment = dict(os.environ)
-    with warnings.catch_warnings():
-        try:
-            yield
-        finally:
-            os.environ.clear()
-            os.environ.update(environment)

@@ -17,7 +17,7 @@ from sslvision.cli.commands import work
 from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
-from sslvision.cli.run_folders import RUN_FOLDER
+from sslvision.cli.run_folders import RUN_FOLDER, surroundings_restored
 from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.system.failures import explained
@@ -86,18 +86,14 @@ def _run_all(command: Command[Any], words: list[str]) -> int:
 
 @contextlib.contextmanager
 def _command_line(run: Run[Any], words: Sequence[str]) -> Iterator[None]:
-    """Let one run of a sweep find the command line and the environment that it would find alone.
-
-    Lightning starts further processes with the words in sys.argv, and leaves its variables in the environment.
-    """
-    argv, environment = list(sys.argv), dict(os.environ)
+    """Let one run of a sweep find the command line that it would find alone: Lightning starts processes with sys.argv."""
+    argv = list(sys.argv)
     sys.argv[len(argv) - len(words) :] = run.words
     try:
-        yield
+        with surroundings_restored():
+            yield
     finally:
         sys.argv[:] = argv
-        os.environ.clear()
-        os.environ.update(environment)
 
 
 def _interrupted(signum: int, command: Command[Any], words: Sequence[str]) -> Stopped:

@@ -1,38 +1,63 @@
-"""The folder of a run, the same one in all its processes."""
+"""The folder of a run, the same in all its processes, and what a run leaves behind in the process."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from sslvision.errors import UsageError
 
-RUN_FOLDER = "SSLVISION_RUN_FOLDER"  # how a process that Lightning starts learns the folder of the first one
+RUN_FOLDER = "SSLVISION_RUN_FOLDER"  # tells processes that Lightning starts the folder of the first one
 
 
 def choose_run_folder(settings: Any, default: str, number: str, *, dated: bool = True) -> Path:
-    """Return the run's folder, the same one in all processes of the run.
+    """Return the folder of a run, the same in all its processes.
 
     Args:
-        settings: has `name` and `output_dir`, and may have `resume` and `dry_run`.
-        default: names the folder if nothing else does.
-        number: tells the runs of a sweep apart; empty for a single run.
-        dated: whether the time goes into the default name.
+        settings: Settings with `name` and `output_dir`, and perhaps `resume` and `dry_run`.
+        default: Name of the folder if the settings give none.
+        number: Ending of the name that tells the runs of a sweep apart; empty for a single run.
+        dated: Whether the time is part of the default name.
 
     Raises:
-        UsageError: no name was given where one is needed.
+        UsageError: No name was given where one is needed.
     """
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
     name = settings.name
     if name is None and settings.output_dir is None:
         if dated and int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-            raise UsageError("The processes of this run must agree on its folder: give it a name, name=...")
+            raise UsageError("All processes of this run need the same folder: give it a name, name=...")
         if dated and getattr(settings, "resume", None) == "auto":
-            raise UsageError("resume=auto goes on in a folder that has a name: say which, name=... or output_dir=...")
+            raise UsageError("resume=auto needs to know which run folder: give name=... or output_dir=...")
         name = f"{default}-{datetime.now():%Y%m%d-%H%M%S}" if dated else default
     folder = Path(settings.output_dir) if settings.output_dir else Path("outputs") / str(name)
     suffix = ("-dry-run" if getattr(settings, "dry_run", False) else "") + number
     folder = folder.with_name(folder.name + suffix).absolute()
     os.environ[RUN_FOLDER] = str(folder)
     return folder
+
+
+@contextmanager
+def surroundings_restored() -> Iterator[None]:
+    """Restore the environment and end the process group that a run sets up, so that the next run can start processes too.
+
+    Lightning leaves LOCAL_RANK and other variables, and a process group whose other processes have ended.
+    """
+    environment, had_group = dict(os.environ), _process_group() is not None
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        if not had_group and (distributed := _process_group()) is not None:
+            distributed.destroy_process_group()
+
+
+def _process_group() -> Any:
+    """Return torch.distributed if it is loaded and has a process group."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None

@@ -1,4 +1,4 @@
-"""Which keys exist, and what fits them. Knows nothing of command lines; the settings themselves are in settings.py."""
+"""Which keys exist, and which values fit. Independent of the command line; the settings themselves are in settings.py."""
 
 import ast
 import difflib
@@ -15,7 +15,7 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 
 Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
 
-# Trainer options that have one owner already, and what to use in their place.
+# Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
     "max_epochs": "epochs",
     "max_steps": "epochs (or dry_run=true)",
@@ -26,12 +26,12 @@ OURS = {
     "overfit_batches": "a smaller data set",
     "limit_train_batches": "epochs, or a smaller data set",
     "logger": "logger=csv|wandb|tensorboard",
-    "callbacks": "a script of your own",
+    "callbacks": "your own script",
     "default_root_dir": "output_dir",
-    "use_distributed_sampler": "nothing: sslvision deals the batches out to the processes",
+    "use_distributed_sampler": "nothing: sslvision distributes the batches over the processes",
     "enable_checkpointing": "checkpoint_every_epochs",
-    "reload_dataloaders_every_n_epochs": "nothing: every epoch has an order of its own",
-    "barebones": "nothing in its place",
+    "reload_dataloaders_every_n_epochs": "nothing: every epoch has its own order",
+    "barebones": "nothing: it is not supported",
 }
 
 
@@ -39,11 +39,11 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     """Return the settings of a command, after checking every key and value.
 
     Args:
-        settings: by key; those of an open section in a dictionary of their own.
-        kind: one of the classes of settings.py.
+        settings: Settings by key; those of a section in a dictionary of their own.
+        kind: Class of the settings, from settings.py.
 
     Raises:
-        UsageError: an unknown key, with the nearest known ones; a value of the wrong type or range.
+        UsageError: An unknown key, with the nearest known ones; a value of the wrong type or range.
     """
     known = known_keys(settings, kind)
     sections = {section: settings.get(section) or {} if section else settings for section in known}
@@ -123,7 +123,7 @@ def _passed_to_super(function: Callable[..., Any], options: str) -> tuple[int, s
 
 
 def fit(key: str, value: Any, kind: Any) -> Any:
-    """Return `value` as the type `kind`, or say why it is not one. Types beyond plain ones are left to their owner."""
+    """Return `value` as the type `kind`, or raise UsageError. Other types than plain ones are checked by whoever takes them."""
     if value is None:
         if kind in (Any, inspect.Parameter.empty) or isinstance(kind, str) or type(None) in typing.get_args(kind):
             return None
@@ -149,7 +149,7 @@ def fit(key: str, value: Any, kind: Any) -> Any:
         return origin(
             fit(f"{key}[{i}]", one, one_kind) for i, (one, one_kind) in enumerate(zip(value, wanted, strict=True))
         )
-    plain = {int: "a whole number", float: "a number", str: "a word", bool: "true or false", dict: "a section"}
+    plain = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "a section"}
     kind = origin or kind
     if kind not in plain:
         return value
@@ -174,7 +174,7 @@ def _unknown(key: str, known: Mapping[str, Mapping[str | None, Any]]) -> str:
     near = [
         name for word in difflib.get_close_matches(last, by_last_word, n=2, cutoff=0.6) for name in by_last_word[word]
     ]
-    shown = key.removeprefix("method.")  # what may have been typed without it
+    shown = key.removeprefix("method.")  # it may have been given without
     if last in OURS:
         return f"There is no setting {shown}; use {OURS[last]}."
     return f"There is no setting {shown}." + (f" Did you mean {' or '.join(near[:3])}?" if near else " See --help.")
