@@ -1,7 +1,6 @@
-"""The pictures a run leaves behind: what the model reconstructs, and how training went.
+"""Curves of a run: loss, accuracy, learning rate and everything else that was logged.
 
-Both return a matplotlib `Figure` built without pyplot, so that drawing needs no display and leaves no global state.
-Save with `figure.savefig(path)`: the reconstruction grid maps every image pixel to whole pixels of the file.
+All return a matplotlib `Figure` built without pyplot, so that drawing needs no display and leaves no global state.
 """
 
 import math
@@ -25,11 +24,11 @@ def learning_curve_figure(
     untrained_knn: float | None = None,
     untrained_loss: float | None = None,
 ) -> Figure:
-    """Return the loss, accuracy on the way (if there is any) and the learning rate against the epoch, one above another.
+    """Return the loss, the accuracies during training (if any) and the learning rate against the epoch, in panels.
 
     `metrics` is what `read_metrics` returns, of which `step`, `epoch`, `loss`, `knn_top1` and `val_top1` (percent) and `lr`
-    are used; panels without a value are left out. With `steps_per_epoch` the epoch is step / steps_per_epoch, and so
-    fractional. The untrained values are dashed lines of reference.
+    are used; panels without values are omitted. With `steps_per_epoch` the epoch is step / steps_per_epoch, a fraction.
+    Untrained values are dashed reference lines.
     """
     wanted = {"loss": 3.0, "knn_top1": 1.9, "val_top1": 1.9, "lr": 1.0}  # relative heights
     curves = {name: _curve(metrics, name, steps_per_epoch) for name in wanted}
@@ -61,7 +60,7 @@ def learning_curve_figure(
 
 
 def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figure | None:
-    """Return whatever else was logged while training (entropies, RankMe, ...) against the epoch, or None if nothing was."""
+    """Return all other metrics of training (entropies, RankMe, ...) against the epoch, or None if there are none."""
     elsewhere = {"step", "epoch", "loss", "lr", "weight_decay"}
     curves = {
         name: _curve(metrics, name, None)
@@ -90,7 +89,7 @@ def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figu
 def _curve(
     metrics: dict[str, list[float | None]], name: str, steps_per_epoch: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The epochs and values at which `name` was logged."""
+    """Return the epochs at which `name` was logged, and its values."""
     at: Sequence[float | None] = metrics.get("epoch", [])
     if steps_per_epoch:
         at = [None if step is None else step / steps_per_epoch for step in metrics.get("step", [])]
@@ -116,7 +115,7 @@ def _plot_learning_rate(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:
-    """A Gaussian running mean over about a fortieth of the run, renormalized at the ends and over what is not finite."""
+    """Return a Gaussian running mean over about 1/40 of the run, renormalized at the ends and where values are not finite."""
     sigma = len(y) / 80
     if sigma < 0.5:
         return y
@@ -140,7 +139,7 @@ def style(axes: Axes) -> None:
 
 
 def _reference(axes: Axes, value: float | None, text: str, curve: np.ndarray) -> None:
-    """Draw a dashed line, and name it inside the axes at the end where the curve is farther away."""
+    """Draw a dashed line, with its label at the end where the curve is farther away."""
     if value is None:
         return
     axes.axhline(value, color=MUTED, lw=1, ls=(0, (4, 3)))

@@ -18,11 +18,10 @@ CELL = 160  # pixels: small images are enlarged by an integer factor to at least
 
 
 def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figure:
-    """Return a grid of images, a row for each and a column for each thing made of it, two such groups side by side.
+    """Return a grid of images with a row for each and a column for each output, in two groups side by side.
 
-    `columns` are (heading, images), the images (N, C, H, W) in 0..1, of one N, H and W; N = 16 fills a page. Values outside
-    are clipped, NaN is drawn in mid gray. Of images with more than three channels the first three are drawn, of two
-    channels the first.
+    `columns` are (heading, images) with images (N, C, H, W) in 0..1 of the same N, H and W; N = 16 fills a page. Other values
+    are clipped, and NaN is drawn in gray. Of more than three channels the first three are drawn, of two the first.
     """
     rows = np.stack([_drawable(images) for _, images in columns], axis=1)  # (N, columns, H, W, 3)
     groups = min(2, len(rows))
@@ -30,7 +29,7 @@ def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figu
     px_height, px_width = canvas.shape[:2]
 
     dpi = px_width / (WIDTH * groups / 2)
-    top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a little air elsewhere
+    top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a margin elsewhere
     width, height = px_width + 2 * edge, px_height + top + edge
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
     axes = figure.add_axes((edge / width, edge / height, px_width / width, px_height / height))
@@ -46,14 +45,14 @@ def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figu
 
 
 def _drawable(images: Tensor) -> np.ndarray:
-    """(N, C, H, W) of any number of channels -> (N, H, W, 3) in 0..1."""
+    """Return images (N, C, H, W) with any number of channels as (N, H, W, 3) in 0..1."""
     images = images.detach().float().cpu()
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     return torch.nan_to_num(images, nan=0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def _canvas(rows: np.ndarray, groups: int) -> tuple[np.ndarray, list[float]]:
-    """Lay (N, columns, H, W, 3) out on white: the canvas, and the horizontal center of every column in its pixels."""
+    """Arrange (N, columns, H, W, 3) on white; return the canvas, and the horizontal center of each column in pixels."""
     N, columns, H, W, _ = rows.shape
     factor = max(1, math.ceil(CELL / W))
     rows = rows.repeat(factor, axis=2).repeat(factor, axis=3)

@@ -1,4 +1,4 @@
-"""From what tokens hold to what people can look at."""
+"""Feature maps as images."""
 
 from collections.abc import Callable
 
@@ -8,32 +8,33 @@ from torch.nn import functional as F
 
 
 def principal_components(features: Tensor, count: int) -> Tensor:
-    """Return the first `count` principal components of features (n, D), each from 0 to 1 but for its outermost percents.
+    """Return the first `count` principal components of features (n, D), each scaled to 0..1 between its 2nd and 98th
+    percentiles.
 
-    A component's sign is arbitrary: here its skew is positive, so that pictures of one run keep their colors.
+    The sign of a component is arbitrary; it is chosen such that the skew is positive, so that colors stay the same in a run.
 
     Returns:
         (n, count).
     """
-    centerd = features - features.mean(dim=0)
-    _, axes = torch.linalg.eigh(centerd.T @ centerd)  # ascending
-    scores = centerd @ axes.flip(1)[:, :count]  # (n, count)
+    centered = features - features.mean(dim=0)
+    _, axes = torch.linalg.eigh(centered.T @ centered)  # ascending
+    scores = centered @ axes.flip(1)[:, :count]  # (n, count)
     scores = scores * torch.where(scores.pow(3).sum(dim=0) < 0, -1.0, 1.0)
     low, high = torch.quantile(scores, torch.tensor([0.02, 0.98], device=scores.device, dtype=scores.dtype), dim=0)
     return ((scores - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
 
 
 def at_offsets(maps_of: Callable[[Tensor], Tensor], images: Tensor, stride: int, *, offsets: int = 4) -> Tensor:
-    """Return maps finer than one value to a patch: those of images moved by parts of a patch, put together.
+    """Return maps with more than one value per patch, from images shifted by fractions of a patch.
 
     Args:
-        maps_of: images (N, C, S, S) -> maps (N, M, rows, columns), a value for each patch.
-        images: (N, C, S, S); their borders go on outside.
+        maps_of: Maps images (N, C, S, S) to (N, M, rows, columns), one value per patch.
+        images: (N, C, S, S); their borders are replicated.
         stride: p, side of a patch in pixels.
-        offsets: k, along each axis; no more than p.
+        offsets: k, number of shifts along each axis; at most p.
 
     Returns:
-        (N, M, k * rows, k * columns): a value for each p / k pixels, that of the patch around them.
+        (N, M, k * rows, k * columns), one value for each p / k pixels: that of the patch around them.
     """
     S, k = images.shape[-1], next(k for k in range(min(offsets, stride), 0, -1) if stride % k == 0)
     step = stride // k
@@ -47,10 +48,10 @@ def at_offsets(maps_of: Callable[[Tensor], Tensor], images: Tensor, stride: int,
 
 
 def enlarged(maps: Tensor, images: Tensor) -> Tensor:
-    """Return maps (N, M, rows, columns) at the size of the images, each value a block."""
+    """Return maps (N, M, rows, columns) enlarged to the size of the images by nearest neighbor."""
     return F.interpolate(maps.float(), size=images.shape[2:], mode="nearest-exact")
 
 
 def heat(shares: Tensor) -> Tensor:
-    """Return shares (N, S, S) from 0 to 1 as colors (N, 3, S, S): black, red, yellow, white."""
+    """Return values (N, S, S) in 0..1 as colors (N, 3, S, S): black, red, yellow, white."""
     return (3 * shares[:, None] - torch.arange(3, device=shares.device)[:, None, None]).clamp(0, 1)

@@ -1,7 +1,7 @@
-"""A run's metrics as one wide `metrics.csv`: what a person opens in a spreadsheet and the pictures are drawn from.
+"""A run's metrics as one wide `metrics.csv`, for spreadsheets and for the figures.
 
-Lightning's own CSVLogger deletes the metrics of an earlier session when a run is resumed in its folder; that is why
-this one exists. It appends, and only `rewind` forgets.
+Lightning's CSVLogger deletes the earlier metrics when a run is resumed in its folder. This one appends; only `rewind`
+deletes rows.
 """
 
 import csv
@@ -16,15 +16,15 @@ from pytorch_lightning.utilities import rank_zero_only
 from sslvision.errors import DataError
 from sslvision.system.files import written_whole
 
-Row = dict[str, str]  # the cells as they stand in the file
+Row = dict[str, str]  # the cells as in the file
 
 
 class MetricsCSV(Logger):
     """Writes `folder/metrics.csv`: columns `step`, `epoch` and then the metrics in their order of appearance.
 
-    Every row reaches the file as it is logged, so that a killed process loses none. A new column rewrites the file
-    through a temporary one. Metrics logged for the step of the last row join that row. A folder that has metrics keeps
-    them. Only rank zero reads or writes.
+    Every row is written when it is logged, so a killed process loses none. A new column rewrites the file through a
+    temporary one. Metrics logged for the step of the last row are added to that row. Existing metrics in the folder are
+    kept. Only rank zero reads or writes.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -32,7 +32,7 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self._columns = ["step", "epoch"]
         self._rows: list[Row] = []
-        self._last_row_at: int | None = None  # its byte in the file; None: the file is yet to be read
+        self._last_row_at: int | None = None  # its offset in bytes; None: the file has not been read yet
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Forget what was logged after `step`: for a run that resumes from a checkpoint taken then."""
+        """Delete what was logged after `step`, when a run resumes from a checkpoint of that step."""
         self._open()
         kept = [row for row in self._rows if int(row["step"]) <= step]
         if len(kept) < len(self._rows):
@@ -81,7 +81,7 @@ class MetricsCSV(Logger):
             self._rewrite()
 
     def _open(self) -> None:
-        """Read what an earlier session wrote; its last row may be torn where the process was killed."""
+        """Read existing metrics; the last row may be incomplete if the process was killed."""
         if self._last_row_at is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class MetricsCSV(Logger):
             self._last_row_at = self._last_row_at if over_the_last else end
             assert self._last_row_at is not None
             file.seek(self._last_row_at)
-            file.write(self._lines(self._rows[-1:]))  # one write: a reader, or a kill, sees it all or not at all
+            file.write(self._lines(self._rows[-1:]))  # one write, so that a reader never sees a part of it
             file.truncate()
 
     def _rewrite(self) -> None:
@@ -123,7 +123,7 @@ def _parse(path: Path) -> tuple[list[str], list[Row]]:
         text = path.read_text()
     except FileNotFoundError:
         raise DataError(f"There is no {path}: has this run logged anything yet?") from None
-    whole = text[: text.rfind("\n") + 1]  # without a last line that a kill cut short
+    whole = text[: text.rfind("\n") + 1]  # without an incomplete last line
     reader = csv.DictReader(io.StringIO(whole))
     columns = list(reader.fieldnames or ["step", "epoch"])
     if columns[:2] != ["step", "epoch"]:
@@ -132,4 +132,4 @@ def _parse(path: Path) -> tuple[list[str], list[Row]]:
 
 
 def _cell(value: Any) -> str:
-    return str(value) if isinstance(value, int) else f"{float(value):.8g}"  # 8 digits: all that fp32 holds
+    return str(value) if isinstance(value, int) else f"{float(value):.8g}"  # 8 digits: the precision of fp32

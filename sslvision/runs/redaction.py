@@ -1,7 +1,7 @@
-"""Secrets stay out of files: whatever is written down or logged goes through `redact` first.
+"""Keeping secrets out of files: everything written or logged passes through `redact` first.
 
-A secret is told by the name it stands under (`data.api_key`), by being the value of an environment variable with such a
-name (WANDB_API_KEY), by its place in an address (https://user:password@host), or by a known form (hf_..., ghp_...).
+A secret is recognized by its name (`data.api_key`), by being the value of an environment variable with such a name
+(WANDB_API_KEY), by its position in a URL (https://user:password@host), or by a known format (hf_..., ghp_...).
 """
 
 import os
@@ -13,13 +13,13 @@ from urllib.parse import quote
 REDACTED = "(redacted)"
 
 SECRET = {"password", "passwd", "passphrase", "pwd", "secret", "credential", "authorization", "signature", "apikey"}
-AMBIGUOUS = {"key", "token"}  # of an account, or of a dictionary and a transformer
-HARMLESS = {  # what comes before a key or a token that is none of an account
+AMBIGUOUS = {"key", "token"}  # of an account, but also of a dictionary or a transformer
+HARMLESS = {  # words before a key or token that is not one of an account
     *("class", "cls", "mask", "dist", "reg", "register", "patch", "pad", "global", "image", "label", "text", "target"),
     *("sort", "cache", "column", "primary", "foreign", "dict", "state", "num"),
 }
-SHORTEST = 8  # characters: shorter keys and tokens are words of a configuration
-SHORTEST_IN_ENVIRONMENT = 6  # shorter values would be found in the middle of words
+SHORTEST = 8  # characters; shorter keys and tokens are ordinary settings
+SHORTEST_IN_ENVIRONMENT = 6  # characters; shorter values would match parts of words
 
 _SETTING = re.compile(r"([\w.+~@/-]+)=(.+)", re.DOTALL)
 _NAME = re.compile(r"""(?<![\w.-])([\w.-]+)["']?\s*[=:]\s*""")  # of key=value, "key": "value", ?key=value&
@@ -35,17 +35,17 @@ _FORMS = re.compile(
 
 
 def redact(value: Any) -> Any:
-    """Return `value` with "(redacted)" in place of every secret.
+    """Return `value` with every secret replaced by "(redacted)".
 
     Args:
-        value: a text, or dictionaries, lists and tuples of texts to any depth; all else is returned as it is. It is not
-            changed itself.
+        value: A string, or nested dictionaries, lists and tuples of strings; anything else is returned unchanged. It is not
+            modified.
     """
     return _redact(value, _of_environment())
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Return whether what stands under a name is a secret: by the last word of the name, and for ambiguous ones by both."""
+    """Return whether a named value is a secret: by the last word of the name, and if that is ambiguous also by the value."""
     words = [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)] or [""]
     last, before = words[-1].removesuffix("s"), (words[-2] if len(words) > 1 else "")
     if isinstance(value, bool) or value is None or value in ("", "true", "false", "null", REDACTED):
@@ -68,7 +68,7 @@ def _redact(value: Any, known: list[str]) -> Any:
 
 
 def _under(name: str, value: Any, known: list[str]) -> Any:
-    """Return what stands under a name, redacted; a list of secrets is redacted one by one."""
+    """Return a named value, redacted; a list of secrets is redacted one by one."""
     if isinstance(value, list | tuple):
         return type(value)(_under(name, one, known) for one in value)
     return REDACTED if is_secret(name, value) else _redact(value, known)
@@ -77,7 +77,7 @@ def _under(name: str, value: Any, known: list[str]) -> Any:
 def _redact_text(text: str, known: list[str]) -> str:
     for secret in known:
         text = text.replace(secret, REDACTED)
-    if (setting := _SETTING.fullmatch(text)) and is_secret(*setting.groups()):  # with whatever blanks are in it
+    if (setting := _SETTING.fullmatch(text)) and is_secret(*setting.groups()):  # including spaces in the value
         return f"{setting[1]}={REDACTED}"
     text = _FORMS.sub(REDACTED, text)
     text = _ADDRESS.sub(lambda found: f"{found['scheme'] or ''}{REDACTED}@", text)
@@ -85,10 +85,10 @@ def _redact_text(text: str, known: list[str]) -> str:
 
 
 def _redact_pairs(text: str) -> str:
-    """Redact what stands under the name of a secret in a command, a connection string, an address' query or JSON."""
+    """Redact named secrets in a command, a connection string, the query of a URL or JSON."""
     parts, written, at = [], 0, 0
     while name := _NAME.search(text, at):
-        at = name.end()  # a value may hold names and values itself: url=https://host?token=...
+        at = name.end()  # a value may contain names and values: url=https://host?token=...
         if (value := _VALUE.match(text, at)) and is_secret(name[1], value[0].strip("\"'")):
             quoted = value[0][0] if value[0][0] in "\"'" else ""
             parts += [text[written:at], quoted, REDACTED, quoted]
@@ -97,7 +97,7 @@ def _redact_pairs(text: str) -> str:
 
 
 def _of_environment() -> list[str]:
-    """Return the values of environment variables that are secrets by their names, longest first, also as in addresses."""
+    """Return the values of secret environment variables, longest first, also URL-encoded."""
     secrets = {
         form
         for name, value in os.environ.items()

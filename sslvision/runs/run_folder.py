@@ -1,4 +1,4 @@
-"""The folder of a run: made before anything else, and readable without us."""
+"""The folder of a run: created first, and readable without this package."""
 
 import json
 import os
@@ -32,35 +32,35 @@ CONTENTS = """\
 
 Made by `{command}`.
 
-| file | what it is |
+| file | content |
 | --- | --- |
-| results.json | k-NN, linear probe and RankMe at the end, pretrained and untrained; what went wrong, if anything |
+| results.json | final k-NN, linear probe and RankMe, pretrained and untrained; problems, if any |
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
-| metrics.csv | loss, learning rate, k-NN accuracy, RankMe and what else the method logs, by step |
-| figures/ | what the method makes of held-out images, learning curve, health |
-| checkpoints/last.ckpt, last-1.ckpt, ... | all that `resume=auto` needs to go on, and the same of before |
-| export/ | the backbone for use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
+| metrics.csv | loss, learning rate, k-NN accuracy, RankMe and other values that the method logs, by step |
+| figures/ | the method's output for held-out images, learning curve, health |
+| checkpoints/last.ckpt, last-1.ckpt, ... | the latest checkpoint, which `resume=auto` continues from, and older ones |
+| export/ | the backbone, ready to use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
 | unreadable.csv | images that could not be read, if there were any |
 """
 
 
 def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Take an empty or new folder for a run; a used one only to resume in it or to empty it.
+    """Claim an empty or new folder for a run; a used one only to resume in it or to empty it.
 
     Raises:
-        UsageError: the folder is in use, or another process works in it, or is not one of ours and would be emptied.
+        UsageError: The folder is in use, another process works in it, or it would be emptied but is not a run folder.
     """
     if (folder / LOCK).exists():
         _hold(folder)
     if folder.exists() and any(folder.iterdir()) and not resume:
         if not overwrite:
             raise UsageError(
-                f"{folder} is in use: go on with it by resume=auto, empty it by overwrite=true, or choose another name=."
+                f"{folder} is in use: resume it with resume=auto, empty it with overwrite=true, or choose another name=."
             )
         if not (folder / "config.yaml").is_file():
             raise UsageError(
-                f"{folder} is not the folder of a run (it has no config.yaml) and is not emptied; name another."
+                f"{folder} is not a run folder (it has no config.yaml), so it is not emptied; choose another one."
             )
         shutil.rmtree(folder)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def _hold(folder: Path) -> None:
-    """Keep other processes out of a folder for as long as this one lives, however it ends."""
+    """Keep other processes out of a folder until this one ends, however it ends."""
     if fcntl is None:
         return
     file = folder / LOCK
@@ -76,16 +76,18 @@ def _hold(folder: Path) -> None:
         return
     held = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: what it forks may outlive it
+        fcntl.lockf(
+            held, fcntl.LOCK_EX | fcntl.LOCK_NB
+        )  # per process: forked processes, which may outlive it, do not hold it
     except (BlockingIOError, PermissionError) as error:
         os.close(held)
         raise UsageError(
-            f"Another process is at work in {folder}: wait for its end, stop it, or choose another name=."
+            f"Another process is running in {folder}: wait until it ends, stop it, or choose another name=."
         ) from error
     except OSError:  # a file system without locks
         os.close(held)
         return
-    _held[folder] = held  # open from now on: to close it would let go
+    _held[folder] = held  # stays open: closing it would release the lock
 
 
 def describe(
@@ -94,11 +96,11 @@ def describe(
     """Write README.md, config.yaml and environment.json, without the secrets in them.
 
     Args:
-        folder: of the run.
-        config: all settings, as plain containers.
-        words: the command line's, after the command.
-        command: its name.
-        contents: of README.md, with {name}, {folder} and {command}.
+        folder: Folder of the run.
+        config: All settings, as plain containers.
+        words: Arguments of the command line.
+        command: Name of the command.
+        contents: Template of README.md, with {name}, {folder} and {command}.
     """
     command = shlex.join(["python", "-m", f"sslvision.{command}", *redact(list(words))])
     (folder / "README.md").write_text(contents.format(name=folder.name, folder=folder, command=command))
@@ -107,7 +109,7 @@ def describe(
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Return what a reader needs to judge or repeat the run; nothing of the person's account."""
+    """Return what is needed to judge or repeat the run, without personal data."""
     packages = ("sslvision", "torch", "torchvision", "pytorch-lightning", "timm", "hydra-core", "numpy")
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -138,7 +140,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Ask git about the checkout this package lies in; None outside of one."""
+    """Run git in the checkout of this package; None if there is none."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), *arguments],

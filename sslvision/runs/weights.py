@@ -1,4 +1,4 @@
-"""Weights in from anywhere, and the export that plain timm loads."""
+"""Loading weights of any format, and the export that plain timm loads."""
 
 import json
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ def export_backbone(
 ) -> None:
     """Write model.safetensors and config.json, in timm's own format and under timm's parameter names.
 
-    Both ways of timm load it, the first without knowing anything of the model:
+    timm loads it in two ways, the first without knowledge of the model:
         timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
         timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
-    where name and model_args stand in config.json. A classifier has its head in the file, and the first way loads it whole
-    where num_classes is left out.
+    where name and model_args are in config.json. The file of a classifier contains its head; the first way loads it if
+    num_classes is omitted.
 
     Args:
-        backbone: the pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
-        folder: is made if need be.
-        mean, std: of the pixels in pretraining, per channel; they go into the file, so users need not guess.
-        classes: what the outputs of a classifier stand for, as many as it has.
+        backbone: Pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
+        folder: Folder, created if it does not exist.
+        mean, std: Pixel statistics of pretraining per channel, which are stored in the file.
+        classes: Class names of a classifier, one for each output.
     """
     names = list(classes or ())
-    assert backbone.model.num_classes == len(names), "a classifier is exported with the names of its classes"
+    assert backbone.model.num_classes == len(names), "a classifier is exported with its class names"
     size, known = (backbone.channels, *backbone.image_size), backbone.model.pretrained_cfg
     pretrained = {
         "tag": "sslvision",
@@ -49,7 +49,7 @@ def export_backbone(
         "num_classes": len(names),
     }
     model = backbone.model
-    model.pretrained_cfg = {"architecture": known["architecture"], **pretrained}  # timm looks for the name here
+    model.pretrained_cfg = {"architecture": known["architecture"], **pretrained}  # where timm looks for the name
     apart = model.register_state_dict_post_hook(_part_tensors)
     try:
         save_for_hf(
@@ -62,30 +62,30 @@ def export_backbone(
     finally:
         apart.remove()
     config = json.loads((folder / "config.json").read_text())
-    config["model_args"].pop("num_classes", None)  # the reader's to choose
+    config["model_args"].pop("num_classes", None)  # chosen when loading
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _part_tensors(module: Any, state: dict[str, Tensor], *_: Any) -> None:
-    """Give tensors that share memory, as CoaT's do, each their own: the file format asks for it."""
+    """Copy tensors that share memory, as in CoaT: the file format requires it."""
     for name, tensor in state.items():
         state[name] = tensor.detach().clone()
 
 
 def load_weights(method: Method, path: str | Path) -> str:
-    """Start `method` from other weights (not from another run's optimizer or position): `init_from=`.
+    """Start `method` from existing weights, without optimizer state: `init_from=`.
 
     Args:
-        method: whose weights are replaced.
-        path: a run folder, a Lightning checkpoint of the same method, or backbone weights under timm's names (.safetensors,
+        method: Method whose weights are replaced.
+        path: A run folder, a Lightning checkpoint of the same method, or backbone weights with timm's names (.safetensors,
             .pth, an export folder).
 
     Returns:
         What was loaded, in words.
 
     Raises:
-        UsageError: no such file; it is damaged; it holds more than weights; or these do not fit: some of the differing names
-            and shapes are told.
+        UsageError: The file does not exist, is damaged, contains more than weights, or the weights do not match; the message
+            lists some of the differing names and shapes.
     """
     file = find_weights(Path(path))
     state = _read(file)
@@ -95,10 +95,10 @@ def load_weights(method: Method, path: str | Path) -> str:
     tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
     own = method.pretrained().model.state_dict()
     for module in method.modules():
-        if isinstance(module, Backbone):  # DINO has two: the student's and the teacher's
+        if isinstance(module, Backbone):  # DINO has two: student and teacher
             load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
     left = len(tensors) - len(own)
-    return f"the backbone's weights of {file}" + (f" ({left} other tensors left aside)" if left > 0 else "")
+    return f"the backbone's weights of {file}" + (f" ({left} other tensors ignored)" if left > 0 else "")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -110,10 +110,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def find_weights(path: Path) -> Path:
-    """Return the weight file that a run folder, an export folder or a path means; of checkpoints the newest whole one.
+    """Return the weight file of a run folder, an export folder or a path; of several checkpoints the newest intact one.
 
     Raises:
-        UsageError: there is none, or none that is whole.
+        UsageError: There is none, or none that is intact.
     """
     if path.is_file():
         return path
@@ -121,8 +121,8 @@ def find_weights(path: Path) -> Path:
     if found.path is not None:
         return found.path
     if found.damaged:
-        raise UsageError(f"No checkpoint in {path} is whole. {' '.join(found.damaged.values())}")
+        raise UsageError(f"No checkpoint in {path} is intact. {' '.join(found.damaged.values())}")
     for candidate in (path / "model.safetensors", path / "export" / "model.safetensors"):
         if candidate.is_file():
             return candidate
-    raise UsageError(f"{path} holds no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
+    raise UsageError(f"{path} has no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")

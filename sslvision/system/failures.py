@@ -1,4 +1,4 @@
-"""What goes wrong on a machine rather than in a run, in words: full disks, killed loader processes, lost processes."""
+"""Explanations of errors of the machine: full disks, killed worker processes, lost training processes."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from sslvision.errors import SSLVisionError, StorageError
 from sslvision.system.files import existing_folder, free_bytes
 
-# Of a file that is being written; the last two also of one that may not be read, see _concerns_writing.
+# Errors of writing a file; the last two can also be errors of reading one, see _concerns_writing.
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large")
 _WORKER_LOST = re.compile(r"DataLoader worker \(pid|DataLoader worker.*(shared memory|No space left)", re.DOTALL)
@@ -21,11 +21,11 @@ _PROCESS_LOST = re.compile(
 
 
 def explained(error: BaseException, folder: str | None) -> SSLVisionError | None:
-    """Return in words what an exception means that the machine is to blame for; None for any other.
+    """Return an explained error for an exception caused by the machine; None for any other.
 
     Args:
-        error: what was raised.
-        folder: of the run, which is named where the exception names no file.
+        error: The exception.
+        folder: Folder of the run, which is named if the exception names no file.
     """
     if isinstance(error, SSLVisionError):
         return error
@@ -33,9 +33,9 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
         text = str(one)
         if _WORKER_LOST.search(text):
             return SSLVisionError(
-                "A process of the data loader has ended. Mostly this means that memory ran out, and the system killed it: set "
-                "fewer of them, data.workers=2, or 0 to load in the training process. In a container, give it more shared "
-                "memory (docker run --shm-size=8g). The last checkpoint is as it was: resume=auto goes on from it. "
+                "A worker process of the data loader has ended, most likely because memory ran out and the system killed it. "
+                "Use fewer workers, data.workers=2, or 0 to load in the training process. In a container, allow more shared "
+                "memory (docker run --shm-size=8g). The last checkpoint is intact: resume with resume=auto. "
                 f"({_first_line(text)})"
             )
         if isinstance(one, OSError) and one.errno in _STORAGE and _concerns_writing(one):
@@ -44,15 +44,15 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
             return _storage(found[0], folder)
         if _PROCESS_LOST.search(text):
             return SSLVisionError(
-                "Another process of this run has ended, and this one cannot go on alone. Why it ended it says itself, above "
-                "or in its own log; if it says nothing it was killed, most likely for want of memory. The last checkpoint "
-                f"is as it was: resume=auto goes on from it. ({_first_line(text)})"
+                "Another process of this run has ended, and this one cannot continue alone. The reason is above or in "
+                "the log of that process; if there is none it was killed, most likely because memory ran out. The last "
+                f"checkpoint is intact: resume with resume=auto. ({_first_line(text)})"
             )
     return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception and those it came from."""
+    """Yield an exception and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -63,7 +63,7 @@ def _first_line(text: str) -> str:
 
 
 def _concerns_writing(error: OSError) -> bool:
-    """Return whether a file could not be written; one that may not be read is another matter."""
+    """Return whether the error is about writing a file; a file that may not be read is another matter."""
     if error.errno not in (errno.EACCES, errno.EPERM):
         return True
     if error.filename is None:

@@ -1,4 +1,4 @@
-"""Which signals end a run, what they do outside of training, and SLURM's queue. (Imports nothing that takes time.)"""
+"""Which signals end a run, what they do outside of training, and requeueing by SLURM. Imports nothing slow."""
 
 import os
 import signal
@@ -7,18 +7,14 @@ import threading
 import time
 from types import FrameType
 
-# Launchers pass signals on to processes that have received them already. Who asks again later means it.
+# Launchers forward signals to processes that have already received them. A signal after this many seconds is a new one.
 SAME_REQUEST_S = 2.0
-FIRST_PROCESS = (
-    "SSLVISION_FIRST_PROCESS"  # how a process that Lightning starts learns the id of the one that started it
-)
-NOT_REQUEUED = (
-    "The job is not put back into the queue, since its command has no resume=auto, with which it would go on."
-)
+FIRST_PROCESS = "SSLVISION_FIRST_PROCESS"  # environment variable: process id of the one that started the others
+NOT_REQUEUED = "The job is not requeued: its command needs resume=auto to continue."
 
 
 class Interrupted(BaseException):
-    """A signal outside of training. No Exception: nothing on the way may take it for a failure that it can live with."""
+    """A signal outside of training. Not an Exception, so that no handler of ordinary errors catches it."""
 
     def __init__(self, signum: int):
         super().__init__(signum)
@@ -26,14 +22,14 @@ class Interrupted(BaseException):
 
 
 def handled_signals() -> list[signal.Signals]:
-    """Return the signals that end a run: those that this process was not told to ignore, as nohup does."""
+    """Return the signals that end a run: those that are not ignored, as by nohup."""
     names = ["SIGTERM", "SIGINT", "SIGHUP"] + ["SIGUSR1"] * ("SLURM_JOB_ID" in os.environ)
     known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     return [signum for signum in known if signal.getsignal(signum) is not signal.SIG_IGN]
 
 
 def raise_interrupted() -> None:
-    """Have signals raise Interrupted in the main thread; another one, seconds later, ends the process at once."""
+    """Make signals raise Interrupted in the main thread; another one, seconds later, ends the process at once."""
     process, raised_at = os.getpid(), 0.0
 
     def receive(signum: int, frame: FrameType | None) -> None:
@@ -43,7 +39,7 @@ def raise_interrupted() -> None:
         if not raised_at:
             raised_at = time.monotonic()
             raise Interrupted(signum)
-        if time.monotonic() - raised_at > SAME_REQUEST_S:  # what is being put in order takes too long
+        if time.monotonic() - raised_at > SAME_REQUEST_S:  # cleaning up takes too long
             os._exit(128 + signum)
 
     for signum in handled_signals():
@@ -56,9 +52,9 @@ def started_by_lightning() -> bool:
 
 
 def end_with_launcher() -> None:
-    """Have this process end when the one that started it for a run of several is gone, rather than wait or go on for it.
+    """End this process of several when the one that started it is gone, instead of waiting for it.
 
-    That is the first process, if Lightning starts the others, or torchrun.
+    That is the first process if Lightning starts the others, or torchrun.
     """
     if started_by_lightning():
         launcher = int(os.environ[FIRST_PROCESS])
@@ -77,7 +73,7 @@ def end_with_launcher() -> None:
 
 
 def requeue() -> str:
-    """Ask SLURM to put this job back into its queue; return what became of it, in words."""
+    """Ask SLURM to requeue this job; return the outcome in words."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -85,5 +81,5 @@ def requeue() -> str:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         why = (getattr(error, "stderr", None) or str(error)).strip()
-        return f"SLURM did not put job {job} back into its queue ({why}); submit it again to go on."
-    return f"SLURM has job {job} back in its queue and starts it again when there is room."
+        return f"SLURM did not requeue job {job} ({why}); submit it again to continue."
+    return f"SLURM has requeued job {job}, and will start it again when resources are available."

@@ -29,7 +29,7 @@ def test_a_name_that_is_a_path_is_refused(settings_of, command, name):
 
 def test_a_folder_that_is_none_of_ours_is_not_emptied(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match="is not the folder of a run"):
+    with pytest.raises(UsageError, match="is not a run folder"):
         claim(tmp_path, overwrite=True, resume=False)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -121,7 +121,7 @@ def test_a_loader_process_that_is_killed_ends_the_run_in_words(start, photos):
     code, said = run.end()
     assert code == 1
     assert "Traceback" not in said, said
-    assert re.search(r"error: A process of the data loader has ended.*memory.*data.workers=", said)
+    assert re.search(r"error: A worker process of the data loader has ended.*memory.*data.workers=", said)
     assert saved(run.folder)["global_step"] > 0
 
 

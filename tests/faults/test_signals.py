@@ -227,7 +227,7 @@ def test_under_slurm_the_job_is_saved_and_requeued_and_the_same_words_go_on(
 ):
     asked = slurm()
     send(signal.SIGUSR1, batch=3)
-    with pytest.raises(Stopped, match=r"SIGUSR1: saved at step 3 in .*job 4711_3 back in its queue") as end:
+    with pytest.raises(Stopped, match=r"SIGUSR1: saved at step 3 in .*SLURM has requeued job 4711_3") as end:
         run_tiny(tmp_path / "run", "resume=auto")
     assert end.value.exit_code == 143
     assert asked.read_text() == "requeue 4711_3\n"
@@ -247,7 +247,7 @@ def test_a_job_that_would_not_go_on_is_not_requeued(slurm, send, run_tiny, tmp_p
 def test_a_refusal_of_slurm_is_passed_on(slurm, send, run_tiny, tmp_path):
     slurm(exit_code=1)
     send(signal.SIGUSR1, batch=2)
-    with pytest.raises(Stopped, match=r"saved at step 2 .*did not put job 4711_3 back .*Not allowed.*submit it again"):
+    with pytest.raises(Stopped, match=r"saved at step 2 .*SLURM did not requeue job 4711_3 .*Not allowed.*submit it again"):
         run_tiny(tmp_path / "run", "resume=auto")
 
 

@@ -147,7 +147,7 @@ def test_weights_are_taken_from_another_run_or_an_export_and_refused_where_they_
     assert not torch.allclose(checkpoint_of(tmp_path / "export")["state_dict"][decoder], trained[decoder], atol=1e-3)
     with pytest.raises(UsageError, match=r"do not fit.*there and .* here"):
         train_tiny(tmp_path / "x", f"init_from={folder}", "backbone.embed_dim=16")
-    with pytest.raises(UsageError, match="holds no weights"):
+    with pytest.raises(UsageError, match="has no weights"):
         train_tiny(tmp_path / "x", f"init_from={tmp_path}")
 
 
@@ -171,7 +171,7 @@ def test_a_used_folder_is_refused_and_emptied_only_if_it_is_a_runs(finished, run
     private = tmp_path / "private"
     private.mkdir()
     (private / "thesis.txt").write_text("dear")
-    with pytest.raises(UsageError, match="not the folder of a run"):
+    with pytest.raises(UsageError, match="not a run folder"):
         run_tiny(private, "overwrite=true")
     assert (private / "thesis.txt").exists()
 
