@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.on_gpu.findings import DRY, attempt, milliseconds, note
 
 LIBRARIES = (
-    *("torch", "torchvision", "triton", "timm", "pytorch-lightning", "torchmetrics", "transformers", "lightly"),
+    *("torch", "torchvision", "triton", "timm", "pytorch-lightning", "transformers", "lightly"),
     *("hydra-core", "omegaconf", "antlr4-python3-runtime", "wandb", "rich", "safetensors", "matplotlib", "tensorboard"),
     *("numpy", "pytest", "pytest-xdist", "pillow"),
 )
