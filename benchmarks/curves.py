@@ -155,7 +155,7 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
             loss = self.method.losses(self.views, clock)["loss"]
         loss.backward()
-        self.method.ready(self.optimizer, clock)
+        self.method.prepare_update(self.optimizer, clock)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_update(clock)

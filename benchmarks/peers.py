@@ -132,7 +132,7 @@ class Ours(Contestant):
             group["lr"] = RATES["lr"]
             if group["decayed"]:
                 group["weight_decay"] = RATES["weight_decay"]
-        self.metrics = torch.cat([self.metrics, self.method.ready(self.optimizer, CLOCK)[None]])
+        self.metrics = torch.cat([self.metrics, self.method.prepare_update(self.optimizer, CLOCK)[None]])
         super().update()
 
     def update_ema(self):

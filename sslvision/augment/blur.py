@@ -1,4 +1,4 @@
-"""Pillow's Gaussian blur of a whole batch, each image by a standard deviation of its own."""
+"""Pillow's Gaussian blur of a batch, with one standard deviation per image."""
 
 import functools
 import math
@@ -9,18 +9,18 @@ from torch.nn import functional as F
 
 from sslvision.nn.exact_products import exact_products
 
-SIGMAS = 256  # blurs that are told apart, to a pixel of standard deviation
-KEPT = 2 << 20  # weights, 8 MB; those of all blurs up to 2 pixels for 32 x 32 pixels are half a million
-BOXES = 3  # box filters in a row that stand for a Gaussian, as in Pillow
+SIGMAS = 256  # steps of the standard deviation per pixel
+MAX_CACHED = 2 << 20  # weights, 8 MB; all blurs up to 2 pixels of 32 x 32 pixels have half a million
+BOXES = 3  # successive box filters that approximate a Gaussian, as in Pillow
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) -> Tensor:
     """Blur images (B, C, H, W) as Pillow's GaussianBlur does.
 
     Args:
-        images: of any range.
-        sigma: (B,) standard deviation in pixels; 0 gives the image back, exactly.
-        strongest: if given, every sigma is a multiple of 1 / SIGMAS and at most this.
+        images: Pixels of any range.
+        sigma: (B,) standard deviation in pixels; 0 returns the image unchanged.
+        strongest: Largest sigma; if given, every sigma must be a multiple of 1 / SIGMAS.
     """
     height, width = images.shape[2:]
     with torch.autocast(images.device.type, enabled=False), exact_products(images.device):
@@ -30,10 +30,10 @@ def gaussian_blur(images: Tensor, sigma: Tensor, strongest: float = math.inf) ->
 
 
 def blur_matrices(sigma: Tensor, length: int, strongest: float) -> Tensor:
-    """Return what `blur_matrix` does, looked up where images are so small that those of all blurs can be kept."""
+    """Return the result of `blur_matrix`, from a cache of all blurs if images are small enough for one."""
     if (
         strongest * SIGMAS + 2
-    ) * length**2 > KEPT or torch.compiler.is_compiling():  # a graph would compute all of them
+    ) * length**2 > MAX_CACHED or torch.compiler.is_compiling():  # a compiled graph would compute the whole cache
         return blur_matrix(sigma, length)
     every = _every_blur_matrix(length, math.ceil(strongest * SIGMAS), sigma.device)
     return F.embedding((sigma * SIGMAS).long(), every).unflatten(1, (length, length))
@@ -47,13 +47,13 @@ def _every_blur_matrix(length: int, strongest: int, device: torch.device) -> Ten
 
 
 def blur_matrix(sigma: Tensor, length: int) -> Tensor:
-    """Weights of a 1-D blur by three box filters in a row, whose variance is that of the Gaussian.
+    """Return the weights of a 1-D blur by three successive box filters with the variance of the Gaussian.
 
-    The boxes end between pixels ("extended box filters", Gwosdek et al. 2011), and the border pixels go on for ever.
+    The boxes end between pixels ("extended box filters", Gwosdek et al. 2011), and border pixels are repeated.
 
     Args:
         sigma: (B,) standard deviation in pixels.
-        length: of the axis in pixels.
+        length: Length of the axis in pixels.
 
     Returns:
         (B, length, length); rows sum to 1.

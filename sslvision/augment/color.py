@@ -1,12 +1,12 @@
 """DINO's photometric augmentation of a whole batch at once, on the training device.
 
-Color jitter, grayscale, blur and solarization as in BYOL (Grill et al. 2020, appendix B), in that order and with the
-settings of DINO (Caron et al. 2021). Each image has parameters of its own, and every operation runs on the whole batch with
-those of the images it is not meant for set to do nothing, so a GPU is never waited for. What is chosen is chosen by factors
-of 0 and 1, which on a CPU is quicker than torch.where.
+Color jitter, grayscale, blur and solarization as in BYOL (Grill et al. 2020, appendix B), in this order and with the
+settings of DINO (Caron et al. 2021). Each image has its own parameters. Every operation runs on the whole batch, with neutral
+parameters for the images it does not apply to, so the host never waits for a GPU. Selections are products with 0 and 1, which
+are faster than torch.where on a CPU.
 
-Deviation: the authors' code rounds to bytes after every operation, mostly downwards. Nothing is rounded here, and a jittered
-image comes out 1.0 to 1.3 gray levels brighter than theirs on average.
+Deviation: the authors' code rounds to bytes after every operation, mostly downwards. Nothing is rounded here, which makes a
+jittered image 1.0 to 1.3 gray levels brighter on average.
 """
 
 import functools
@@ -22,8 +22,8 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-LUMA = (0.2989, 0.587, 0.114)  # of red, green and blue, as in torchvision
-PIECE = 1 << 20  # numbers, 4 MB, that a CPU augments at a time: its caches hold them from one operation to the next
+LUMA = (0.2989, 0.587, 0.114)  # weights of red, green and blue, as in torchvision
+CHUNK = 1 << 20  # numbers, 4 MB, that a CPU augments at a time, so that they stay in its caches between operations
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,18 @@ class Photometry:
     views have `blur_probability=0.5`.
 
     Attributes:
-        jitter_probability: of the four changes that follow, all of them or none.
-        brightness, contrast, saturation: factors are drawn from 1 - this to 1 + this, and never below 0.
-        hue: shifts are drawn from -this to this, in turns; at most 0.5.
-        jitter_strength: multiplies the four.
-        gray_probability: of losing all color.
-        blur_probability: of a Gaussian blur.
-        blur_sigma: smallest and largest standard deviation of the blur, in pixels.
-        solarize_probability: of inverting the bright pixels.
-        solarize_threshold: the level from which pixels are bright; the default is Pillow's.
+        jitter_probability: Probability of color jitter, that is of the next four changes together.
+        brightness, contrast, saturation: Factors are drawn from 1 - value to 1 + value, and never below 0.
+        hue: Shifts are drawn from -value to value, in turns; at most 0.5.
+        jitter_strength: Multiplies the four values.
+        gray_probability: Probability of conversion to grayscale.
+        blur_probability: Probability of a Gaussian blur.
+        blur_sigma: Smallest and largest standard deviation of the blur, in pixels.
+        solarize_probability: Probability of inverting bright pixels.
+        solarize_threshold: Level from which pixels are bright; the default is Pillow's.
 
     Raises:
-        UsageError: a value is out of its range.
+        UsageError: A value is out of its range.
     """
 
     jitter_probability: float = 0.8
@@ -63,7 +63,7 @@ class Photometry:
     def __post_init__(self) -> None:
         for name in ("jitter", "gray", "blur", "solarize"):
             if not 0 <= (probability := getattr(self, f"{name}_probability")) <= 1:
-                raise UsageError(f"A probability of {name} of {probability} cannot be: it is from 0 to 1.")
+                raise UsageError(f"The probability of {name} is {probability}; it must be from 0 to 1.")
         if not 0 <= self.blur_sigma[0] <= self.blur_sigma[1]:
             raise UsageError(
                 f"blur_sigma={list(self.blur_sigma)} must be two numbers of pixels, 0 <= weakest <= strongest."
@@ -71,32 +71,32 @@ class Photometry:
 
 
 class Drawn(NamedTuple):
-    """What happens to each image of a batch; tensors of shape (B,) but for `order` and `strongest`."""
+    """Parameters of the augmentation of each image of a batch; tensors (B,) except for `order` and `strongest`."""
 
     jittered: Tensor  # bool
-    brightness: Tensor  # factor, as the next two
+    brightness: Tensor  # factor, like the next two
     contrast: Tensor
     saturation: Tensor
     hue: Tensor  # shift in turns
-    order: Tensor  # (B, 4) int64: BRIGHTNESS, CONTRAST, SATURATION and HUE, the first to be applied first
+    order: Tensor  # (B, 4) int64: BRIGHTNESS, CONTRAST, SATURATION and HUE in the order of application
     gray: Tensor  # bool
     blurred: Tensor  # bool
     sigma: Tensor  # pixels, a multiple of 1 / SIGMAS
-    threshold: Tensor  # gray levels from which pixels are inverted; infinite where none are
-    strongest: float  # blur that can be drawn, in pixels
+    threshold: Tensor  # gray level from which pixels are inverted; infinite for no solarization
+    strongest: float  # largest blur that can be drawn, in pixels
 
     @property
     def solarized(self) -> Tensor:
-        """Return which images lose their bright pixels, bool."""
+        """Return which images are solarized, bool."""
         return self.threshold.isfinite()
 
     def part(self, first: int, end: int) -> "Drawn":
-        """Return what happens to the images from `first` to before `end`."""
+        """Return the parameters of the images from `first` up to `end`, exclusive."""
         return Drawn._make(drawn[first:end] if isinstance(drawn, Tensor) else drawn for drawn in self)
 
 
 def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence[Photometry]) -> Drawn:
-    """Draw the parameters of V views of B images, each view by ranges of its own: V * B, the first view's first."""
+    """Draw the parameters of V views of B images, each view with its own ranges: V * B, those of the first view first."""
     noise = rng.uniforms([f"photometry {view}" for view in views], 13).permute(2, 0, 1)  # (13, V, B)
     probability, low, span = _ranges(tuple(photometry), noise.device)  # each (13, V, 1)
     happens = (noise < probability).flatten(1)  # (13, V * B)
@@ -116,22 +116,22 @@ def draw_photometry(rng: ImageRandom, views: Sequence[int], photometry: Sequence
     )
 
 
-@functools.cache  # what goes to the device does so once: it would wait for it
+@functools.cache  # copied to the device once: a copy synchronizes
 def _ranges(photometry: tuple[Photometry, ...], device: torch.device) -> Tensor:
-    """Return (3, 13, V, 1): probabilities, smallest amounts and their spans of what `draw_photometry` draws."""
+    """Return (3, 13, V, 1): probability, smallest amount and span of each number that `draw_photometry` draws."""
     ranges = torch.tensor([_ranges_of(one) for one in photometry], dtype=torch.float32, device=device)  # (V, 13, 3)
     return ranges.permute(2, 1, 0)[..., None]
 
 
 def _ranges_of(one: Photometry) -> list[tuple[float, float, float]]:
-    """Return (probability, smallest amount, span) of all that is drawn for a view."""
+    """Return (probability, smallest amount, span) of each number that is drawn for a view."""
     strengths = [one.jitter_strength * most for most in (one.brightness, one.contrast, one.saturation)]
     hue = min(0.5, one.jitter_strength * one.hue)
     return [
         (one.jitter_probability, 0, 0),
         *((0, low, 1 + most - low) for most in strengths for low in (max(0.0, 1 - most),)),
         (0, -hue, 2 * hue),
-        *[(0, 0, 1)] * 4,  # the order of the four changes: that of these numbers
+        *[(0, 0, 1)] * 4,  # the four changes are ordered by these numbers
         (one.gray_probability, 0, 0),
         (one.blur_probability, 0, 0),
         (0, one.blur_sigma[0], one.blur_sigma[1] - one.blur_sigma[0]),
@@ -148,11 +148,11 @@ def apply_photometry(
 ) -> Tensor:
     """Augment images (B, C, H, W) uint8 -> (B, C, H, W) float32 from 0 to 255, not rounded.
 
-    Saturation, hue and grayscale need red, green and blue: images of another number of channels go without them. `recolor_fn`
-    is `recolor`, or what torch.compile made of it; `finish_fn` comes in the place of `solarize`.
+    Saturation, hue and grayscale apply to images of three channels only. `recolor_fn` is `recolor` or its compiled form;
+    `finish_fn` replaces `solarize`.
     """
     recolor_fn, finish_fn = recolor_fn or recolor, finish_fn or solarize
-    at_a_time = max(1, PIECE // images[0].numel()) if images.device.type == "cpu" else len(images)
+    at_a_time = max(1, CHUNK // images[0].numel()) if images.device.type == "cpu" else len(images)
     pieces = []
     for at in range(0, len(images), at_a_time):
         part = drawn.part(at, at + at_a_time)
@@ -163,7 +163,7 @@ def apply_photometry(
 
 
 def recolor(images: Tensor, drawn: Drawn) -> Tensor:
-    """Jitter the colors of images (B, C, H, W) uint8, and take them from some: (B, C, H, W) float32 from 0 to 255."""
+    """Apply jitter and grayscale to images (B, C, H, W) uint8: (B, C, H, W) float32 from 0 to 255."""
     result = jitter(images.float(), drawn)
     return blend(result, luma(result), ~drawn.gray) if images.shape[1] == 3 else result
 
@@ -171,25 +171,25 @@ def recolor(images: Tensor, drawn: Drawn) -> Tensor:
 def jitter(images: Tensor, drawn: Drawn) -> Tensor:
     """Change brightness, contrast, saturation and hue of the jittered images, in each image's own order.
 
-    Hue is by far the dearest. It is computed once, between what comes before it in an image's order and what comes after.
+    Hue is by far the most expensive. It is computed once, between the changes before it and those after it in an image's order.
     """
     color = images.shape[1] == 3
-    changes = 3 if color else 2  # besides hue; where there is no color, it has no saturation
+    changes = 3 if color else 2  # besides hue; saturation needs color
     last = (drawn.order >= changes).int().argsort(dim=1, stable=True)
     order = drawn.order.gather(1, last)[:, :changes]  # (B, changes)
     factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation], dim=1).gather(1, order)
     factors = torch.where(drawn.jittered[:, None], factors, 1.0)  # a factor of 1 changes nothing
     if not color:
         return enhance_in_turn(images, order, factors)
-    place = drawn.order.argsort(dim=1)  # (B, 4), of each change
-    before = place.gather(1, order) < place[:, HUE:]
+    rank = drawn.order.argsort(dim=1)  # (B, 4) position of each change in the order
+    before = rank.gather(1, order) < rank[:, HUE:]
     images = enhance_in_turn(images, order, torch.where(before, factors, 1.0))
     images = blend(images, shift_hue(images, drawn.hue), ~drawn.jittered)
     return enhance_in_turn(images, order, torch.where(before, 1.0, factors))
 
 
 def enhance_in_turn(images: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
-    """Make the changes `operations` (B, n) of images (B, C, H, W) by `factors` (B, n), one after the other."""
+    """Apply `operations` (B, n) with `factors` (B, n) to images (B, C, H, W), one after the other."""
     for operation, factor in zip(operations.T, factors.T, strict=True):
         images = enhance(images, operation, factor)
     return images
@@ -198,8 +198,8 @@ def enhance_in_turn(images: Tensor, operations: Tensor, factors: Tensor) -> Tens
 def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """Change the brightness, contrast or saturation of each image.
 
-    All three move pixels towards (factor < 1) or away from (factor > 1) something without what is changed: black, the
-    image's mean gray, or the pixel's own gray. A factor of 1 gives the image back, exactly.
+    All three blend with an image without brightness, contrast or saturation: black, the image's mean gray, or each pixel's
+    gray. Factors below 1 move towards it, factors above 1 away from it, and a factor of 1 returns the image exactly.
 
     Args:
         images: (B, C, H, W) from 0 to 255.
@@ -216,16 +216,16 @@ def enhance(images: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
 
 
 def blend(images: Tensor, others: Tensor, share: Tensor) -> Tensor:
-    """Return images x share + others x (1 - share), exactly one of the two where share (B,) is 1 or 0.
+    """Return images * share + others * (1 - share), with share (B,); exact for shares of 0 and 1.
 
-    The others may have a single channel, or a single pixel.
+    `others` may have a single channel or a single pixel.
     """
     share = _per_image(share).float()
     return (images * share).add_(others * (1 - share))
 
 
 def luma(images: Tensor) -> Tensor:
-    """Return the gray images (B, 1, H, W) of (B, C, H, W): the mean over channels unless they are red, green and blue."""
+    """Return grayscale images (B, 1, H, W) of (B, C, H, W): the mean over channels unless there are three."""
     if images.shape[1] != 3:
         return images if images.shape[1] == 1 else images.mean(dim=1, keepdim=True)
     red, green, blue = images.split(1, dim=1)
@@ -233,16 +233,16 @@ def luma(images: Tensor) -> Tensor:
 
 
 def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of images (B, 3, H, W) by `shift` (B,) turns, at the same HSV saturation and value."""
+    """Shift the hue of images (B, 3, H, W) by `shift` (B,) turns, at constant HSV saturation and value."""
     red, green, blue = images.split(1, dim=1)  # (B, 1, H, W)
     value = images.amax(dim=1, keepdim=True)
     chroma = value - images.amin(dim=1, keepdim=True)
-    # The hue in sixths of a turn, counted from the primary color that is strongest.
+    # The hue in sixths of a turn, relative to the strongest primary color.
     from_red, from_green, from_blue = (green - blue), (blue - red) + 2 * chroma, (red - green) + 4 * chroma
     not_red, not_green = value.clone().gt_(red), value.clone().gt_(green)  # 0 and 1
     hue = from_red.lerp_(from_green.lerp_(from_blue, not_green), not_red)
-    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * _per_image(shift))  # gray pixels have no hue: any will do
-    # How far below the value a channel lies, in chromas, is a trapezium of the hue that is 0 around the channel's color.
+    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * _per_image(shift))  # gray pixels have no hue, so any value will do
+    # The distance of a channel below the value, in units of chroma, is a trapezoid in hue: 0 around the channel's color.
     channel = (5 - 2 * torch.arange(3, device=images.device))[:, None, None]  # (3, 1, 1): 5, 3, 1
     turned = hue + channel  # (B, 3, H, W)
     turned.sub_((turned / 6).floor_(), alpha=6)  # from 0 to 6
@@ -257,7 +257,7 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
 
 
 def solarize_and_normalize(images: Tensor, threshold: Tensor, *, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return views as networks read them: a function of its own, as torch.compile makes one kernel of the two."""
+    """Solarize and normalize: one function, so that torch.compile fuses the two into one kernel."""
     return normalize(solarize(images, threshold))
 
 

@@ -1,7 +1,7 @@
-"""Random resized crops, one image at a time in a loader's worker or a whole batch at once on the training device.
+"""Random resized crops, of one image at a time in a loader process or of a whole batch on the training device.
 
-Both ways draw the same box for the same image, epoch and seed, and resample with the antialiased bicubic filter of
-Pillow (Keys, a = -0.5), which the authors of MAE and DINO used.
+Both ways draw the same box for the same image, epoch and seed, and resample with Pillow's antialiased bicubic filter
+(Keys, a = -0.5), which the authors of MAE and DINO used.
 """
 
 import functools
@@ -18,8 +18,8 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
 
-KEPT = 8 << 20  # weights, 32 MB; those of 32 x 32 pixels for crops as large are 2.2 million
-ATTEMPTS = 10  # boxes tried before the central one is taken, as in torchvision's RandomResizedCrop
+MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
+ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Crop:
     """One random resized crop of an image.
 
     Attributes:
-        size: side of the result in pixels.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height.
-        flip: mirror half of the crops.
+        size: Side of the result in pixels.
+        scale: Smallest and largest share of the image's area.
+        ratio: Smallest and largest width / height.
+        flip: Mirror half of the crops.
 
     Raises:
-        UsageError: the scale is out of range.
+        UsageError: The scale is out of range.
     """
 
     size: int
@@ -44,31 +44,31 @@ class Crop:
     def __post_init__(self) -> None:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(
-                f"A crop scale of {list(self.scale)} cannot be: it is two shares of the image's area, "
+                f"A crop scale of {list(self.scale)} is out of range: give two shares of the image's area, "
                 "0 < smallest <= largest <= 1."
             )
 
 
 def crop_noise(rng: ImageRandom, views: Sequence[int]) -> Tensor:
-    """Return the uniform numbers (V, B, 2 * ATTEMPTS + 3) that some of a batch's crops are made of."""
+    """Return the uniform random numbers (V, B, 2 * ATTEMPTS + 3) of V crops of a batch."""
     return rng.uniforms([f"crop {view}" for view in views], 2 * ATTEMPTS + 3)
 
 
 def draw(noise: Tensor, height: Tensor, width: Tensor, crops: Sequence[Crop]) -> tuple[Tensor, Tensor]:
-    """Return the boxes (V, B, 4) for `crop_noise` of images whose sizes are (B,), and which crops are mirrored (V, B)."""
+    """Return boxes (V, B, 4) and mirroring (V, B) for `crop_noise` and images with sizes (B,)."""
     boxes = crop_boxes(noise[..., :-1], height, width, crops)
     return boxes, noise[..., -1] < _ranges(tuple(crops), noise.device)[-1]
 
 
 def crop_boxes(noise: Tensor, height: Tensor, width: Tensor, crops: Sequence[Crop]) -> Tensor:
-    """Turn uniform numbers into boxes, with the distribution of torchvision's RandomResizedCrop.
+    """Turn uniform random numbers into boxes, with the distribution of torchvision's RandomResizedCrop.
 
-    This is many small operations, which take as long for one crop as for a hundred.
+    These are many small operations, which take as long for one crop as for a hundred.
 
     Args:
         noise: (V, B, 2 * ATTEMPTS + 2) in [0, 1).
-        height, width: (B,) int64 of the images, in pixels.
-        crops: the kind of each of the V crops.
+        height, width: (B,) int64 sizes of the images in pixels.
+        crops: V descriptions of crops.
 
     Returns:
         (V, B, 4) int64: top, left, height, width.
@@ -77,7 +77,7 @@ def crop_boxes(noise: Tensor, height: Tensor, width: Tensor, crops: Sequence[Cro
     share = low_share[..., None] + noise[..., :ATTEMPTS] * share_span[..., None]  # (V, B, ATTEMPTS)
     area = share * height[:, None] * width[:, None]
     ratio = torch.exp(low_log[..., None] + noise[..., ATTEMPTS : 2 * ATTEMPTS] * log_span[..., None])
-    image = torch.stack([height, width])[:, None]  # (2, 1, B): heights, then widths, as in all that follows
+    image = torch.stack([height, width])[:, None]  # (2, 1, B): heights, then widths, as below
     tried = torch.stack([area / ratio, area * ratio]).sqrt_().round_().long()  # (2, V, B, ATTEMPTS)
     fits = ((tried > 0) & (tried <= image[..., None])).all(dim=0)  # (V, B, ATTEMPTS)
     first = fits.int().argmax(dim=2, keepdim=True)
@@ -90,9 +90,9 @@ def crop_boxes(noise: Tensor, height: Tensor, width: Tensor, crops: Sequence[Cro
     return torch.cat([corner, sides]).permute(1, 2, 0)
 
 
-@functools.cache  # what goes to the device does so once: it would wait for it
+@functools.cache  # copied to the device once: a copy synchronizes
 def _ranges(crops: tuple[Crop, ...], device: torch.device) -> Tensor:
-    """Return (7, V, 1): smallest share of the area and span, the same of the ratio's logarithm, both ratios, share of flips."""
+    """Return (7, V, 1): smallest area share and span, the same for the log ratio, both ratios, and probability of flips."""
     ranges = [
         (share, most - share, math.log(low), math.log(high) - math.log(low), low, high, 0.5 * crop.flip)
         for crop in crops
@@ -102,15 +102,15 @@ def _ranges(crops: tuple[Crop, ...], device: torch.device) -> Tensor:
 
 
 def crop_each(images: list[Tensor], noise: Tensor, crops: Sequence[Crop]) -> Iterator[Tensor]:
-    """Cut V crops of each of B images of any sizes.
+    """Crop B images of any sizes, V times each.
 
     Args:
-        images: B times (C, H, W) uint8.
-        noise: (V, B, 2 * ATTEMPTS + 3) of `crop_noise`.
-        crops: the kind of each of the V crops.
+        images: B images (C, H, W) uint8.
+        noise: (V, B, 2 * ATTEMPTS + 3) from `crop_noise`.
+        crops: V descriptions of crops.
 
     Yields:
-        V times B crops, (C, size, size) uint8.
+        V * B crops (C, size, size) uint8, all images of the first crop first.
     """
     height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)  # (B,) each
     boxes, flipped = draw(noise, height, width, crops)
@@ -121,24 +121,24 @@ def crop_each(images: list[Tensor], noise: Tensor, crops: Sequence[Crop]) -> Ite
 
 
 def crop_one(image: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
-    """Cut one image (C, H, W) uint8 of any size -> (C, size, size) uint8."""
+    """Return a crop (C, size, size) uint8 of one image (C, H, W) uint8."""
     return next(crop_each([image], crop_noise(rng, [view]), [crop]))
 
 
 def crop_batch(images: Tensor, noise: Tensor, crops: Sequence[Crop]) -> list[Tensor]:
-    """Cut V crops of every image of a batch, each by its own box; neighbors of a kind are cut together.
+    """Crop every image of a batch V times; consecutive crops of the same description are computed together.
 
     Args:
         images: (B, C, H, W) uint8.
-        noise: (V, B, 2 * ATTEMPTS + 3) of `crop_noise`.
-        crops: the kind of each of the V crops.
+        noise: (V, B, 2 * ATTEMPTS + 3) from `crop_noise`.
+        crops: V descriptions of crops.
 
     Returns:
-        V times (B, C, size, size) uint8.
+        V tensors (B, C, size, size) uint8.
     """
     height, width = images.shape[2:]
     if all(crop.scale[0] == 1 and height == width == crop.size and not crop.flip for crop in crops):
-        return [images] * len(crops)  # every box is the whole image, and resampling the identity
+        return [images] * len(crops)  # the crop is the image itself
     heights, widths = (torch.full((len(images),), side, device=images.device) for side in (height, width))
     boxes, flipped = draw(noise, heights, widths, crops)
     cut, first = list[Tensor](), 0
@@ -153,9 +153,9 @@ def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tens
 
     Args:
         images: (B, C, H, W) uint8.
-        boxes: (V, B, 4) int64, top, left, height and width in pixels.
-        flipped: (V, B) bool, which are mirrored.
-        size: of the result in pixels.
+        boxes: (V, B, 4) int64: top, left, height and width in pixels.
+        flipped: (V, B) bool, True where the crop is mirrored.
+        size: Side of the result in pixels.
 
     Returns:
         (V, B, C, size, size) uint8.
@@ -165,18 +165,18 @@ def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tens
     rows = matrices(top, box_height, height, size)  # (V, B, size, H)
     columns = matrices(left, box_width, width, size, flipped).transpose(2, 3)  # (V, B, W, size)
     with torch.autocast(images.device.type, enabled=False), exact_products(images.device):
-        # Pillow's order: columns first, and bytes in between.
+        # As in Pillow, the horizontal pass comes first and is rounded to bytes.
         cut = (images.float().flatten(1, 2) @ columns).round_().clamp_(0, 255)  # (V, B, C * H, size)
         cut = rows[:, :, None] @ cut.unflatten(2, (-1, height))  # (V, B, C, size, size)
         return cut.round_().clamp_(0, 255).byte()
 
 
 def matrices(start: Tensor, extent: Tensor, length: int, size: int, mirrored: Tensor | None = None) -> Tensor:
-    """Return what `resampling_matrix` does, those of `mirrored` (...,) with their rows from last to first.
+    """Return the result of `resampling_matrix`, with the rows of `mirrored` (...,) ones reversed.
 
-    They are looked up where images are so small that those of all intervals can be kept.
+    It comes from a cache of all intervals if images are small enough for one.
     """
-    if 2 * (length + 1) ** 2 * length * size <= KEPT:
+    if 2 * (length + 1) ** 2 * length * size <= MAX_CACHED:
         interval = start * (length + 1) + extent
         interval = interval if mirrored is None else interval + mirrored * (length + 1) ** 2
         return F.embedding(interval, _every_matrix(length, size, start.device)).unflatten(-1, (size, length))
@@ -186,9 +186,9 @@ def matrices(start: Tensor, extent: Tensor, length: int, size: int, mirrored: Te
 
 @functools.cache
 def _every_matrix(length: int, size: int, device: torch.device) -> Tensor:
-    """Return the matrices (size * length) of all starts and extents, (length + 1) ** 2 of them, and then these mirrored.
+    """Return the matrices (size * length) of all (length + 1) ** 2 starts and extents, followed by the mirrored ones.
 
-    Those of no extent are not a number.
+    Matrices of extent 0 are NaN.
     """
     indices = torch.arange(length + 1, device=device)
     computed = resampling_matrix(indices.repeat_interleave(length + 1), indices.repeat(length + 1), length, size)
@@ -196,23 +196,23 @@ def _every_matrix(length: int, size: int, device: torch.device) -> Tensor:
 
 
 def resampling_matrix(start: Tensor, extent: Tensor, length: int, size: int) -> Tensor:
-    """Antialiased bicubic weights of a 1-D crop and resize.
+    """Return the antialiased bicubic weights of a 1-D crop and resize.
 
     Args:
-        start, extent: (...,) the interval of each image, in pixels; pixels outside have no weight.
-        length: of the axis in pixels.
-        size: of the result in pixels.
+        start, extent: (...,) interval of each image in pixels; pixels outside have no weight.
+        length: Length of the axis in pixels.
+        size: Length of the result in pixels.
 
     Returns:
         (..., size, length); rows sum to 1.
     """
     start, extent = start[..., None, None].float(), extent[..., None, None].float()
     scale = extent / size  # source pixels per result pixel
-    # fp32 whatever torch's default is: matrices may be kept.
+    # fp32 even if torch's default differs, because matrices are cached.
     result = torch.arange(size, dtype=torch.float32, device=start.device)[:, None] + 0.5  # (size, 1)
     source = torch.arange(length, dtype=torch.float32, device=start.device)[None] + 0.5  # (1, length)
     inside = ((source > start) & (source < start + extent)).float()  # (..., 1, length)
-    # In place where it can be: this is most of the work.
+    # In place where possible: this is most of the work.
     distance = ((source - start) - result * scale).abs_().div_(scale.clamp(min=1)).clamp_(max=2)  # (..., size, length)
     near = (1.5 * distance).sub_(2.5).mul_(distance * distance).add_(1)
     far = (-0.5 * distance).add_(2.5).mul_(distance).sub_(4).mul_(distance).add_(2)  # 0 at a distance of 2
@@ -224,14 +224,14 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize one image (C, H, W) uint8 by antialiased bicubic interpolation, with Pillow's rounding."""
     if tuple(image.shape[1:]) == size:
         return image
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # image[None] hides from torch that bytes lie as (H, W, C)
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # unlike image[None] this shows torch the (H, W, C) layout
     return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the short side to 8/7 of `size` and cut the center, as ImageNet models are evaluated.
+    """Resize the short side to 8/7 of `size` and crop the center, the usual evaluation of ImageNet models.
 
-    Images of exactly size x size stay as they are.
+    Images of exactly size x size are returned unchanged.
     """
     height, width = image.shape[1:]
     if (height, width) == (size, size):

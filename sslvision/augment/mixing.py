@@ -1,4 +1,4 @@
-"""Mixup, CutMix and random erasing: a whole batch at once, on the training device."""
+"""Mixup, CutMix and random erasing of a whole batch on the training device."""
 
 import math
 
@@ -9,8 +9,8 @@ from sslvision.augment.crops import ATTEMPTS, Crop, crop_boxes
 from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 
-TRIES = 32  # of Jöhnk's algorithm: all are rejected once in 2^32 draws or less
-ERASED = Crop(1, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))  # of this only area and ratio are used
+TRIES = 32  # attempts of Jöhnk's algorithm: all are rejected at most once in 2^32 draws
+ERASED = Crop(1, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))  # only its area and ratio are used
 
 # B images, K classes
 
@@ -18,24 +18,24 @@ ERASED = Crop(1, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))  # of this only area
 def mix_images(
     images: Tensor, targets: Tensor, rng: ImageRandom, *, mixup: float, cutmix: float
 ) -> tuple[Tensor, Tensor]:
-    """Mix every image with the next one of the batch, and its target by the same share.
+    """Mix every image with the next image of the batch, and its target by the same share.
 
-    With both, each image chooses one of the two with probability 1/2.
+    If both are enabled, each image gets one of the two with probability 1/2.
 
     Args:
         images: (B, C, H, W).
-        targets: (B, K), shares of the classes.
-        rng: the images' randomness.
-        mixup: alpha of Mixup (Zhang et al. 2018, arXiv:1710.09412): an image keeps a share of every pixel, drawn from
-            Beta(alpha, alpha). 0 for none.
-        cutmix: alpha of CutMix (Yun et al. 2019, arXiv:1905.04899): a box of 1 - share of the area comes from the next
-            image. As boxes are cut off at the border, the target goes by the area that was really pasted.
+        targets: (B, K) shares of the classes.
+        rng: Source of the images' random numbers.
+        mixup: Alpha of Mixup (Zhang et al. 2018, arXiv:1710.09412): an image keeps a share of every pixel, drawn from
+            Beta(alpha, alpha). 0 disables it.
+        cutmix: Alpha of CutMix (Yun et al. 2019, arXiv:1905.04899): a box with 1 - share of the area comes from the next
+            image. Boxes are clipped at the border, and the target follows the area actually pasted. 0 disables it.
 
     Returns:
-        (images, targets), mixed.
+        The mixed images and targets.
 
     Raises:
-        UsageError: an alpha is out of range.
+        UsageError: An alpha is out of range.
     """
     check_share("mixup", mixup)
     check_share("cutmix", cutmix)
@@ -53,10 +53,10 @@ def mix_images(
 
 
 def beta(noise: Tensor, alpha: Tensor) -> Tensor:
-    """Turn uniform numbers into draws from Beta(alpha, alpha), by Jöhnk's algorithm (1964).
+    """Turn uniform random numbers into draws from Beta(alpha, alpha), by Jöhnk's algorithm (1964).
 
-    X = U^(1/alpha) and Y = V^(1/alpha), drawn until X + Y <= 1, give X / (X + Y). In logarithms, because a small alpha
-    makes them underflow.
+    X = U^(1/alpha) and Y = V^(1/alpha), drawn until X + Y <= 1, give X / (X + Y). In logarithms, because the powers
+    underflow for a small alpha.
 
     Args:
         noise: (B, 2 * TRIES) in [0, 1), multiples of 2^-24.
@@ -72,36 +72,36 @@ def beta(noise: Tensor, alpha: Tensor) -> Tensor:
 
 
 def box_around(noise: Tensor, side: Tensor, height: int, width: int) -> Tensor:
-    """Return which pixels (B, H, W) lie in boxes around uniformly drawn indices, cut off at the border.
+    """Return masks (B, H, W) of boxes around uniformly drawn centers, clipped at the border.
 
     Args:
-        noise: (B, 2) in [0, 1), the boxes' middles.
-        side: (B,), of each box as a share of the image's.
-        height, width: of the images.
+        noise: (B, 2) in [0, 1) for the centers of the boxes.
+        side: (B,) side of each box as a share of the image's side.
+        height, width: Size of the images in pixels.
     """
 
     def inside(middle: Tensor, length: int) -> Tensor:
-        place, middle = torch.arange(length, device=noise.device), (middle * length).long()[:, None]
+        pixel, middle = torch.arange(length, device=noise.device), (middle * length).long()[:, None]
         extent = (side * length).long()[:, None]
         start = middle - extent // 2
-        return (place >= start) & (place < start + extent)  # (B, length)
+        return (pixel >= start) & (pixel < start + extent)  # (B, length)
 
     return inside(noise[:, 0], height)[:, :, None] & inside(noise[:, 1], width)[:, None]
 
 
 def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
-    """Fill a random box of some images with normal noise, another number in each pixel.
+    """Fill a random box of some images with normal noise, different in each pixel.
 
     Source: Zhong et al. 2020 (arXiv:1708.04896), with the ranges and the noise of MAE's fine-tuning: 2 % to a third of the
-    area, height to width 0.3 to 1 / 0.3.
+    area, aspect ratio 0.3 to 1 / 0.3.
 
     Args:
-        images: normalized (B, C, H, W), so the noise has their mean and deviation.
-        rng: the images' randomness.
-        probability: of an image to have a box erased; 0 for none.
+        images: (B, C, H, W) normalized, so that the noise has their mean and deviation.
+        rng: Source of the images' random numbers.
+        probability: Probability that a box of an image is erased; 0 disables it.
 
     Raises:
-        UsageError: the probability is out of range.
+        UsageError: The probability is out of range.
     """
     check_share("erase", probability)
     if not probability:
@@ -115,7 +115,7 @@ def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
     inside_y, inside_x = (y >= top) & (y < top + rows) & chosen, (x >= left) & (x < left + columns)  # (B, H), (B, W)
     box = (inside_y[:, :, None] & inside_x[:, None])[:, None]  # (B, 1, H, W)
     noise = rng.uniform("erase noise", channels * height * width).view(B, channels, height, width)
-    normal = math.sqrt(2) * torch.erfinv(2 * noise - 1 + 2**-24)  # the middle of each step: never -1 or 1
+    normal = math.sqrt(2) * torch.erfinv(2 * noise - 1 + 2**-24)  # the middle of each step, so never -1 or 1
     return torch.where(box, normal.to(images.dtype), images)
 
 

@@ -1,8 +1,8 @@
-"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719) of one crop at a time, in a loader's worker.
+"""RandAugment (Cubuk et al. 2020, arXiv:1909.13719) of one crop at a time, in a loader process.
 
-Some of 14 operations in a row, each drawn with replacement, all of one strength. Operations and strengths are those of
-torchvision's v2.RandAugment with its 31 magnitudes, whose kernels do the work. What is drawn comes from the image's own
-randomness instead of torch's generator, and what moves in from outside is mid-gray instead of black, as in timm.
+A few of 14 operations, drawn with replacement and all of the same magnitude. Operations and magnitudes are those of
+torchvision's v2.RandAugment with 31 bins, and its kernels are used. Random numbers are a function of the image instead of
+torch's generator, and pixels from outside the image are mid-gray instead of black, as in timm.
 """
 
 import math
@@ -16,19 +16,19 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 
 STRONGEST = 30
-OUTSIDE = 128  # gray level of what lies outside the image
+OUTSIDE = 128  # gray level of pixels outside the image
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Changes a uint8 crop (C, S, S) of one or three channels into another, by the randomness of its image.
+    """Augments a uint8 crop (C, S, S) of one or three channels with the random numbers of its image.
 
     Attributes:
-        operations: how many follow one another.
-        magnitude: their strength, from 0 (none, though some operations have no strength) to 30.
+        operations: Number of successive operations.
+        magnitude: Their magnitude, from 0 to 30; some operations have none.
 
     Raises:
-        UsageError: a value is out of range, or, when called, the crop has not one or three channels.
+        UsageError: A value is out of range, or, when called, the crop does not have one or three channels.
     """
 
     operations: int = 2
@@ -37,13 +37,15 @@ class RandAugment:
     def __post_init__(self) -> None:
         if self.operations < 0 or not 0 <= self.magnitude <= STRONGEST:
             raise UsageError(
-                f"RandAugment with {self.operations} operations of magnitude {self.magnitude} cannot be: it takes 0 or more "
+                f"RandAugment with {self.operations} operations of magnitude {self.magnitude} is invalid: it takes 0 or more "
                 f"operations, and a magnitude from 0 to {STRONGEST}."
             )
 
     def __call__(self, crop: Tensor, rng: ImageRandom) -> Tensor:
         if len(crop) not in (1, 3):
-            raise UsageError(f"RandAugment knows images of 1 or 3 channels; these have {len(crop)}: switch it off.")
+            raise UsageError(
+                f"RandAugment supports images of 1 or 3 channels; these have {len(crop)}: set randaugment=0."
+            )
         which, signs = rng.uniform("randaugment", 2 * self.operations).view(2, -1).tolist()
         for operation, sign in zip(which, signs, strict=True):
             strength = self.magnitude / STRONGEST  # 0..1
@@ -52,18 +54,18 @@ class RandAugment:
 
 
 def _shear(crop: Tensor, x: float = 0.0, y: float = 0.0) -> Tensor:
-    """Shear by two tangents from the upper left corner."""
+    """Shear about the upper left corner, by the tangents of two angles."""
     degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
     return F.affine(crop, angle=0.0, translate=[0, 0], scale=1.0, shear=degrees, center=[0.0, 0.0], fill=OUTSIDE)
 
 
 def _move(crop: Tensor, x: float = 0.0, y: float = 0.0) -> Tensor:
-    """Move by shares of width and height, in whole pixels."""
+    """Translate by shares of width and height, in whole pixels."""
     pixels = [int(x * crop.shape[2]), int(y * crop.shape[1])]
     return F.affine(crop, angle=0.0, translate=pixels, scale=1.0, shear=[0.0, 0.0], fill=OUTSIDE)
 
 
-# Each from (crop, strength in 0..1, sign) to the crop changed.
+# Each maps (crop, strength in 0..1, sign) to the augmented crop.
 OPERATIONS: tuple[Callable[[Tensor, float, int], Tensor], ...] = (
     lambda crop, strength, sign: crop,
     lambda crop, strength, sign: _shear(crop, x=sign * 0.3 * strength),

@@ -1,8 +1,8 @@
 """Random numbers as a pure function of (seed, epoch, image, purpose).
 
-Crops, masks and colors are drawn from here and nowhere else, so neither the composition of a batch, nor loader workers,
-nor the number of processes, nor a resume can change what happens to an image. The generator is counter-based: the
-splitmix64 finalizer (Steele, Lea, Flood 2014) of a key made from the four, on any device.
+All crops, masks and colors are drawn from here, so they depend neither on the composition of a batch, nor on loader
+processes, the number of training processes, or a resume. The generator is counter-based: the splitmix64 finalizer (Steele, Lea,
+Flood 2014) of a key made from the four, on any device.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 
 GOLDEN_GAMMA = -7046029254386353131  # 2^64 / golden ratio, odd, as a signed 64-bit integer
 
-# Shifts, masks that make them logical, and factors. As tensors: torch would make one of a Python number each time.
+# Shifts, masks that make them logical, and factors. Tensors, because torch would convert Python numbers every time.
 S30, M30, F30 = torch.tensor([30, (1 << 34) - 1, -4658895280553007687])
 S27, M27, F27 = torch.tensor([27, (1 << 37) - 1, -7723592293110705685])
 S31, M31 = torch.tensor([31, (1 << 33) - 1])
@@ -31,12 +31,12 @@ def mix(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageRandom:
-    """The randomness of a batch of images in one epoch.
+    """The source of random numbers for a batch of images.
 
     Attributes:
-        seed: the run's seed.
-        epoch: (B,) int64, the epoch each image is drawn in.
-        index: (B,) int64, each image's place in the data set.
+        seed: Seed of the run.
+        epoch: (B,) int64 epoch that each image is drawn in.
+        index: (B,) int64 index of each image in the data set.
     """
 
     seed: int
@@ -45,7 +45,7 @@ class ImageRandom:
 
     @functools.cached_property
     def _images(self) -> Tensor:
-        """Return (B,) numbers that tell images and epochs apart."""
+        """Return (B,) keys of images and epochs."""
         return mix(mix(self.index + _scalar(self.seed)) + self.epoch)
 
     def uniform(self, purpose: str, n: int) -> Tensor:
@@ -53,7 +53,7 @@ class ImageRandom:
         return self.uniforms([purpose], n)[0]
 
     def uniforms(self, purposes: Sequence[str], n: int) -> Tensor:
-        """Return (V, B, n) numbers for V purposes at once."""
+        """Return the numbers (V, B, n) of V purposes at once."""
         codes, counter = _codes(tuple(purposes), self.index.device), _counter(n, self.index.device)
         key = mix(self._images + codes)  # (V, B)
         bits = mix(key[:, :, None] + counter) >> 40  # (V, B, n), the 24 highest, sign extended
@@ -72,7 +72,7 @@ def derive_seed(seed: int, *index: int) -> int:
     return int.from_bytes(digest) >> 1
 
 
-# What goes to the device does so once: it would wait for it.
+# Constants are copied to the device once: a copy synchronizes.
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def _counter(n: int, device: torch.device) -> Tensor:
     return torch.arange(1, n + 1, device=device) * GOLDEN_GAMMA  # (n,)
 
 
-@functools.cache  # a run has one seed, and asks for it in every draw
+@functools.cache  # a run has one seed, which every draw needs
 def _scalar(seed: int) -> int:
-    """Spread a seed over 64 bits, so that neighboring seeds share no images' keys."""
+    """Return a seed spread over 64 bits, so that neighboring seeds do not share keys of images."""
     return int(mix(torch.tensor(seed * 2 + 1)))

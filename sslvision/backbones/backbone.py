@@ -13,17 +13,19 @@ from sslvision.nn.activation_checkpointing import count_batches_once
 
 
 class Backbone(nn.Module, ABC):
-    """A timm model with its head off, seen as an encoder of tokens.
+    """A timm model without its head, as an encoder of tokens.
 
     Attributes:
-        model: the timm model; its parameters keep timm's names, so its state dict loads in stock timm.
+        model: The timm model; its parameters keep timm's names, so its state dict loads in timm.
+        image_size: Height and width of the images in pixels.
+        channels: Number of image channels.
         embed_dim: D, channels of an output token.
-        stride: pixels per side of an output token (ViT-B/16: 16).
-        grid: rows and columns of output tokens for images of `image_size`.
-        num_prefix: class and register tokens, which come first in the output of `encode`.
-        supports_masking: whether `encode` takes `keep`.
-        activation_checkpointing: whether `enable_activation_checkpointing` was called.
-        arguments: with which timm.create_model builds the model.
+        stride: Side of an output token in pixels (ViT-B/16: 16).
+        grid: Rows and columns of output tokens for images of `image_size`.
+        num_prefix: Number of class and register tokens, which come first in the output of `encode`.
+        supports_masking: Whether `encode` accepts `keep`.
+        activation_checkpointing: Whether `enable_activation_checkpointing` was called.
+        arguments: Arguments with which timm.create_model builds the model.
     """
 
     model: Any  # an nn.Module; timm has no types
@@ -41,7 +43,7 @@ class Backbone(nn.Module, ABC):
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Return tokens (B, num_prefix + L, D) of images (B, C, H, W).
 
-        With `keep` (B, K), indices on the output grid, only those units are embedded and attended, and the result is
+        With `keep` (B, K), indices on the output grid, only these tokens are computed, and the result is
         (B, num_prefix + K, D) in the order of `keep`. Hidden pixels are never read.
         """
 
@@ -50,14 +52,14 @@ class Backbone(nn.Module, ABC):
         """Return one feature per image (B, D) from the tokens of `encode`."""
 
     def init_weights(self) -> None:
-        """Initialize as the MAE paper does (appendix A.1); where `supports_masking`."""
+        """Initialize as in the MAE paper (appendix A.1). Only if `supports_masking`."""
         raise NotImplementedError
 
     def enable_activation_checkpointing(self) -> None:
-        """Keep only the inputs of blocks for the backward pass, and compute the rest again there: the same numbers, slower.
+        """Keep only the inputs of blocks and recompute other activations in the backward pass: the same numbers, slower.
 
         Raises:
-            UsageError: timm cannot do so with this model.
+            UsageError: timm does not support it for this model.
         """
         try:
             self.model.set_grad_checkpointing(True)
@@ -72,12 +74,12 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def compile_blocks(self) -> None:
-        """Have what repeats compiled when it first runs, see nn/compilation.py. Names of parameters stay as they are."""
+        """Compile repeated blocks on their first call, see nn/compilation.py. Parameter names do not change."""
 
     def supports_image_size(self, size: int) -> bool:
-        """Return whether square images of this side can be encoded, too, such as DINO's local crops."""
+        """Return whether square images with this side can be encoded, such as DINO's local crops."""
         return size > 0 and size % self.stride == 0
 
     def forward(self, *images: Tensor) -> Tensor:
-        """Return features (B, D) of images (B, C, H, W), normalized as in pretraining; of several sizes one after the other."""
+        """Return features (B, D) of normalized images (B, C, H, W), given as one tensor for each size."""
         return torch.cat([self.pool(self.encode(one)) for one in images])

@@ -1,4 +1,4 @@
-"""From a timm name to a Backbone."""
+"""Backbones by their timm name."""
 
 import difflib
 from typing import Any, Literal
@@ -26,15 +26,15 @@ def build_backbone(
     """Build a timm model without a head and wrap it.
 
     Args:
-        name: a timm model name, such as "vit_base_patch16_224".
-        image_size: side of the square images in pixels.
-        channels: image channels.
-        pool: what stands for the image in a plain ViT: the class token, or the mean of the patch tokens (both after the
-            final norm). Other models have a pooling of their own.
-        timm_options: any further keyword of the timm model: patch_size, embed_dim, depth, num_heads, drop_path_rate, ...
+        name: A timm model name, such as "vit_base_patch16_224".
+        image_size: Side of the square images in pixels.
+        channels: Number of image channels.
+        pool: Feature of a plain ViT: the class token, or the mean of the patch tokens (both after the final norm). Other
+            models have their own pooling.
+        timm_options: Further arguments of the timm model: patch_size, embed_dim, depth, num_heads, drop_path_rate, ...
 
     Raises:
-        UsageError: the name or an option is unknown to timm, or the model cannot read images of this size.
+        UsageError: The name or an option is unknown to timm, or the model does not support this image size.
     """
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -53,7 +53,7 @@ def build_backbone(
         options |= options_for(name, image_size)
     try:
         model = timm.create_model(name, **options, **timm_options)
-    except (TypeError, AssertionError) as error:  # what timm says of an unknown keyword or an impossible value
+    except (TypeError, AssertionError) as error:  # timm's errors for unknown arguments and invalid values
         raise UsageError(f"timm cannot build backbone.name={name} with {timm_options or options}: {error}") from error
     backbone = wrap(model, image_size)
     backbone.arguments = {key: value for key, value in {**options, **timm_options}.items() if key != "num_classes"}
@@ -61,7 +61,7 @@ def build_backbone(
 
 
 def wrap(model: Any, image_size: int) -> Backbone:
-    """Return the backbone for a timm model: those of which parts can be hidden have files of their own."""
+    """Return the backbone for a timm model: ViT and Swin support masking, all others are Dense."""
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
         return ViT(model)
     if type(model) is SwinTransformer:

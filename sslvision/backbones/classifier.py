@@ -1,4 +1,4 @@
-"""The head of a classifier: one linear layer on a backbone's features, which is the head of its timm model."""
+"""Classifiers: a backbone whose timm model has a linear head on its features."""
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +9,25 @@ from sslvision.errors import UsageError
 
 
 def classify(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the logits (B, K), in float32, that a backbone with a head gives normalized images (B, C, S, S)."""
+    """Return the logits (B, K) in float32 of normalized images (B, C, S, S), by a backbone with a head."""
     return backbone.model.get_classifier()(backbone(images)).float()
 
 
 def put_head(backbone: Backbone, classes: int) -> None:
-    """Give a backbone's timm model a new linear head that says next to nothing yet: weights of deviation 2e-5, as MAE's.
+    """Give a backbone's timm model a new linear head with near-zero weights (standard deviation 2e-5, as in MAE).
 
     Raises:
-        UsageError: fewer than two classes; or the model has no head that is one linear layer on the backbone's features.
+        UsageError: There are fewer than two classes, or the head of the model is not one linear layer on the features.
     """
     if classes < 2:
-        raise UsageError(f"There are {classes} classes in the data: classification needs two or more.")
+        raise UsageError(f"There are {classes} classes in the data; classification needs two or more.")
     model = backbone.model
     model.reset_classifier(classes)
     head = model.get_classifier()
     if not (isinstance(head, nn.Linear) and head.in_features == backbone.embed_dim and reads_features(backbone)):
         raise UsageError(
-            f"The head of a {type(model).__name__} is not one linear layer on one feature, so the network cannot be fine-tuned "
-            "here: choose another backbone.name, such as vit_small_patch16_224 or resnet50."
+            f"The head of a {type(model).__name__} is not one linear layer on one feature, so fine-tuning does not "
+            "support it: choose another backbone.name, such as vit_small_patch16_224 or resnet50."
         )
     nn.init.trunc_normal_(head.weight, std=2e-5)
     nn.init.zeros_(head.bias)
@@ -35,7 +35,7 @@ def put_head(backbone: Backbone, classes: int) -> None:
 
 @torch.no_grad()
 def reads_features(backbone: Backbone) -> bool:
-    """Return whether a timm model hands the features of its backbone to its head as they are, with nothing in between."""
+    """Return whether the head of a timm model gets the backbone's features unchanged."""
     if not isinstance(backbone, Dense):
         return True
     was_training, read = backbone.training, []

@@ -1,4 +1,4 @@
-"""A backbone with its weights from anywhere: a run, an export, a released MAE or DINO checkpoint, or timm's own."""
+"""Backbones with weights from a run, an export, a released MAE or DINO checkpoint, or timm."""
 
 import difflib
 import json
@@ -25,25 +25,25 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's names for them in
 
 
 class Loaded(NamedTuple):
-    """A backbone and what is known of its weights."""
+    """A backbone and what is known about its weights."""
 
     backbone: Backbone
-    mean: list[float] | None  # of the pixels in pretraining, per channel; None where nobody told
+    mean: list[float] | None  # pixel statistics of pretraining, per channel; None if unknown
     std: list[float] | None
-    classes: tuple[str, ...] | None  # of its classifier, if it has one
-    weights: str  # where they come from, in words
+    classes: tuple[str, ...] | None  # class names of its classifier, if it has one
+    weights: str  # where they come from, for the user
 
 
 class _Source(NamedTuple):
-    """Weights, before they are read, and the model they are of."""
+    """Weights that are not yet read, and the model they belong to."""
 
-    name: str  # in timm
-    arguments: dict[str, Any]  # timm.create_model's
+    name: str  # timm's model name
+    arguments: dict[str, Any]  # of timm.create_model
     image_size: int
     channels: int
     mean: list[float] | None
     std: list[float] | None
-    weights: str  # in words
+    weights: str  # where they come from, for the user
     read: Callable[[], dict[str, Tensor]]
     classes: tuple[str, ...] = ()
     any_channels: bool = False
@@ -60,25 +60,25 @@ def load_backbone(
     seed: int = 0,
     **timm_options: Any,
 ) -> Loaded:
-    """Build the model that `where` means and load its weights, each tensor by its name and shape.
+    """Build the model that `where` refers to and load its weights strictly.
 
     Args:
-        where: the first of these that it is.
-            - a run folder with an export/ in it;
+        where: One of the following, tried in this order:
+            - a run folder that contains export/;
             - an export folder: config.json beside model.safetensors, as `export_backbone` or timm's `save_for_hf` writes;
             - a .pth or .safetensors file as the authors of MAE or DINO released them (see `released_vit`);
-            - a timm name, with or without a tag; its weights are downloaded, or taken from timm's cache.
-        image_size: side of the square images in pixels; by default that of the weights. For another one timm resamples
-            position embeddings and tables.
-        channels: of the images, which the weights must have; timm adapts its own weights to any number.
-        pool: what stands for the image in a plain ViT; by default as with the weights. Other models have their own.
-        pretrained: False leaves the weights as timm initializes the model.
-        head: False leaves an exported classifier's head aside.
-        seed: of what is random. The global random numbers are left alone.
-        timm_options: keywords of the timm model, in place of those of the weights: drop_path_rate, drop_rate, num_heads, ...
+            - a timm model name, with or without a tag; its weights are downloaded, or taken from the cache.
+        image_size: Side of the square images in pixels; by default that of the weights. For other sizes timm resamples position
+            embeddings and bias tables.
+        channels: Number of image channels, which must be that of the weights; timm adapts its own weights to any number.
+        pool: Feature of a plain ViT, "token" or "avg"; by default that of the weights. Other models have their own pooling.
+        pretrained: False leaves the model randomly initialized.
+        head: False ignores the head of an exported classifier.
+        seed: Seed of random weights. The global random state is not changed.
+        timm_options: Arguments of the timm model that override those of the weights: drop_path_rate, num_heads, ...
 
     Raises:
-        UsageError: `where` is none of these, the weights cannot be had, or they do not fit what is asked for.
+        UsageError: `where` is none of these, the weights cannot be loaded, or they do not fit the arguments.
     """
     source = _find(where, pretrained=pretrained, heads=timm_options.get("num_heads"))
     size, depth = image_size or source.image_size, channels or source.channels
@@ -112,14 +112,14 @@ def load_backbone(
 
 
 def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
-    """Raise UsageError if timm arguments that a file tells would have timm read other files or addresses."""
+    """Raise UsageError if timm arguments from a file would make timm load other files or URLs."""
     keys = [key for key in arguments if str(key).startswith("pretrained") or key in ("checkpoint_path", "cache_dir")]
     if keys:
-        raise UsageError(f"{file} would have timm load further files ({', '.join(keys)}), which is not done.")
+        raise UsageError(f"{file} would make timm load other files ({', '.join(keys)}), which is refused.")
 
 
 def size_options(name: str, image_size: int) -> dict[str, Any]:
-    """Return the options by which timm builds a model for images of a size, as `build_backbone` gives them."""
+    """Return timm's options to build a model for an image size, as `build_backbone` does."""
     module = timm.model_entrypoint(name).__module__.removeprefix("timm.models.")
     if module in ("vision_transformer", "swin_transformer") or (module == "deit" and "distilled" not in name):
         return {"img_size": image_size}
@@ -127,7 +127,7 @@ def size_options(name: str, image_size: int) -> dict[str, Any]:
 
 
 def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
-    """Return what `where` means, told by what is there."""
+    """Return the weights that `where` refers to."""
     path, name = Path(where).expanduser(), str(where)
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
@@ -139,17 +139,17 @@ def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
     if timm.is_model(name):
         return _named(name, pretrained)
     if (path / "config.yaml").is_file():
-        raise UsageError(f"run={where} has no export/: it has not ended. Let it end (resume=auto), then come back.")
+        raise UsageError(f"run={where} has no export/: it has not ended. Let it finish (resume=auto) first.")
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     raise UsageError(
-        f"run={where} is nothing to load a backbone from: there is no run folder (with export/), no export folder (with "
-        "config.json and model.safetensors) and no .pth or .safetensors file of that name, and no timm model."
+        f"run={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
+        "config.json and model.safetensors), no .pth or .safetensors file, and no timm model has that name."
         + (f" Near it in timm: {', '.join(near)}." if near else "")
     )
 
 
 def _exported(folder: Path, where: str | Path) -> _Source:
-    """Return what an export folder holds."""
+    """Return the weights in an export folder."""
     try:
         config = json.loads((folder / "config.json").read_text())
         name, known = str(config["architecture"]), config["pretrained_cfg"]
@@ -158,15 +158,17 @@ def _exported(folder: Path, where: str | Path) -> _Source:
         names, count = config.get("label_names") or {}, config.get("num_classes") or 0
         if isinstance(names, list):
             names = dict(enumerate(names))
-        classes = tuple(str(names.get(place, names.get(str(place), place))) for place in range(count))
+        classes = tuple(str(names.get(index, names.get(str(index), index))) for index in range(count))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
-            f"{folder / 'config.json'} is not as timm writes it ({type(error).__name__}: {error}): give a folder that "
-            "a run or timm's save_for_hf exported."
+            f"{folder / 'config.json'} is not in timm's format ({type(error).__name__}: {error}): give a folder "
+            "exported by a run or by timm's save_for_hf."
         ) from error
     refuse_loading(arguments, folder / "config.json")
     if not timm.is_model(name):
-        raise UsageError(f"{folder} is of a {name}, which this version of timm ({timm.__version__}) does not know.")
+        raise UsageError(
+            f"{folder} is the export of a {name}, which this version of timm ({timm.__version__}) does not know."
+        )
     files = [folder / file for file in WEIGHTS if (folder / file).is_file()]
     if not files:
         raise UsageError(f"{folder} has a config.json, but no weights: model.safetensors is missing.")
@@ -175,7 +177,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
 
 
 def _released(file: Path, heads: int | None) -> _Source:
-    """Return what a checkpoint of MAE's or DINO's authors holds. They all normalized by ImageNet's statistics."""
+    """Return the weights of a released MAE or DINO checkpoint. All of these were trained with ImageNet's pixel statistics."""
     state, arguments = released_vit(file, heads=heads)
     size, channels, mean, std = arguments["img_size"], arguments["in_chans"], list(IMAGENET_MEAN), list(IMAGENET_STD)
     return _Source(
@@ -184,12 +186,14 @@ def _released(file: Path, heads: int | None) -> _Source:
 
 
 def _named(name: str, pretrained: bool) -> _Source:
-    """Return what timm has under a name."""
+    """Return timm's weights of a model name."""
     try:
         known = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     except RuntimeError as error:
         tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
-        raise UsageError(f"run={name}: timm has no weights of this tag, but {', '.join(tags) or 'none'}.") from error
+        raise UsageError(
+            f"run={name}: timm has no weights with this tag; it has {', '.join(tags) or 'none'}."
+        ) from error
     if pretrained and not known.has_weights:
         raise UsageError(
             f"run={name}: timm publishes no weights of this model. Choose another one (timm.list_pretrained() lists them), "
@@ -204,10 +208,10 @@ def _named(name: str, pretrained: bool) -> _Source:
 
 
 def _fetch(name: str) -> dict[str, Tensor]:
-    """Return timm's pretrained weights, as they are but for the head."""
+    """Return timm's pretrained weights without the head."""
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:  # of the network, the file system, or the file
+    except Exception as error:  # of the network, the file system, or the file itself
         reason = (str(error).splitlines() or [""])[0][:300]
         raise UsageError(
             f"run={name}: timm's pretrained weights cannot be downloaded ({type(error).__name__}: {reason}). Give a file or "
@@ -219,14 +223,14 @@ def _fetch(name: str) -> dict[str, Tensor]:
 def _create(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, **arguments)
-    except Exception as error:  # timm has many ways to say that a keyword is unknown or a value impossible
+    except Exception as error:  # timm raises many types of errors for invalid arguments
         raise UsageError(f"timm cannot build {name} with {arguments}: {error}") from error
 
 
 def _adapt(
     state: dict[str, Tensor], own: Mapping[str, Tensor], source: _Source, num_classes: int, arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Return weights for another size of images or number of channels, as timm makes them."""
+    """Return weights adapted by timm to another image size or number of channels."""
     check_fit(own, state, source.weights, shapes=False)
     overlay = {
         "state_dict": state,
@@ -239,17 +243,17 @@ def _adapt(
     options = {"pretrained_cfg_overlay": overlay, "pretrained_model_args": made_for, "num_classes": num_classes}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of how timm's interpolation is written
+            warnings.simplefilter("ignore")  # torch's, about timm's interpolation
             return dict(timm.create_model(source.name, pretrained=True, **options, **arguments).state_dict())
     except RuntimeError as error:  # of load_state_dict
         raise UsageError(
-            f"timm cannot fit the weights to what is asked for ({source.weights}, of {source.image_size}x"
-            f"{source.image_size} pixels): {' '.join(str(error).split())[:300]} Leave image_size and channels as they were."
+            f"timm cannot adapt the weights to these settings ({source.weights}, of {source.image_size}x"
+            f"{source.image_size} pixels): {' '.join(str(error).split())[:300]} Do not change image_size and channels."
         ) from error
 
 
 def _pool_by(backbone: Backbone, pool: str) -> None:
-    """Let a ViT pool as told. A norm before or after pooling stays where it is."""
+    """Set the pooling of a ViT. A norm before or after pooling keeps its position."""
     if pool not in ("token", "avg"):
         raise UsageError(f"pool={pool} is unknown: it is token (class token) or avg (mean of patch tokens).")
     model = backbone.model
@@ -257,10 +261,10 @@ def _pool_by(backbone: Backbone, pool: str) -> None:
         return
     if model.num_classes:
         raise UsageError(
-            f"pool={pool}: the classifier of this model was trained on {model.global_pool}, and stays with it."
+            f"pool={pool}: the classifier of this model was trained with pool={model.global_pool}: leave it."
         )
     if pool == "token" and not model.has_class_token:
-        raise UsageError("pool=token: this ViT has no class token. Leave pool=avg.")
+        raise UsageError("pool=token: this ViT has no class token: use pool=avg.")
     model.reset_classifier(0, global_pool=pool)
     norm = {"fc_norm": not isinstance(model.fc_norm, nn.Identity)}
     backbone.arguments = {**backbone.arguments, "global_pool": pool, **norm}

@@ -1,4 +1,4 @@
-"""Reading the checkpoints that the authors of MAE and DINO released."""
+"""Reading checkpoints in the formats of MAE's and DINO's authors."""
 
 import argparse
 from collections.abc import Mapping
@@ -15,20 +15,20 @@ from sslvision.errors import UsageError
 
 
 def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a checkpoint given by its file (loaded with weights_only=True), or the content itself.
+    """Return the content of a checkpoint, given as a file (loaded with weights_only=True) or as its content.
 
     Raises:
-        UsageError: no such file, or it is none of weights.
+        UsageError: The file does not exist or does not contain weights.
     """
     if not isinstance(checkpoint, (str, Path)):
         return dict(checkpoint)
     try:
         if Path(checkpoint).suffix == ".safetensors":
             return dict(load_file(checkpoint))
-        # Their command line is stored beside the weights.
+        # These checkpoints contain the parsed command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    except Exception as error:  # other and damaged files raise errors of many types
+    except Exception as error:  # other and damaged files raise many types of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(
             f"{checkpoint} cannot be read as weights: {reason} Give a .pth file of tensors in plain containers, or a "
@@ -37,21 +37,23 @@ def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def released_vit(file: str | Path, *, heads: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights of a ViT in a released MAE or DINO checkpoint, under timm's names, and timm's arguments for it.
+    """Return the ViT in a released MAE or DINO checkpoint: its weights under timm's names, and timm's arguments for it.
 
-    Of an MAE the encoder, pretrained or fine-tuned, with or without its decoder; of a DINO the teacher, or the plain
-    backbone. Heads and decoder are left aside.
+    For MAE this is the encoder, pretrained or fine-tuned; for DINO the teacher, or the backbone if the checkpoint has no other
+    weights. Heads and decoder are ignored.
 
     Args:
-        file: .pth or .safetensors.
-        heads: attention heads, which weights do not tell; by default 64 channels each (80 for ViT-H).
+        file: A .pth or .safetensors file.
+        heads: Number of attention heads, which weights do not tell; by default one per 64 channels (80 for ViT-H).
 
     Raises:
-        UsageError: it cannot be read, or holds no such ViT.
+        UsageError: The file cannot be read, or contains no such ViT.
     """
     content = read_released(file)
     if "pytorch-lightning_version" in content:
-        raise UsageError(f"{file} is the checkpoint of a run: give the run's folder, whose export/ has its backbone.")
+        raise UsageError(
+            f"{file} is the checkpoint of a run: give the run's folder, whose export/ contains the backbone."
+        )
     weights = content.get("model", content.get("teacher", content))
     state = {
         name.removeprefix("module.").removeprefix("backbone."): value
@@ -66,7 +68,7 @@ def released_vit(file: str | Path, *, heads: int | None = None) -> tuple[dict[st
         )
     sizes = vit_sizes(state, heads=heads)
     arguments = {"in_chans": sizes.pop("channels"), "img_size": sizes.pop("image_size"), **sizes}
-    if "fc_norm.weight" in state:  # MAE fine-tunes a norm after pooling, in place of the one before
+    if "fc_norm.weight" in state:  # fine-tuned MAE has its final norm after pooling
         arguments |= {"global_pool": "avg", "fc_norm": True}
     return state, arguments
 
@@ -89,12 +91,12 @@ def released_mae(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Tensor
 
 
 def released_dino(checkpoint: str | Path | Mapping[str, Any]) -> tuple[dict[str, dict[str, Tensor]], Tensor | None]:
-    """Return the weights of "student" and "teacher", and the center if there is one, of a DINO checkpoint.
+    """Return the weights of "student" and "teacher" of a DINO checkpoint, and the center if there is one.
 
-    Names are those of our DINO: "backbone.model..." and "head...". A plain backbone serves as both.
+    Names are those of DINO here: "backbone.model..." and "head...". A checkpoint of a backbone alone is used for both.
 
     Raises:
-        UsageError: it is no DINO checkpoint on a ViT.
+        UsageError: It is not a DINO checkpoint of a ViT.
     """
     content = read_released(checkpoint)
     states = {}
@@ -110,32 +112,32 @@ def released_dino(checkpoint: str | Path | Mapping[str, Any]) -> tuple[dict[str,
 
 
 def part_of(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the entries of a state dict whose names begin with `prefix`, without it."""
+    """Return the entries of a state dict whose names start with `prefix`, without the prefix."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def vit_like(state: Mapping[str, Tensor], *, heads: int | None) -> Backbone:
-    """Build a ViT, with weights of its own, of the sizes of `state`'s, which stand under timm's names.
+    """Build a ViT with random weights, of the size that a state dict with timm's names has.
 
     Args:
-        state: has a class token and learned or fixed positions of a square grid.
-        heads: attention heads, which weights do not tell; by default 64 channels each (80 for ViT-H).
+        state: Weights with a class token and position embeddings of a square grid.
+        heads: Number of attention heads, which weights do not tell; by default one per 64 channels (80 for ViT-H).
     """
     return build_backbone("vit_base_patch16_224", **vit_sizes(state, heads=heads))
 
 
 def vit_sizes(state: Mapping[str, Tensor], *, heads: int | None) -> dict[str, Any]:
-    """Return `build_backbone`'s keywords for a ViT of the sizes of `state`'s. See vit_like.
+    """Return the arguments of `build_backbone` for a ViT with these weights. See vit_like.
 
     Raises:
-        UsageError: `heads` is not given, and cannot be guessed of this width.
+        UsageError: `heads` is not given and cannot be inferred from this width.
     """
     width, channels, patch = state["patch_embed.proj.weight"].shape[:3]
     usual = 80 if width == 1280 else 64
     if heads is None and width % usual:
         raise UsageError(
-            f"A ViT of width {width} does not have the usual {usual} channels to a head, and weights do not tell the number "
-            "of its attention heads: say it (num_heads)."
+            f"The width {width} of this ViT is not a multiple of the usual {usual} channels per head, and weights do not tell "
+            "the number of its attention heads: set num_heads."
         )
     return {
         "image_size": round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch,

@@ -1,4 +1,4 @@
-"""Swin transformers (Liu et al. 2021, arXiv:2103.14030): any timm `SwinTransformer`, encoding visible units only if asked."""
+"""Swin transformers (Liu et al. 2021, arXiv:2103.14030): any timm `SwinTransformer`, which can encode visible units only."""
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
@@ -10,44 +10,51 @@ from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
 from sslvision.nn.patches import gather_patches, patchify
-from sslvision.nn.windows import Cut, SoundAttention, Windows, all_windows, cut_windows, window_attention
+from sslvision.nn.windows import (
+    SafeWindowAttention,
+    WindowPartition,
+    Windows,
+    all_windows,
+    build_windows,
+    window_attention,
+)
 
 
 class Swin(Backbone):
     """A timm Swin of any width, depth, number of stages, window, patch and image size.
 
-    A unit, which is visible or hidden as a whole, is one output token: 32 x 32 pixels with four stages and patches of 4.
-    Merging four neighbors to one stays inside a unit. So visible units are encoded as by the dense model from whose
-    attention the hidden tokens are removed, without computing anything for these.
+    A unit is visible or hidden as a whole and becomes one output token: 32 x 32 pixels with four stages and patches of 4.
+    Patch merging stays inside a unit. Visible units are therefore encoded as by the dense model with the hidden tokens
+    removed from its attention, without computing anything for hidden tokens.
 
-    Maps that windows do not divide are cut into windows with less in them, and windows larger than the map shrink to it, so
+    Maps that windows do not divide get smaller windows at their borders, and windows larger than the map shrink to it, so
     images of other sizes work; stock timm pads such maps with zeros, which tokens then attend to.
 
     Raises:
-        UsageError: the model is no Swin of the first version, or the image size is not a multiple of a unit.
+        UsageError: The model is not a Swin of the first version, or the image size is not a multiple of a unit.
     """
 
     supports_masking = True
 
-    # B images, L units, K of them visible, n tokens of a unit in a stage, C its width, D the last one's, p patch side
+    # B images, L units, K of them visible, n tokens of a unit in a stage, C the stage's width, D the last one's, p patch side
 
     def __init__(self, model: SwinTransformer):
         super().__init__()
         if type(model) is not SwinTransformer:
             raise UsageError(
-                f"A {type(model).__name__} is no Swin transformer of the first version, the only one there is code for: "
+                f"A {type(model).__name__} is not a Swin transformer of the first version, and no other is supported: "
                 "choose one, such as swin_tiny_patch4_window7_224 or swin_base_patch4_window7_224."
             )
         patch = model.patch_embed.patch_size
         if patch[0] != patch[1]:
             raise UsageError(
-                f"Patches of {patch[0]}x{patch[1]} pixels cannot be used: backbone.patch_size is one number."
+                f"Patches of {patch[0]}x{patch[1]} pixels are not supported: set backbone.patch_size to one number."
             )
         for module in model.modules():
             if type(module) is WindowAttention:
-                module.__class__ = SoundAttention
+                module.__class__ = SafeWindowAttention
         self.model = model
-        self.levels = len(model.layers) - 1  # of merging
+        self.levels = len(model.layers) - 1  # number of patch mergings
         self.image_size = model.patch_embed.img_size
         self.channels, self.embed_dim = model.patch_embed.proj.in_channels, model.num_features
         self.stride = patch[0] * 2**self.levels
@@ -56,12 +63,12 @@ class Swin(Backbone):
         self._run_block, self._counts = run_block, True
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encode all units of images (B, C, H, W), of any size, or the visible ones `keep` alone. See Backbone.encode.
+        """Encode all units of images (B, C, H, W), of any size, or only the visible units `keep`. See Backbone.encode.
 
-        If all images have the same visible units, `keep[:1].expand(B, -1)` says so, and tables are computed for one image.
+        If all images have the same visible units, pass `keep[:1].expand(B, -1)`: layouts are then computed for one image.
 
         Returns:
-            (B, L or K, D), units of the whole image row by row.
+            (B, L or K, D); all units are in row-major order.
 
         Raises:
             UsageError: H or W is not a multiple of `stride`.
@@ -97,52 +104,52 @@ class Swin(Backbone):
         )
 
     def units_of(self, height: int, width: int) -> tuple[int, int]:
-        """Return rows and columns of units of an image in pixels."""
+        """Return the number of rows and columns of units of an image with sides in pixels."""
         if height % self.stride or width % self.stride:
             raise UsageError(
-                f"Images of {height}x{width} pixels cannot be cut into this Swin's units of {self.stride}x{self.stride}, each "
-                f"one output token: give sides that are multiples of {self.stride} (backbone.image_size, local_size)."
+                f"Images of {height}x{width} pixels cannot be divided into this Swin's units of {self.stride}x{self.stride}, "
+                f"one output token each: give sides that are multiples of {self.stride} (backbone.image_size, local_size)."
             )
         return height // self.stride, width // self.stride
 
     def _embed(self, units: Tensor) -> Tensor:
-        """Return what the first stage sees of units' pixels (B, K, channels, stride, stride): (B, K * n, C).
+        """Return the input of the first stage (B, K * n, C) for units' pixels (B, K, channels, stride, stride).
 
-        Tokens of a unit are in `nested_order`: a number's binary digits are those of its row and column, in turns.
+        Tokens of a unit are in `nested_order`: the bits of a token's index alternate between those of its row and its column.
         """
         embed, levels = self.model.patch_embed, self.levels
         p, halves = embed.patch_size[0], (2,) * levels
         pixels = units.unflatten(4, (*halves, p)).unflatten(
             3, (*halves, p)
         )  # (B, K, channels, 2, ..., 2, p, 2, ..., 2, p)
-        row, column = 3, 4 + levels  # the first of each
+        row, column = 3, 4 + levels  # first axis of each
         turns = [axis for level in range(levels) for axis in (column + level, row + level)]
         pixels = pixels.permute(0, 1, *turns, 2, row + levels, column + levels)  # (B, K, 2, ..., 2, channels, p, p)
         patches = pixels.flatten(2 + 2 * levels).flatten(1, 1 + 2 * levels)  # (B, K * n, channels * p * p)
-        # A convolution whose windows never overlap is a matrix product.
+        # A convolution with stride = kernel size is a matrix product.
         return embed.norm(F.linear(patches, embed.proj.weight.flatten(1), embed.proj.bias))
 
     def _attend(
         self, stage: SwinTransformerStage, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int], level: int
     ) -> Tensor:
-        """Run a stage's blocks on tokens (B, K * n, C), of units with sides of 2**level tokens."""
+        """Run the blocks of a stage on tokens (B, K * n, C), of units with sides of 2**level tokens."""
         unit, B = 2**level, len(tokens)
         if keep is not None and keep.stride(0) == 0:
             keep = keep[:1]
-        windows: dict[Cut, Windows] = {}  # blocks with and without a shift alternate
+        windows: dict[WindowPartition, Windows] = {}  # blocks with and without a shift alternate
         for block in stage.blocks:
-            cut = cut_of(block, (grid[0] * unit, grid[1] * unit))
-            if cut not in windows and keep is None:
-                windows[cut] = all_windows(B, unit, cut, tokens.device)
-            elif cut not in windows and keep is not None:
+            partition = partition_of(block, (grid[0] * unit, grid[1] * unit))
+            if partition not in windows and keep is None:
+                windows[partition] = all_windows(B, unit, partition, tokens.device)
+            elif partition not in windows and keep is not None:
                 count = self._counts and keep.device.type == "cpu"
-                windows[cut] = cut_windows(keep, unit, cut, B // len(keep), count=count)
+                windows[partition] = build_windows(keep, unit, partition, B // len(keep), count=count)
             checkpointed = stage.grad_checkpointing and self.training
-            tokens = run_checkpointed(self._run_block, block, tokens, windows[cut], enabled=checkpointed)
+            tokens = run_checkpointed(self._run_block, block, tokens, windows[partition], enabled=checkpointed)
         return tokens
 
     def compile_blocks(self) -> None:
-        """See Backbone.compile_blocks. Shapes are to be static, so windows with tokens are not counted."""
+        """See Backbone.compile_blocks. Shapes have to be static, so non-empty windows are not counted."""
         share_graphs(self.model)
         for stage in self.model.layers:
             for block in stage.blocks:
@@ -150,7 +157,7 @@ class Swin(Backbone):
         self._run_block, self._counts = compiled(run_block), False
 
     def init_weights(self) -> None:
-        """Initialize as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices; biases of attention near 0."""
+        """Initialize as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices, attention biases near 0."""
         init_transformer(self.model)
         nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.flatten(1))
         for stage in self.model.layers:
@@ -158,17 +165,17 @@ class Swin(Backbone):
                 nn.init.normal_(block.attn.relative_position_bias_table, std=0.02)
 
 
-def cut_of(block: SwinTransformerBlock, size: tuple[int, int]) -> Cut:
-    """Return how a block cuts a map of rows and columns `size`: like timm where timm would not pad."""
+def partition_of(block: SwinTransformerBlock, size: tuple[int, int]) -> WindowPartition:
+    """Return how a block partitions a map of rows and columns `size`: as timm does if timm would not pad."""
     table = block.attn.window_size
     if block.always_partition:
-        return Cut(size, block.window_size, block.shift_size, table)
+        return WindowPartition(size, block.window_size, block.shift_size, table)
     (h, w), shifted = block.window_size, any(block.target_shift_size)
     shift = (h // 2 if shifted and size[0] > h else 0, w // 2 if shifted and size[1] > w else 0)
-    return Cut(size, (min(h, size[0]), min(w, size[1])), shift, table)
+    return WindowPartition(size, (min(h, size[0]), min(w, size[1])), shift, table)
 
 
 def run_block(block: SwinTransformerBlock, tokens: Tensor, windows: Windows) -> Tensor:
-    """Run a timm Swin block on tokens (B, N, C) that meet in `windows`."""
+    """Run a timm Swin block on tokens (B, N, C) that are laid out by `windows`."""
     tokens = tokens + block.drop_path1(window_attention(block.attn, block.norm1(tokens), windows))
     return tokens + block.drop_path2(block.mlp(block.norm2(tokens)))

@@ -1,4 +1,4 @@
-"""What a backbone makes of images, for people to look at."""
+"""Pictures of a backbone's features."""
 
 import torch
 from torch import Tensor
@@ -12,13 +12,13 @@ from sslvision.figures.maps import at_offsets, enlarged, heat, principal_compone
 def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
     """Return pictures, each as columns of (heading, images in 0..1).
 
-    "patch_features": the three principal components of all the images' patch features, as red, green and blue.
-    "attention": where the class token looks in the last block, a column for each head (DINO, section 4.2.2); where it
-    stands for the image.
+    "patch_features": The three principal components of the patch features of all images, as red, green and blue.
+    "attention": The attention of the class token in the last block, a column for each head (DINO, section 4.2.2), if the
+    class token is the feature.
 
     Args:
-        images: (N, C, S, S), normalized.
-        originals: the same from 0 to 1.
+        images: (N, C, S, S) normalized.
+        originals: The same images on the scale 0..1.
     """
     stride = backbone.stride
 

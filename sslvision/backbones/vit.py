@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al. 2021): any timm `VisionTransformer`, encoding visible patches only if asked."""
+"""Vision transformers (Dosovitskiy et al. 2021): any timm `VisionTransformer`, which can encode visible patches only."""
 
 from collections.abc import Iterable
 
@@ -22,7 +22,7 @@ class ViT(Backbone):
     """A timm ViT of any size, patch and image size, with or without class and register tokens.
 
     Raises:
-        UsageError: the image size is not a multiple of the patch size.
+        UsageError: The image size is not a multiple of the patch size.
     """
 
     supports_masking = True
@@ -40,20 +40,20 @@ class ViT(Backbone):
         self._block_part, self._block_joined = block_part, block_joined
         if embed.patch_size[0] != embed.patch_size[1] or any(side % self.stride for side in self.image_size):
             raise UsageError(
-                f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be cut into patches of "
+                f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be divided into patches of "
                 f"{embed.patch_size[0]}x{embed.patch_size[1]}: give a backbone.image_size that is a multiple of "
                 "backbone.patch_size, and square patches."
             )
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Encode all patches with stock timm, or the visible ones `keep` (B, K) alone. See Backbone.encode.
+        """Encode all patches, or only the visible patches `keep` (B, K). See Backbone.encode.
 
-        Without `keep`, images may be of another size than `image_size`: position embeddings are then resampled.
+        Without `keep`, images may differ in size from `image_size`: position embeddings are then resampled.
         """
         return self.model.norm(self._attend(self.model.blocks, self._embed(images, keep)))  # (B, P+L or P+K, D)
 
     def forward(self, *images: Tensor) -> Tensor:
-        """Return features (B, D), of images of several sizes at once. The last block computes no token but the features'."""
+        """Return features (B, D) of images, all sizes at once. The last block computes class tokens only."""
         *blocks, last = self.model.blocks
         if self.model.global_pool != "token" or not all(map(divisible, self.model.blocks)):
             return super().forward(*images)
@@ -77,14 +77,14 @@ class ViT(Backbone):
         return self.pool(self.model.norm(torch.cat(features)))
 
     def _embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Return what the first block sees (B, P+L or P+K, D)."""
+        """Return the input of the first block (B, P+L or P+K, D)."""
         model, projection = self.model, self.model.patch_embed.proj
-        images = to_autocast_dtype(images)  # as the projection would have its patches
+        images = to_autocast_dtype(images)  # as the projection would convert its patches
         # (B, L or K, C * p * p)
         patches = (
             patchify(images, self.stride) if keep is None else gather_patches(images, keep, self.stride).flatten(2)
         )
-        # A convolution whose windows never overlap is a matrix product.
+        # A convolution with stride = kernel size is a matrix product.
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias)  # (B, L or K, D)
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
@@ -98,13 +98,13 @@ class ViT(Backbone):
         self._block_part, self._block_joined = compiled(block_part), compiled(block_joined)
 
     def _attend(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
-        """Run some blocks (B, N, D) -> (B, N, D), keeping only their inputs for the backward pass if so set."""
+        """Run blocks on tokens (B, N, D), with activation checkpointing if enabled."""
         for block in blocks:
             tokens = run_checkpointed(block, tokens, enabled=self.activation_checkpointing and self.training)
         return tokens
 
     def _add_prefix(self, tokens: Tensor, keep: Tensor | None, grid: tuple[int, int]) -> Tensor:
-        """Add its position to every token and put class and register tokens in front, in timm's order."""
+        """Add position embeddings and prepend class and register tokens, in timm's order."""
         model, B = self.model, tokens.shape[0]
         prefix = [token.expand(B, -1, -1) for token in (model.cls_token, model.reg_token) if token is not None]
         if model.pos_embed is None:
@@ -122,13 +122,13 @@ class ViT(Backbone):
 
     @property
     def has_attention_maps(self) -> bool:
-        """Return whether a class token stands for the image, and the last block's attention can be computed."""
+        """Return whether the class token is the feature, and the last block's attention can be computed."""
         return self.model.global_pool == "token" and divisible(self.model.blocks[-1])
 
     def attention_maps(self, images: Tensor) -> Tensor:
-        """Return where the class token looks in the last block, (B, heads, rows, columns).
+        """Return the attention weights of the class token to patches in the last block, (B, heads, rows, columns).
 
-        Shares of its attention: over the patches they sum to 1 but for what goes to class and register tokens.
+        Over the patches they sum to 1 less the attention to class and register tokens.
         """
         assert self.has_attention_maps
         *blocks, last = self.model.blocks
@@ -136,11 +136,11 @@ class ViT(Backbone):
         return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Pool as the timm model does (`global_pool` "token" or "avg"), so its exports give the same features."""
+        """Pool as the timm model does (`global_pool` "token" or "avg"), so that exported models give the same features."""
         return self.model.forward_head(tokens, pre_logits=True)  # (B, D)
 
     def use_sincos_positions(self) -> None:
-        """Replace the position embeddings by fixed 2-D sine-cosine ones, which are not trained."""
+        """Replace the position embeddings by fixed 2-D sine-cosine embeddings, which are not trained."""
         position = self.model.pos_embed
         if position is None:
             raise UsageError(
@@ -152,7 +152,7 @@ class ViT(Backbone):
         position.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Initialize as the MAE paper does (appendix A.1): Xavier-uniform matrices, tokens normal with deviation 0.02."""
+        """Initialize as in the MAE paper (appendix A.1): Xavier-uniform matrices, tokens normal with deviation 0.02."""
         init_transformer(self.model)
         nn.init.xavier_uniform_(self.model.patch_embed.proj.weight.view(self.embed_dim, -1))
         for token in (self.model.cls_token, self.model.reg_token):
@@ -161,7 +161,7 @@ class ViT(Backbone):
 
 
 def init_transformer(module: nn.Module) -> None:
-    """Set all linear layers Xavier-uniform with zero bias, all norms to the identity."""
+    """Initialize linear layers Xavier-uniform with zero bias, and norms as the identity."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)

@@ -1,4 +1,4 @@
-"""Projection heads."""
+"""The projection head of DINO."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-FEW = 64  # rows of features, see DINOHead.forward: about where both ways take as long, as measured on a CPU
+FEW = 64  # rows of features below which autocast does not pay on a CPU, as measured; see DINOHead.forward
 
 
 class Prototypes(nn.Module):
     """A linear layer without bias whose rows are weight-normalized: g v / |v| (Salimans and Kingma 2016).
 
     Args:
-        width: channels of the input.
-        count: K, prototypes.
-        unit: keep every norm g at 1, untrained, which steadies training (DINO, appendix D).
+        width: Channels of the input.
+        count: K, number of prototypes.
+        unit: Keep every norm g at 1, untrained, which stabilizes training (DINO, appendix D).
     """
 
     def __init__(self, width: int, count: int, *, unit: bool = True):
@@ -26,21 +26,21 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(count, width).uniform_(-(width**-0.5), width**-0.5))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, K) of (B, width)."""
+        """Return logits (B, K) of x (B, width)."""
         product: Tensor = NormalizedRows.apply(x, self.weight_v, self.weight_g)
         return product
 
 
 class NormalizedRows(torch.autograd.Function):
-    """x (B, D), v (K, D), g (K, 1) -> x @ (g v / |v|).T, (B, K), without ever building that second matrix of K x D.
+    """x (B, D), v (K, D), g (K, 1) -> x @ (g v / |v|).T, (B, K), without building the normalized K x D matrix.
 
-    Each product with a row is scaled by g / |v|, and the gradient of v is one product and one sum in place, where autograd
-    would pass over several matrices of its size: with K = 65,536 they cost more than the product.
+    Each product with a row is scaled by g / |v|, and the gradient of v is one product and one in-place sum, where autograd
+    would pass over several matrices of its size: with K = 65,536 that costs more than the product.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, v: Tensor, g: Tensor) -> Tensor:
-        """Multiply in the type of the autocast, if there is one; scale in that of the weights."""
+        """Multiply in the dtype of autocast, if enabled; scale in the dtype of the weights."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x, low = x.to(dtype), v.to(dtype)
@@ -52,7 +52,7 @@ class NormalizedRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """With s = g / |v| and dg the gradient of g: dv = s (d.T @ x) - v g dg / |v|^2."""
+        """With s = g / |v|, output gradient d and gradient dg of g: dv = s (d.T @ x) - v g dg / |v|^2."""
         x, low, v, g, norm, product = ctx.saved_tensors
         of_g = (gradient * product).sum(dim=0) / norm  # (K,)
         scaled = (gradient * (g[:, 0] / norm)).to(x.dtype)  # (B, K)
@@ -66,12 +66,12 @@ class DINOHead(nn.Module):
     Parameters carry the names of the released checkpoints.
 
     Args:
-        width: of the backbone's features.
-        prototypes: K.
-        hidden: width of the two hidden layers.
-        bottleneck: width of the normalized layer.
-        batch_norm: normalize the hidden layers over the batch.
-        norm_last_layer: see Prototypes.
+        width: Width of the backbone's features.
+        prototypes: K, number of prototypes.
+        hidden: Width of the two hidden layers.
+        bottleneck: Width of the L2-normalized layer.
+        batch_norm: Apply batch norm in the hidden layers.
+        norm_last_layer: Keep the norms of the prototypes at 1. See Prototypes.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class DINOHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, K) of features (B, width).
 
-        Few rows are not worth an autocast: rounding the weights first takes longer than their products as they are.
+        With few rows autocast is off: casting the weights would take longer than the products in fp32.
         """
         kind = x.device.type
         with torch.autocast(kind, enabled=torch.is_autocast_enabled(kind) and len(x) >= FEW):
@@ -108,7 +108,7 @@ class DINOHead(nn.Module):
 
     @staticmethod
     def settings_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Read the sizes of a head off its weights."""
+        """Return the arguments of a head with these weights."""
         prototypes, bottleneck = state["last_layer.weight_v"].shape
         return {
             "prototypes": prototypes,

@@ -1,11 +1,11 @@
-"""Fine-tuning: a pretrained backbone learns to tell classes apart, in whole or in part.
+"""Supervised training of a classifier: fine-tuning of a pretrained backbone, in whole or in part, or training from scratch.
 
     crop -> erase -> mix with the next image -> backbone -> features -> linear head -> cross-entropy
 
 The recipe is MAE's (He et al. 2021, arXiv:2111.06377, appendix A.1, table 9), after BEiT's and DeiT's: layer-wise
-learning rates, Mixup, CutMix, random erasing, label smoothing. Every one of them can be left out, and the lowest layers
-can be left as they are. Where the head was fitted before (`start_head`) it is LP-FT (Kumar et al. 2022, arXiv:2202.10054):
-a head that fits already has no large first gradients, which would distort good features.
+learning rates, Mixup, CutMix, random erasing, label smoothing. Each of them can be disabled, and the lowest layers can be
+frozen. With a fitted head (`start_head`) this is LP-FT (Kumar et al. 2022, arXiv:2202.10054): a fitted head has no large
+first gradients, which would distort good features.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ from sslvision.backbones.classifier import classify, put_head
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
-from sslvision.nn.compilation import eagerly
-from sslvision.nn.freezing import freeze_lowest, hold_still, layers
+from sslvision.nn.compilation import force_eager
+from sslvision.nn.freezing import eval_frozen, freeze_lowest, layers
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.optim.groups import layer_groups
 from sslvision.optim.optimizers import build_optimizer
@@ -38,31 +38,31 @@ class Supervised(Method):
     """A classifier: a backbone and, as the head of its timm model, a linear layer.
 
     Args:
-        backbone: gets a new head, and trains in whole but for `freeze` or `freeze_stages`.
-        classes: their names.
-        labels: (N,) int64, of the training source, from 0.
-        validation_labels: the same of the validation source, if there is one.
-        lr: peak learning rate of the head and of the whole batch; lower layers' are less with `layer_decay`.
-        crop_scale: share of the image's area a random resized crop covers; [1, 1] for the whole image.
-        flip: mirror half of the images.
-        freeze: how many of the lowest blocks, or below 1 which share of them, stay as they are; and the stem with them.
-        freeze_stages: how many of the lowest stages, instead.
-        optimizer: any of timm.optim.list_optimizers() that needs gradients only.
-        optimizer_options: its own arguments, such as momentum or betas.
-        weight_decay, layer_decay: see layer_groups.
-        warmup_epochs: epochs of linear warm-up, fractions allowed.
-        min_lr: learning rate at the end.
-        mixup, cutmix: see mix_images.
-        erase: probability of an image to have a box erased.
-        label_smoothing: share of each target that is spread over all classes.
-        class_weights: "none"; "balanced", by inverse frequency, so that the mean over the training images is 1; or K numbers.
-        ema: decay of a running mean of the weights, which is then what is evaluated and kept; 0 for none. The first
-            updates count for more (timm's warm-up), so that the mean of a short run leaves the start behind.
-        mean, std: of the pixels, per channel, on the scale 0..1.
-        seed: of crops, mixing and erasing.
+        backbone: Gets a new head. All of it trains, except for `freeze` or `freeze_stages`.
+        classes: Names of the classes.
+        labels: (N,) int64 labels of the training source, from 0.
+        validation_labels: Labels of the validation source, if there is one.
+        lr: Peak learning rate of the head for the whole batch; with `layer_decay` lower layers have smaller ones.
+        crop_scale: Share of the image's area that a random resized crop covers; [1, 1] for the whole image.
+        flip: Mirror half of the images.
+        freeze: Number of the lowest blocks to freeze together with the stem; below 1, the share of them.
+        freeze_stages: Number of the lowest stages to freeze, instead.
+        optimizer: Any of timm.optim.list_optimizers() that needs only gradients.
+        optimizer_options: Arguments of the optimizer, such as momentum or betas.
+        weight_decay, layer_decay: See layer_groups.
+        warmup_epochs: Epochs of linear warm-up, fractions allowed.
+        min_lr: Learning rate at the end.
+        mixup, cutmix: See mix_images.
+        erase: Probability that a box of an image is erased.
+        label_smoothing: Share of each target that is spread over all classes.
+        class_weights: "none"; "balanced", by inverse frequency, with a mean of 1 over the training images; or K numbers.
+        ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none. The decay
+            is smaller in the first updates (timm's warm-up), so that the average of a short run forgets the initial weights.
+        mean, std: Pixel statistics per channel, on the scale 0..1.
+        seed: Seed for crops, mixing and erasing.
 
     Raises:
-        UsageError: a value is out of its range, or the backbone cannot have a linear head.
+        UsageError: A value is out of its range, or the backbone does not support a linear head.
     """
 
     labels: Tensor
@@ -119,13 +119,13 @@ class Supervised(Method):
         self.register_buffer("class_weights", weights_of_classes(class_weights, labels, K), persistent=False)
         self.ema = ModelEmaV3(backbone, decay=ema, use_warmup=True).requires_grad_(False) if ema else None
         self.has_fitted_head = False
-        self._measured: list[Tensor] = []  # per batch of validation images: how many are right, sum of losses, how many
+        self._measured: list[Tensor] = []  # per validation batch: correct images, sum of losses, images
         self.configure_optimizers()  # raises now if an option is impossible
         self.train()
 
     @property
     def evaluated(self) -> Backbone:
-        """Return the classifier that validation measures: the running mean if there is one, else what trains."""
+        """Return the classifier to evaluate: the EMA if there is one, else the trained backbone."""
         backbone = self.backbone if self.ema is None else self.ema.module
         assert isinstance(backbone, Backbone)
         return backbone
@@ -135,20 +135,20 @@ class Supervised(Method):
         return self.evaluated
 
     def train(self, mode: bool = True) -> "Supervised":
-        """Set the mode of what trains; frozen layers (statistics, drop-path) and the running mean stand still."""
+        """Set the mode of trained layers; frozen layers and the EMA stay in eval mode."""
         super().train(mode)
-        hold_still(self.backbone.model)
+        eval_frozen(self.backbone.model)
         if self.ema is not None:
             self.ema.eval()
         return self
 
     def on_train_epoch_start(self) -> None:
-        """Set the modes again: whoever evaluated the backbone between two epochs put all of it into train mode."""
+        """Set the modes again: an evaluation between epochs may have put the whole backbone into train mode."""
         self.train()
 
     @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Start from a head (K, D), (K,) that was fitted on the backbone's features (LP-FT)."""
+        """Initialize the head by a linear probe, weight (K, D) and bias (K,), of the backbone's features (LP-FT)."""
         self.has_fitted_head = True
         for backbone in (self.backbone, self.evaluated):
             head = backbone.model.get_classifier()
@@ -159,17 +159,17 @@ class Supervised(Method):
     # A step.
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalized images (B, C, S, S), erased and mixed, and their targets (B, K), shares of the classes."""
+        """Return normalized, erased and mixed images (B, C, S, S) and their targets (B, K), shares of the classes."""
         labels = self.labels[batch.shown][:, None]  # (B, 1)
         targets = torch.zeros(len(labels), len(self.classes), device=labels.device).scatter_(1, labels, 1.0)
         images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
         return list(mix_images(images, targets, rng, mixup=self.mixup, cutmix=self.cutmix))
 
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
-        """Return the cross-entropy with the targets, and how often the likeliest class is that of the larger share, in percent.
+        """Return the cross-entropy with the targets, and the accuracy in percent for the class with the largest share.
 
-        With class weights every image's loss is a sum over classes of weight x share x -log p, and the loss is the mean over
-        images: not divided by the weights of a batch, whose composition would then change what an image counts.
+        With class weights the loss of an image is the sum over classes of weight * share * -log p, and the loss is the mean
+        over images. It is not divided by the sum of weights, which depends on the composition of the batch.
         """
         images, targets = views
         logits = classify(self.backbone, images)  # (B, K)
@@ -177,11 +177,11 @@ class Supervised(Method):
         return {"loss": loss, "train_top1": 100 * (logits.argmax(1) == targets.argmax(1)).float().mean()}
 
     def schedule(self, clock: Clock) -> dict[str, float]:
-        """Learning rate of the head: linear warm-up, then half a cosine, per update."""
+        """Return the learning rate of the head (linear warm-up, then half a cosine, per update) and the weight decay."""
         return {"lr": self.schedule_lr(clock.epoch, epochs=clock.epochs), "weight_decay": self.weight_decay}
 
     def after_update(self, clock: Clock) -> None:
-        """Move the running mean, of buffers too."""
+        """Update the EMA, buffers included."""
         if self.ema is not None:
             self.ema.update(self.backbone, step=clock.step + 1)
 
@@ -190,56 +190,55 @@ class Supervised(Method):
         return build_optimizer(self.optimizer_name, self.groups(), lr=self.lr, options=self.optimizer_options)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Return the parameters that train, by layer."""
+        """Return the trained parameters in groups by layer."""
         return layer_groups(self.backbone.model, weight_decay=self.weight_decay, layer_decay=self.layer_decay)
 
     # Validation.
 
     @torch.no_grad()
-    @eagerly()
+    @force_eager()
     def classify(self, images: Tensor) -> Tensor:
-        """Return the logits (B, K) that `evaluated`, in eval mode, gives uint8 images (B, C, S, S)."""
+        """Return the logits (B, K) of uint8 images (B, C, S, S) by `evaluated` in eval mode."""
         was_training = self.training
         self.eval()
         logits = classify(self.evaluated, self.normalize(images))
         self.train(was_training)
         return logits
 
-    @eagerly()
+    @force_eager()
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Take note of how well (indices (B,), uint8 images (B, C, S, S)) of the validation source are classified."""
+        """Measure one validation batch: indices (B,) and uint8 images (B, C, S, S)."""
         indices, images = batch
-        if not len(indices):  # none of this batch could be read
+        if not len(indices):  # no image of this batch could be read
             return
         assert self.validation_labels is not None
         labels = self.validation_labels[indices]
         logits = classify(self.evaluated, self.normalize(images))
-        right, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
-        self._measured.append(torch.stack([right, loss, torch.full_like(loss, len(labels))]))
+        correct, loss = (logits.argmax(1) == labels).sum(), F.cross_entropy(logits, labels, reduction="sum")
+        self._measured.append(torch.stack([correct, loss, torch.full_like(loss, len(labels))]))
 
     def on_validation_epoch_end(self) -> None:
-        """Leave `val_top1` in percent and `val_loss`, over all processes, to callbacks, and write them to the loggers."""
+        """Pass `val_top1` in percent and `val_loss`, over all processes, to callbacks and loggers."""
         measured, self._measured = torch.stack([*self._measured, torch.zeros(3, device=self.device)]).sum(dim=0), []
-        right, loss, count = self.trainer.strategy.reduce(measured, reduce_op="sum").tolist()
+        correct, loss, count = self.trainer.strategy.reduce(measured, reduce_op="sum").tolist()
         if not count:
             return
-        metrics = {"val_top1": 100 * right / count, "val_loss": loss / count}
+        metrics = {"val_top1": 100 * correct / count, "val_loss": loss / count}
         for name, value in metrics.items():
             self.trainer.callback_metrics[name] = torch.tensor(value)
-        # Lightning calls it so before the first update.
-        epoch = 0.0 if self.trainer.sanity_checking else self.clock.epoch
+        epoch = 0.0 if self.trainer.sanity_checking else self.clock.epoch  # sanity check: before training
         for logger in self.loggers:
             logger.log_metrics({**metrics, "epoch": epoch}, step=self.trainer.global_step)
 
     def describe(self) -> dict[str, str]:
-        """Return what trains, at which rates, and what keeps it from learning the images by heart."""
+        """Return the trained share, the optimizer, learning rates and regularization."""
         parameters = list(self.backbone.parameters())
         trained, everything = (sum(p.numel() for p in parameters if p.requires_grad or each) for each in (False, True))
         rows = {"classes": str(len(self.classes))}
         rows["trained"] = f"{trained / 1e6:.3g} of {everything / 1e6:.3g} M parameters"
         if self.frozen:
             *body, _ = layers(self.backbone.model, stages=self.frozen_unit == "stages")
-            held = sum(name in set(self.frozen) for name, *_ in body) - 1  # less the stem
+            held = sum(name in set(self.frozen) for name, *_ in body) - 1  # without the stem
             rows["trained"] += f"; stem and lowest {held} of {len(body) - 1} {self.frozen_unit} frozen"
         options = [f"{key} {value}" for key, value in self.optimizer_options.items()]
         rows["optimizer"] = ", ".join([self.optimizer_name, *options])
@@ -250,7 +249,7 @@ class Supervised(Method):
             )
         settings = {"Mixup": self.mixup, "CutMix": self.cutmix, "erase": self.erasing}
         settings |= {"label smoothing": self.label_smoothing, "weight decay": self.weight_decay}
-        settings["mean of weights"] = self.ema.decay if self.ema else 0
+        settings["EMA"] = self.ema.decay if self.ema else 0
         rows["regularization"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
         return rows
 
@@ -258,16 +257,16 @@ class Supervised(Method):
 def check_settings(
     lr: float, min_lr: float, warmup_epochs: float, weight_decay: float, label_smoothing: float, ema: float
 ) -> None:
-    """Raise UsageError for settings that cannot be."""
+    """Raise UsageError if a setting is out of range."""
     if not (lr > 0 and min(min_lr, warmup_epochs, weight_decay) >= 0):
-        raise UsageError(f"{lr=} must be above 0; {min_lr=}, {warmup_epochs=} and {weight_decay=} 0 or more.")
+        raise UsageError(f"{lr=} must be greater than 0; {min_lr=}, {warmup_epochs=} and {weight_decay=} 0 or more.")
     for name, value in {"label_smoothing": label_smoothing, "ema": ema}.items():
         if not 0 <= value < 1:
             raise UsageError(f"{name}={value:g} must be from 0 (none) to less than 1.")
 
 
 def checked_labels(labels: Tensor | None, classes: int) -> Tensor | None:
-    """Return labels that number classes, or raise UsageError."""
+    """Return the labels, or raise UsageError if they are out of range."""
     if labels is not None and len(labels) and not (labels.min() >= 0 and labels.max() < classes):
         raise UsageError(
             f"Labels from {labels.min()} to {labels.max()} do not number {classes} classes, from 0 to {classes - 1}: were "
@@ -277,11 +276,11 @@ def checked_labels(labels: Tensor | None, classes: int) -> Tensor | None:
 
 
 def weights_of_classes(weights: str | Sequence[float], labels: Tensor, classes: int) -> Tensor | None:
-    """Return what an image of each class counts (K,), or None if all count the same. Raises UsageError."""
+    """Return the weight of each class (K,), or None for equal weights. Raises UsageError."""
     if isinstance(weights, str):
         if weights not in ("none", "balanced"):
             raise UsageError(
-                f"class_weights={weights} is unknown: it is none, balanced, or a list of {classes} numbers."
+                f"class_weights={weights} is unknown: it must be none, balanced, or a list of {classes} numbers."
             )
         if weights == "none":
             return None

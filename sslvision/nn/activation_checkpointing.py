@@ -1,6 +1,6 @@
-"""Activations computed again in the backward pass in place of being kept (Chen et al. 2016, arXiv:1604.06174).
+"""Activation checkpointing: activations are recomputed in the backward pass (Chen et al. 2016, arXiv:1604.06174).
 
-Of a block only the input is kept. Random numbers are drawn again as they were, so losses and gradients do not change.
+Only the input of a block is kept. The random state is restored for the recomputation, so losses and gradients do not change.
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ def run_checkpointed(function: Callable[..., Tensor], *inputs: Any, enabled: boo
 
 
 def count_batches_once(module: nn.Module) -> None:
-    """Keep batch norms from adding a batch to their running statistics a second time, when it is computed again."""
+    """Keep batch norms from updating their running statistics a second time when a batch is recomputed."""
     for norm in module.modules():
         if isinstance(norm, _BatchNorm) and norm.track_running_stats:
-            norm.register_forward_pre_hook(_hold_in_backward)
-            norm.register_forward_hook(_let_go, always_call=True)
+            norm.register_forward_pre_hook(_freeze_in_backward)
+            norm.register_forward_hook(_restore_momentum, always_call=True)
 
 
-def _hold_in_backward(norm: Any, inputs: Any) -> None:
-    if norm.training and torch._C._current_graph_task_id() != -1:  # a backward pass is under way
+def _freeze_in_backward(norm: Any, inputs: Any) -> None:
+    if norm.training and torch._C._current_graph_task_id() != -1:  # inside a backward pass
         norm.momentum_in_forward, norm.momentum = norm.momentum, 0.0
 
 
-def _let_go(norm: Any, inputs: Any, output: Any) -> None:
+def _restore_momentum(norm: Any, inputs: Any, output: Any) -> None:
     if hasattr(norm, "momentum_in_forward"):
         norm.momentum = norm.momentum_in_forward
         norm.num_batches_tracked.sub_(1)

@@ -7,8 +7,8 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslvision.nn.cpu import FewerCopies, PlainAttention, Sizes, plain
-from sslvision.nn.packed_attention import PackedAttention, packed_attention, packs
+from sslvision.nn.cpu import CPUAttention, Sizes, UnfusedAttention, uses_unfused_attention
+from sslvision.nn.packed_attention import PackedAttention, can_pack, packed_attention
 
 # B images, N tokens, n of them requested, T tokens of all images, D width, d width of a head
 
@@ -17,7 +17,7 @@ def divisible(block: Any) -> bool:
     """Return whether the functions below can run the block: a pre-norm timm Block with plain multi-head attention."""
     return (
         type(block) is Block
-        and type(block.attn) in (Attention, FewerCopies, PackedAttention)
+        and type(block.attn) in (Attention, CPUAttention, PackedAttention)
         and block.attn.gate is None
     )
 
@@ -54,10 +54,10 @@ def _add(tokens: Tensor, branch: Tensor) -> Tensor:
 
 def _attend_by_size(attention: Attention, qkv: Tensor, sizes: Sizes) -> Tensor:
     """Return attention within each image (T, heads * d), from queries, keys and values (T, 3 * heads * d)."""
-    if plain(attention):
-        attended: Tensor = PlainAttention.apply(qkv, sizes, attention.num_heads, attention.scale)
+    if uses_unfused_attention(attention):
+        attended: Tensor = UnfusedAttention.apply(qkv, sizes, attention.num_heads, attention.scale)
         return attended
-    if packs(attention, qkv, sizes):
+    if can_pack(attention, qkv, sizes):
         return packed_attention(qkv, [n for size in sizes for n in size], attention.num_heads, attention.scale)
     parts = []
     for part, (B, N) in zip(qkv.split([B * N for B, N in sizes]), sizes, strict=True):

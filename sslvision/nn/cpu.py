@@ -1,4 +1,4 @@
-"""Layers that a CPU computes faster than torch and timm have it do."""
+"""Faster versions of linear layers and attention for CPUs."""
 
 from typing import Any
 
@@ -7,37 +7,37 @@ from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-PAYS = 400_000_000  # multiplications of a product, as measured; below, laying out weights costs what it saves, or more
+MIN_PRODUCT = 400_000_000  # multiplications; measured: packing the weights of smaller products does not pay
 Sizes = tuple[tuple[int, int], ...]  # (B, N) of the images of each size
 
 # R rows (images x tokens), I channels in, O channels out
 # B images, N tokens of each, T tokens of all, d width of a head
 
 
-def suit_cpu(network: nn.Module) -> None:
-    """Have a CPU compute linear layers and attention by what is below. Parameters stay the same, and so do their names."""
+def use_cpu_kernels(network: nn.Module) -> None:
+    """Replace the classes of linear layers and attention by those below. Parameters and their names stay the same."""
     for module in network.modules():
         if type(module) is nn.Linear and torch.backends.mkldnn.is_available():
             module.__class__ = PackedLinear
         elif type(module) is Attention:
-            module.__class__ = FewerCopies
+            module.__class__ = CPUAttention
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer that has its weights laid out for a matrix product before it rather than during it.
+    """A linear layer whose weights are packed into oneDNN's blocked layout once per product.
 
-    torch multiplies by oneDNN, which reads weights in blocks. Those of a layer lie otherwise, so it lays a block out anew as
-    often as it comes by it. To do that once costs less where rows are many. The numbers are the same: to the last bit where
-    oneDNN has one kernel for both (with AVX-512), elsewhere but for the order of the answer's sums.
+    torch multiplies by oneDNN, which reads weights in blocks and otherwise repacks each block every time it is used. With many
+    rows, packing once is cheaper. The results are the same: bit for bit where oneDNN has one kernel for both layouts
+    (AVX-512), elsewhere up to the order of summation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., O) of (..., I)."""
-        widens = self.out_features >= 2 * self.in_features  # others gain little
+        widens = self.out_features >= 2 * self.in_features  # other layers gain little
         if (
             x.device.type != "cpu"
             or not widens
-            or x.numel() * self.out_features < PAYS
+            or x.numel() * self.out_features < MIN_PRODUCT
             or torch.compiler.is_compiling()
         ):
             return super().forward(x)
@@ -49,14 +49,14 @@ class PackedLinear(nn.Linear):
 
 
 def _multiplied_by_onednn(dtype: torch.dtype) -> bool:
-    """Return whether torch leaves products of this type to oneDNN, which fp32's are if so set."""
+    """Return whether torch uses oneDNN for products of this dtype; for fp32 that is a setting."""
     if dtype == torch.float32:
         return torch.get_float32_matmul_precision() != "highest"
     return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class _Product(torch.autograd.Function):
-    """x @ weight.T + bias in some type, and backwards what autograd would do."""
+    """x @ weight.T + bias in a given dtype, with the gradients of autograd."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1])
         bias = None if bias is None else bias.to(dtype)
-        # A product with something done to each number of it, here nothing: what torch.compile makes of linear layers.
+        # The operator that torch.compile uses for linear layers, with no pointwise operation fused.
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
         return product
 
@@ -85,34 +85,34 @@ class _Product(torch.autograd.Function):
         return of_x, of_weight, of_bias, None
 
 
-class FewerCopies(Attention):
-    """timm's attention, by `PlainAttention` where that can be."""
+class CPUAttention(Attention):
+    """timm's attention, by `UnfusedAttention` where that applies."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return (B, N, D) of (B, N, D)."""
-        if attn_mask is not None or is_causal or self.gate is not None or not plain(self):
+        if attn_mask is not None or is_causal or self.gate is not None or not uses_unfused_attention(self):
             return super().forward(x, attn_mask, is_causal)
         B, N, _ = x.shape
-        attended = PlainAttention.apply(self.qkv(x).flatten(0, 1), ((B, N),), self.num_heads, self.scale)
+        attended = UnfusedAttention.apply(self.qkv(x).flatten(0, 1), ((B, N),), self.num_heads, self.scale)
         return self.proj_drop(self.proj(self.norm(attended.view(B, N, -1))))
 
 
-def plain(attention: Attention) -> bool:
-    """Return whether `PlainAttention` computes what this layer does with queries, keys and values, and is to do so."""
+def uses_unfused_attention(attention: Attention) -> bool:
+    """Return whether `UnfusedAttention` computes what this layer does, and should be used."""
     dropped = attention.attn_drop.p if attention.training else 0.0
     normed = not isinstance(attention.q_norm, nn.Identity) or not isinstance(attention.k_norm, nn.Identity)
     return not (attention.fused_attn or dropped or normed or torch.compiler.is_compiling())
 
 
-class PlainAttention(torch.autograd.Function):
-    """softmax(scale x q @ k.T) @ v of each image and head, without fused kernels, which on a CPU are slower.
+class UnfusedAttention(torch.autograd.Function):
+    """softmax(scale x q @ k.T) @ v of each image and head, without fused kernels, which are slower on a CPU.
 
-    What autograd would do in the same products, with fewer copies in between: gradients go where they are needed.
+    The same matrix products as autograd's, with fewer copies: gradients are written where they are needed.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, sizes: Sizes, heads: int, scale: float) -> Tensor:
-        """Return (T, heads * d) of queries, keys and values (T, 3 * heads * d)."""
+        """Return attention (T, heads * d) of queries, keys and values (T, 3 * heads * d)."""
         T, d = len(qkv), qkv.shape[1] // (3 * heads)
         attended, kept, start = qkv.new_empty(T, heads * d), [], 0
         for B, N in sizes:
@@ -129,7 +129,7 @@ class PlainAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        """Return the gradient of queries, keys and values."""
+        """Return the gradient of queries, keys and values (T, 3 * heads * d)."""
         T, d = len(gradient), gradient.shape[1] // ctx.heads
         grad_qkv, kept, start = gradient.new_empty(T, 3 * ctx.heads * d), iter(ctx.saved_tensors), 0
         for B, N in ctx.sizes:

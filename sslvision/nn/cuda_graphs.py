@@ -1,7 +1,7 @@
-"""A step's forward and backward pass as CUDA graphs: the host launches each as a whole, not kernel by kernel.
+"""The forward and backward pass of a step as CUDA graphs: the host launches each as a whole instead of kernel by kernel.
 
-A step of MAE on ViT-B/16 is 1,400 kernels, one of DINO on ViT-S/16 2,000. Where a host needs 20 to 40 microseconds for each,
-it takes longer than an H100 does, which then waits for it.
+A step of MAE on ViT-B/16 has 1,400 kernels, a step of DINO on ViT-S/16 2,000. At 20 to 40 microseconds per launch the host is
+slower than an H100, which then idles.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-WARM_UP = 3  # steps before the capture: libraries choose their kernels and take their memory in the first ones
-MODE = "thread_local"  # other threads, such as the one that pins the loader's batches, may go on meanwhile
+WARM_UP = 3  # steps before the capture, in which libraries select kernels and allocate memory
+MODE = "thread_local"  # other threads, such as the loader's pinning thread, may call CUDA during the capture
 
 
 class CapturedStep:
     """A function of tensors that returns a loss and other scalars, and its gradients, as two CUDA graphs.
 
-    Shapes and whatever is not a tensor stay as they were at the capture; weights and buffers are read anew in each step. Random
-    numbers follow the device's generator, seed included, as they do without a graph. Gradients lie in memory of the graphs:
-    `backward` puts them into, or adds them to, `parameter.grad`.
+    Shapes and all values that are not tensors are fixed at the capture; weights and buffers are read in each step. Random
+    numbers follow the device's generator and its seed, as they do without a graph. Gradients are in the memory of the graphs:
+    `backward` assigns them, or adds them, to `parameter.grad`.
 
     Args:
-        function: of `inputs`; returns "loss" and others. Nothing in it may wait for the device.
-        network: whose parameters get gradients. Buffers that steps change are left as they were.
-        inputs: of the first step.
+        function: Function of `inputs` that returns "loss" and other scalars. It must not synchronize with the device.
+        network: Module whose parameters get gradients. Buffers that the capture changes are restored.
+        inputs: Inputs of the first step.
     """
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], network: nn.Module, inputs: Sequence[Tensor]):
@@ -49,27 +49,27 @@ class CapturedStep:
             buffer.copy_(value)
 
     def fits(self, inputs: Sequence[Tensor]) -> bool:
-        """Return whether these are of the captured shapes and types."""
+        """Return whether inputs have the captured shapes and dtypes."""
         pairs = zip(self.inputs, inputs, strict=False)
         return len(inputs) == len(self.inputs) and all(a.shape == b.shape and a.dtype == b.dtype for a, b in pairs)
 
     def __call__(self, *inputs: Tensor) -> dict[str, Tensor]:
-        """Return what the function does of inputs that fit."""
+        """Return the function's result for inputs that fit."""
         for own, given in zip(self.inputs, inputs, strict=True):
             own.copy_(given, non_blocking=True)
         self._forward.replay()
-        results = {name: value.detach() for name, value in self.outputs.items()}  # written over by the next step
-        start = results["loss"].requires_grad_()  # a leaf for autograd to call `backward` by
+        results = {name: value.detach() for name, value in self.outputs.items()}  # overwritten by the next step
+        start = results["loss"].requires_grad_()  # a leaf through which autograd calls `backward`
         return results | {"loss": _Loss.apply(start, self)}
 
     def keep_gradients(self) -> None:
-        """Take `parameter.grad` out of the graphs' memory, which a forward pass writes over: due where batches accumulate."""
+        """Copy `parameter.grad` out of the graphs' memory, which a forward pass overwrites; for accumulated batches."""
         for parameter, own in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is not None and parameter.grad is own:
                 parameter.grad = own.clone()
 
     def backward(self, scale: Tensor) -> None:
-        """Put gradients times `scale`, a scalar, into `parameter.grad`, or add them to what is there."""
+        """Assign gradients times the scalar `scale` to `parameter.grad`, or add them if there is one."""
         sums = [parameter.grad for parameter in self.parameters]
         assert sums[0] is not self.gradients[0], "zero_grad() or keep_gradients() comes first"
         self._scale.copy_(scale)
@@ -81,8 +81,8 @@ class CapturedStep:
             parameter.grad = own if total is None else total
 
     def _gradients(self, loss: Tensor, scale: Tensor | None) -> list[Any]:
-        """Return the gradient of each parameter, laid out as the parameter is: fused optimizers ask for that."""
-        with torch.autocast(loss.device.type, enabled=False):  # as a backward pass is run
+        """Return the gradient of each parameter, with the parameter's strides: fused optimizers require it."""
+        with torch.autocast(loss.device.type, enabled=False):  # as in a usual backward pass
             found = torch.autograd.grad(loss, self.parameters, scale, allow_unused=True)
         return [
             g if g is None or g.stride() == p.stride() else torch.empty_like(p).copy_(g)
@@ -91,7 +91,7 @@ class CapturedStep:
 
 
 class _Loss(torch.autograd.Function):
-    """The loss, whose backward pass is that of the captured step."""
+    """Identity on the loss, whose backward pass is that of the captured step."""
 
     @staticmethod
     def forward(ctx: Any, loss: Tensor, step: CapturedStep) -> Tensor:

@@ -1,4 +1,4 @@
-"""A teacher that follows its student."""
+"""Exponential moving average of weights: a teacher that follows its student."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,11 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """Move every parameter of the teacher to `momentum` x itself + (1 - momentum) x the student's; copy persistent buffers.
+    """Set every parameter of the teacher to momentum * teacher + (1 - momentum) * student, and copy persistent buffers.
 
-    But not a batch norm's: its running statistics are of the teacher's own activations, see `batch_statistics`.
-    Buffers that are not persistent are constants.
-    Source: DINO, section 3.1, "Teacher network".
+    The running statistics of batch norms are not copied: the teacher has its own, see `batch_statistics`. Non-persistent
+    buffers are constants. Source: DINO, section 3.1, "Teacher network".
     """
     torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
     for own, others in zip(teacher.modules(), student.modules(), strict=True):
@@ -26,10 +25,10 @@ def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
 
 @contextmanager
 def batch_statistics(teacher: nn.Module) -> Iterator[None]:
-    """Let a network in eval mode normalize by its batch where it has batch norms, and keep running statistics of it.
+    """Let the batch norms of a teacher in eval mode use batch statistics and update their running statistics.
 
-    The authors' teacher does so, being in train mode. The student's statistics would be those of other weights and, with
-    multi-crop, of other crops.
+    The authors' teacher is in train mode and does so. The student's statistics belong to other weights and, with multi-crop,
+    to other crops.
     """
     norms = [module for module in teacher.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:

@@ -1,4 +1,4 @@
-"""Matrix products in fp32 where training has chosen TF32, whose numbers have 10 bits of 23."""
+"""Matrix products in full fp32 while training uses TF32, which keeps 10 of the 23 bits of the mantissa."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -9,8 +9,8 @@ import torch
 def exact_products(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which CUDA multiplies fp32 matrices in fp32; on other devices it does nothing.
 
-    The choice is made on the host when a product is called for, be it for a CUDA graph. What is compiled has made it when
-    it was: there the context does nothing, and belongs around the call.
+    The precision is chosen on the host when a product is launched or captured. Compiled code chooses it at compile time: inside
+    it the context does nothing and has to be put around the call.
     """
     if device.type != "cuda" or torch.compiler.is_compiling():
         return nullcontext()
@@ -19,7 +19,7 @@ def exact_products(device: torch.device) -> AbstractContextManager[None]:
 
 @contextmanager
 def _in_full() -> Iterator[None]:
-    # Not torch.backends.cuda.matmul: whoever asks for the precision by the one way after it was set by the other gets an error.
+    # Not torch.backends.cuda.matmul: torch raises an error if the two interfaces are mixed.
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""Which layers of a network are low and which are high, and how low ones are kept as they are."""
+"""The layers of a timm model in order of depth, and freezing the lowest of them."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ def layers(model: Any, *, stages: bool = False) -> list[list[str]]:
     """Return the names of a timm model's parameters, layer by layer from the input to the head.
 
     Args:
-        model: a timm model that has its head on.
-        stages: whole stages instead of single blocks; the same in a plain ViT, which has none.
+        model: A timm model with its head.
+        stages: Group by whole stages instead of single blocks; a plain ViT has no stages and is grouped by blocks.
 
     Returns:
-        First the stem (patch embedding, class token, positions), then the blocks or stages, last the head. What follows
-        the last block, such as the final norm, is with the head, as in MAE's layer-wise decay; timm puts some of it with
+        First the stem (patch embedding, class token, positions), then the blocks or stages, last the head. Layers after the
+        last block, such as the final norm, belong to the head, as in MAE's layer-wise decay; timm assigns some of them to
         the last block.
 
     Raises:
@@ -28,7 +28,7 @@ def layers(model: Any, *, stages: bool = False) -> list[list[str]]:
         matcher = model.group_matcher(coarse=stages)
     except (AttributeError, AssertionError) as error:
         raise UsageError(
-            f"timm does not tell the {'stages' if stages else 'blocks'} of a {type(model).__name__} apart, so they cannot be "
+            f"timm does not list the {'stages' if stages else 'blocks'} of a {type(model).__name__}, so they cannot be "
             "frozen or have learning rates of their own: set freeze=0, freeze_stages=0 and layer_decay=1, or choose "
             "another backbone."
         ) from error
@@ -40,7 +40,7 @@ def layers(model: Any, *, stages: bool = False) -> list[list[str]]:
 
 
 def _unmatched(model: Any, matcher: Any) -> set[str]:
-    """Return the names that belong to no block if nothing is put with "the block before"."""
+    """Return the names that belong to no block when parameters assigned to "the previous group" are not."""
     if isinstance(matcher, dict):
         matcher = {
             part: [one for one in patterns if one[1] != MATCH_PREV_GROUP] if isinstance(patterns, list) else patterns
@@ -51,21 +51,21 @@ def _unmatched(model: Any, matcher: Any) -> set[str]:
 
 
 def freeze_lowest(model: Any, *, blocks: float = 0, stages: int = 0) -> list[str]:
-    """Stop the training of the stem and of what follows it, up to a height. 0 freezes nothing, the stem neither.
+    """Freeze the stem and the lowest blocks or stages. 0 freezes nothing, not even the stem.
 
     Args:
-        model: a timm model that has its head on, which always trains.
-        blocks: how many of the lowest blocks; below 1, which share of them (0.5 the lower half), rounded, at least one.
-        stages: how many of the lowest stages, instead.
+        model: A timm model with its head, which always trains.
+        blocks: Number of blocks to freeze; below 1, the share of them (0.5 for the lower half), rounded, at least one.
+        stages: Number of stages to freeze, instead.
 
     Returns:
         The names of the frozen parameters.
 
     Raises:
-        UsageError: out of range, or both are given.
+        UsageError: A number is out of range, or both are given.
     """
     if blocks and stages:
-        raise UsageError(f"freeze={blocks:g} and freeze_stages={stages} cannot both be: leave one of them 0.")
+        raise UsageError(f"freeze={blocks:g} and freeze_stages={stages} exclude each other: leave one of them 0.")
     if not blocks and not stages:
         return []
     setting, unit, asked = ("freeze_stages", "stages", stages) if stages else ("freeze", "blocks", blocks)
@@ -75,8 +75,8 @@ def freeze_lowest(model: Any, *, blocks: float = 0, stages: int = 0) -> list[str
     if not 0 < count <= there or count != int(count):
         share = " or a share below 1" if not stages else ""
         raise UsageError(
-            f"{setting}={asked:g} cannot be: this {type(model).__name__} has {there} {unit}, so it is a whole number from 0 "
-            f"to {there}{share}."
+            f"{setting}={asked:g} is out of range: this {type(model).__name__} has {there} {unit}, so it must be a whole "
+            f"number from 0 to {there}{share}."
         )
     frozen = [name for names in body[: int(count) + 1] for name in names]
     for name in frozen:
@@ -84,10 +84,10 @@ def freeze_lowest(model: Any, *, blocks: float = 0, stages: int = 0) -> list[str
     return frozen
 
 
-def hold_still(model: nn.Module) -> None:
-    """Put every module whose parameters are all frozen into eval mode. To be called after every `model.train()`.
+def eval_frozen(model: nn.Module) -> None:
+    """Put every module whose parameters are all frozen into eval mode. Call it after every `model.train()`.
 
-    Running statistics of its batch norms, its dropout and its drop-path then stand still, too.
+    This also freezes the running statistics of batch norms, and disables dropout and drop-path.
     """
     for module in model.modules():
         parameters = list(module.parameters())

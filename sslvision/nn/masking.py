@@ -1,10 +1,10 @@
-"""Which patches stay visible."""
+"""Random masking of patches."""
 
 from torch import Tensor
 
 
 def visible_count(patches: int, mask_ratio: float) -> int:
-    """Return how many of an image's patches the encoder sees: the fraction 1 - mask_ratio, rounded down."""
+    """Return the number of visible patches of an image: patches * (1 - mask_ratio), rounded down."""
     return int(patches * (1 - mask_ratio))
 
 
@@ -12,8 +12,8 @@ def random_keep(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Split every image's patches at random into visible and hidden ones (MAE, section 3, "Masking").
 
     Args:
-        noise: (B, L) numbers; an image's smallest are kept.
-        mask_ratio: the fraction to hide.
+        noise: (B, L) random numbers; the patches with the smallest of an image are kept.
+        mask_ratio: Fraction to hide.
 
     Returns:
         keep (B, K) and hidden (B, L - K): patch indices, in the order of their noise.

@@ -1,4 +1,4 @@
-"""From bytes to what a network reads."""
+"""Normalization of 8-bit images by channel statistics."""
 
 from collections.abc import Sequence
 
@@ -23,15 +23,15 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32))
 
     def set(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take other statistics, of as many channels."""
+        """Replace the statistics, for the same number of channels."""
         self.mean.copy_(torch.tensor(mean))
         self.std.copy_(torch.tensor(std))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return images in the type of the buffers (float32, unless the whole model was cast)."""
+        """Return normalized images in the dtype of the buffers (float32, unless the model was cast)."""
         mean, std = (255 * values.float()[:, None, None] for values in (self.mean, self.std))
         return images.float().sub_(mean).div_(std).to(self.mean.dtype)
 
     def undo(self, images: Tensor) -> Tensor:
-        """Return normalized images (B, C, H, W) on the scale 0..1, clipped to it."""
+        """Return normalized images (B, C, H, W) on the scale 0..1, clipped."""
         return (images * self.std[:, None, None] + self.mean[:, None, None]).clamp(0, 1)

@@ -1,9 +1,9 @@
-"""Attention of short sequences on a GPU, from queries, keys and values as one linear layer gives them.
+"""Attention of short sequences on a GPU, from queries, keys and values packed in one tensor.
 
-All keys of an image fit into a processor's registers and shared memory, so no row of the softmax is ever in two pieces: the
-backward pass goes over them once, writes every gradient once, where it is needed, and adds nothing atomically: the same
-numbers every time. General kernels (FlashAttention, Dao 2023, arXiv:2307.08691; cuDNN's) split long rows,
-want statistics kept and a pass before the backward one, and give the gradients of queries, keys and values apart.
+All keys of an image fit into the registers and shared memory of a multiprocessor, so rows of the softmax are never split: the
+backward pass reads them once, writes every gradient once and in place, and needs no atomic additions, so it is deterministic.
+General kernels (FlashAttention, Dao 2023, arXiv:2307.08691; cuDNN's) split long rows, need statistics and a pass before the
+backward pass, and return the gradients of queries, keys and values separately.
 """
 
 import importlib.util
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from sslvision.nn.cpu import Sizes
 
-LONGEST = 256  # tokens of an image
+MAX_TOKENS = 256  # longest sequence, in tokens
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-WIDTHS = (32, 64)  # channels of a head
-TYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (32, 64)  # supported channels of a head
+DTYPES = (torch.bfloat16, torch.float16)
 
 # B images, N tokens of each, T tokens of all, d width of a head
 
 
 def blocks_of(N: int, d: int, *, backward: bool) -> dict[str, int]:
-    """Return how a kernel is cut and how many warps run it, as measured on an H100."""
+    """Return block sizes, warps and stages of a kernel, as measured on an H100."""
     keys = max(16, 1 << (N - 1).bit_length())
-    if keys <= 64:  # all queries at once: a row's sum is there in the backward pass as well
+    if keys <= 64:  # one block holds all queries, so the backward pass can recompute the sums
         return {"SUMS": False, "BLOCK_Q": keys, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
     if not backward:
         return {"SUMS": True, "BLOCK_Q": 128 if d == 32 else 64, "BLOCK_K": keys, "num_warps": 4, "num_stages": 1}
@@ -38,9 +38,9 @@ Wrap = Callable[[Any], Any]
 
 
 def run_forward(qkv: Tensor, sizes: list[int], heads: int, scale: float, wrap: Wrap) -> tuple[Tensor, Tensor]:
-    """Return what `packed_attention` does; `wrap` lets torch.compile see the kernel."""
+    """Return what `packed_attention_and_sums` does; `wrap` makes the kernel visible to torch.compile."""
     from sslvision.nn.packed_attention_kernels import (
-        attend_kernel,  # not before it is needed: importing Triton takes a while
+        attend_kernel,  # imported here because importing Triton is slow
     )
 
     d, first = qkv.shape[1] // (3 * heads), 0
@@ -80,7 +80,7 @@ def run_backward(
 
 @torch.library.triton_op("sslvision::packed_attention", mutates_args={})
 def packed_attention_and_sums(qkv: Tensor, sizes: list[int], heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return what `packed_attention` does (T, heads * d), and log2 of the softmaxes' denominators (T, heads)."""
+    """Return the result of `packed_attention` (T, heads * d), and log2 of the softmax denominators (T, heads)."""
     return run_forward(qkv, sizes, heads, scale, torch.library.wrap_triton)
 
 
@@ -88,7 +88,7 @@ def packed_attention_and_sums(qkv: Tensor, sizes: list[int], heads: int, scale: 
 def packed_attention_backward(
     qkv: Tensor, out: Tensor, log_sums: Tensor, of_out: Tensor, sizes: list[int], heads: int, scale: float
 ) -> Tensor:
-    """Return the gradient of qkv (T, 3 * heads * d) from that of the output (T, heads * d), contiguous."""
+    """Return the gradient of qkv (T, 3 * heads * d) from the contiguous gradient of the output (T, heads * d)."""
     return run_backward(qkv, out, log_sums, of_out, sizes, heads, scale, torch.library.wrap_triton)
 
 
@@ -111,10 +111,10 @@ def packed_attention(qkv: Tensor, sizes: list[int], heads: int, scale: float) ->
     """Return softmax(scale x q @ k.T) @ v of each image and head.
 
     Args:
-        qkv: (T, 3 * heads * d), contiguous; tokens of the images of the first size, then those of the second, and so on.
-        sizes: B, N of the first size, B, N of the second, ...; T = sum of B x N.
-        heads: of how many heads each of queries, keys and values is.
-        scale: of the scores.
+        qkv: (T, 3 * heads * d) contiguous; tokens of the images of the first size, then those of the second, and so on.
+        sizes: B, N of the first size, B, N of the second, ...; T is the sum of B x N.
+        heads: Number of attention heads.
+        scale: Scale of the logits.
 
     Returns:
         (T, heads * d).
@@ -123,29 +123,29 @@ def packed_attention(qkv: Tensor, sizes: list[int], heads: int, scale: float) ->
     return attended
 
 
-def packs(attention: Attention, qkv: Tensor, sizes: Sizes) -> bool:
-    """Return whether `packed_attention` computes what this layer does with queries, keys and values (T, 3 * heads * d)."""
+def can_pack(attention: Attention, qkv: Tensor, sizes: Sizes) -> bool:
+    """Return whether `packed_attention` supports this layer and its queries, keys and values (T, 3 * heads * d)."""
     dropped = attention.attn_drop.p if attention.training else 0.0
     normed = not isinstance(attention.q_norm, nn.Identity) or not isinstance(attention.k_norm, nn.Identity)
     return (
         HAS_TRITON
         and qkv.device.type == "cuda"
         and not (dropped or normed)
-        and qkv.dtype in TYPES
-        and attention.head_dim in WIDTHS
-        and all(N <= LONGEST for _, N in sizes)
+        and qkv.dtype in DTYPES
+        and attention.head_dim in HEAD_DIMS
+        and all(N <= MAX_TOKENS for _, N in sizes)
     )
 
 
-def suit_cuda(network: nn.Module) -> None:
-    """Have attention computed by `packed_attention` where it can. Parameters stay the same, and so do their names."""
+def use_packed_attention(network: nn.Module) -> None:
+    """Replace the class of attention layers by PackedAttention. Parameters and their names stay the same."""
     for module in network.modules():
         if type(module) is Attention:
             module.__class__ = PackedAttention
 
 
 class PackedAttention(Attention):
-    """timm's attention, by `packed_attention` where that can be."""
+    """timm's attention, by `packed_attention` where it is supported."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return (B, N, D) of (B, N, D)."""
@@ -153,7 +153,7 @@ class PackedAttention(Attention):
             return super().forward(x, attn_mask, is_causal)
         B, N, _ = x.shape
         qkv = self.qkv(x).flatten(0, 1)  # (B * N, 3 * heads * d)
-        if not packs(self, qkv, ((B, N),)):
+        if not can_pack(self, qkv, ((B, N),)):
             return super().forward(x)
         attended = packed_attention(qkv, [B, N], self.num_heads, self.scale)
         return self.proj_drop(self.proj(self.norm(attended.view(B, N, -1))))

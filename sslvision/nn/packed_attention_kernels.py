@@ -1,4 +1,4 @@
-"""The kernels of nn/packed_attention.py, in Triton. One program computes a head of an image; all its keys are there at once."""
+"""Triton kernels of nn/packed_attention.py. One program computes one head of one image and loads all of its keys at once."""
 
 import triton
 import triton.language as tl
@@ -18,11 +18,11 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One head of one image, BLOCK_Q of its queries: out = softmax(SCALE x q @ k.T) @ v.
+    """Compute out = softmax(SCALE x q @ k.T) @ v for one head of one image and BLOCK_Q of its queries.
 
-    With SUMS the logarithm of each softmax's denominator is kept for the backward pass.
+    With SUMS the logarithm of each softmax denominator is stored for the backward pass.
 
-    SCALE is known when the kernel is built: torch.compile would hand it over in fp64, and all scores would be of that type.
+    SCALE is a compile-time constant: torch.compile would pass it in fp64, and all logits would become fp64.
     """
     image, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = first + image.to(tl.int64) * N
@@ -61,7 +61,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One head of one image: the gradients of its queries, keys and values. Scores are (keys, queries) here."""
+    """Compute the gradients of queries, keys and values for one head of one image. Logits are (keys, queries) here."""
     image, head = tl.program_id(0) // H, tl.program_id(0) % H
     row = first + image.to(tl.int64) * N
     channel, key = tl.arange(0, D), tl.arange(0, BLOCK_K)
@@ -73,11 +73,11 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     for start in range(0, N, BLOCK_Q):
         query = start + tl.arange(0, BLOCK_Q)
         of_query = (row + query[:, None]) * (3 * H * D) + head * D + channel[None, :]
-        place = (row + query[:, None]) * (H * D) + head * D + channel[None, :]
+        of_output = (row + query[:, None]) * (H * D) + head * D + channel[None, :]
         q = tl.load(qkv + of_query, mask=query[:, None] < N, other=0.0)  # (BLOCK_Q, D)
-        do = tl.load(of_out + place, mask=query[:, None] < N, other=0.0)
+        do = tl.load(of_out + of_output, mask=query[:, None] < N, other=0.0)
         s = tl.dot(k, tl.trans(q)) * (SCALE * 1.4426950408889634)  # (BLOCK_K, BLOCK_Q)
-        if SUMS:  # no sum over keys, which lie in several warps
+        if SUMS:  # avoids a sum over keys, which are spread over several warps
             log_sum = tl.load(log_sums + (row + query) * H + head, mask=query < N, other=0.0)
             p = tl.where(key[:, None] < N, tl.exp2(s - log_sum[None, :]), 0.0)
         else:
@@ -87,7 +87,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
         dv += tl.dot(p.to(do.dtype), do)
         dp = tl.dot(v, tl.trans(do))  # (BLOCK_K, BLOCK_Q)
         if SUMS:
-            o = tl.load(out + place, mask=query[:, None] < N, other=0.0)
+            o = tl.load(out + of_output, mask=query[:, None] < N, other=0.0)
             expected = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)  # = sum over keys of p * dp
         else:
             expected = tl.sum(p * dp, 0)

@@ -13,19 +13,19 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def gather_patches(images: Tensor, index: Tensor, patch: int) -> Tensor:
-    """Copy some patches of each image: nothing depends on another pixel.
+    """Copy some patches of each image; no other pixel is read.
 
     Args:
-        images: (B, C, H, W), sides divisible by `patch`.
-        index: (B, K), indices on the row-major patch grid.
-        patch: side in pixels.
+        images: (B, C, H, W) with sides divisible by `patch`.
+        index: (B, K) indices on the row-major patch grid.
+        patch: Side of a patch in pixels.
 
     Returns:
         (B, K, C, patch, patch).
     """
     B, C = images.shape[:2]
     batch = torch.arange(B, device=images.device)[:, None]
-    # Whole rows of a contiguous copy are taken faster than scattered pixels of the images.
+    # Gathering rows of a contiguous copy is faster than gathering scattered pixels.
     return patchify(images, patch)[batch, index].unflatten(2, (C, patch, patch))
 
 
@@ -44,5 +44,5 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     """Return rows `index` (B, K) of `tokens`: (B, L, D) or, shared by the batch, (1, L, D) -> (B, K, D)."""
     B, K = index.shape
     if tokens.shape[0] == 1:
-        return F.embedding(index, tokens[0])  # on a CPU, its gradient is summed in parallel and that of indexing is not
+        return F.embedding(index, tokens[0])  # on a CPU its gradient is summed in parallel, unlike that of indexing
     return tokens.gather(1, index[..., None].expand(B, K, tokens.shape[-1]))

@@ -10,9 +10,9 @@ def sincos_position(width: int, grid: tuple[int, int], num_prefix: int = 0) -> T
     The first half of the channels encodes the column, the second the row, each as all sines, then all cosines.
 
     Args:
-        width: channels; a multiple of 4.
-        grid: rows and columns.
-        num_prefix: zero rows put first, for class and register tokens.
+        width: Number of channels, a multiple of 4.
+        grid: Rows and columns.
+        num_prefix: Number of zero rows in front, for class and register tokens.
 
     Returns:
         (1, num_prefix + rows * columns, width), float32.

@@ -1,4 +1,4 @@
-"""Updates whose gradients are not finite are left out, and the host need not wait for the device to know."""
+"""Skipping updates whose gradients are not finite, without synchronizing with the device."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,15 @@ from torch.optim import Optimizer
 def skip_nonfinite(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Make the next `optimizer.step()` do nothing if a gradient is not finite.
 
-    Fused Adam and AdamW read the flag on the device and leave weights and state untouched. Optimizers without such a kernel
-    get gradients of zero in place of all: momentum and weight decay still act once, and nothing is poisoned.
+    Fused Adam and AdamW read a flag on the device and leave weights and state unchanged. For other optimizers all gradients
+    are set to zero: momentum and weight decay still act once, but weights stay finite.
 
     Args:
-        optimizer: about to make an update.
-        gradients: of all its parameters, averaged over processes, so that all processes decide alike.
+        optimizer: The optimizer, before its step.
+        gradients: Gradients of all its parameters, averaged over processes, so that all processes decide alike.
 
     Returns:
-        The norm of all gradients together, not finite if the update is left out, and that of each: scalars on their device.
+        The norm of all gradients, which is not finite if the update is skipped, and the norm of each: scalars on the device.
     """
     norms = torch._foreach_norm(gradients)
     norm = torch.linalg.vector_norm(torch.stack(norms))

@@ -1,4 +1,4 @@
-"""From a name of timm's optimizers to an optimizer."""
+"""timm's optimizers by name."""
 
 import difflib
 import inspect
@@ -17,13 +17,13 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], *, lr: float, optio
     """Build one of timm's optimizers.
 
     Args:
-        name: one of timm.optim.list_optimizers().
-        groups: of parameters, each with its `weight_decay`; what else they say is kept.
-        lr: learning rate.
-        options: the optimizer's own arguments, such as momentum or betas.
+        name: One of timm.optim.list_optimizers().
+        groups: Parameter groups, each with its `weight_decay`; their other keys are kept.
+        lr: Learning rate.
+        options: Arguments of the optimizer, such as momentum or betas.
 
     Raises:
-        UsageError: no such optimizer or option, an impossible value, or a library it needs is not there.
+        UsageError: The optimizer or an option does not exist, a value is invalid, or a library it needs is not installed.
     """
     if name not in list_optimizers():
         near = difflib.get_close_matches(name, list_optimizers(), n=3, cutoff=0.5)
@@ -41,4 +41,4 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], *, lr: float, optio
     except UsageError:
         raise
     except (TypeError, ValueError, AssertionError, ImportError, RuntimeError) as error:
-        raise UsageError(f"optimizer={name} with optimizer_options={dict(options)} cannot be: {error}") from error
+        raise UsageError(f"optimizer={name} with optimizer_options={dict(options)} is invalid: {error}") from error

@@ -4,7 +4,7 @@ import math
 
 
 def warmup_cosine(epoch: float, *, peak: float, epochs: float, warmup_epochs: float, end: float = 0.0) -> float:
-    """Learning rate of MAE at a fractional epoch: linear from 0 to `peak`, then half a cosine to `end`.
+    """Return the learning rate of MAE at a fractional epoch: linear from 0 to `peak`, then half a cosine to `end`.
 
     Source: MAE, appendix A.1 (table 8), as in the authors' implementation: time is counted in fractions of an epoch.
     """
@@ -17,10 +17,10 @@ def warmup_cosine(epoch: float, *, peak: float, epochs: float, warmup_epochs: fl
 def cosine_by_step(
     step: int, *, start: float, end: float, steps: int, warmup_steps: int = 0, warmup_start: float = 0.0
 ) -> float:
-    """Schedule of DINO at an optimizer step: linear over `warmup_steps` values, then half a cosine to `end`.
+    """Return a schedule of DINO at an optimizer step: linear over `warmup_steps` values, then half a cosine to `end`.
 
     Source: DINO, section 3.2 "Implementation details", as in the authors' implementation: the last warm-up value is
-    `start` itself, and the cosine begins there again, at step `warmup_steps`.
+    `start`, and the cosine starts with it again at step `warmup_steps`.
     """
     if step < warmup_steps:
         return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)

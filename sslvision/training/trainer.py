@@ -19,9 +19,9 @@ from timm.layers import set_fused_attn
 from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
-from sslvision.nn.compilation import wanted
-from sslvision.nn.cpu import suit_cpu
-from sslvision.nn.packed_attention import suit_cuda
+from sslvision.nn.compilation import should_compile
+from sslvision.nn.cpu import use_cpu_kernels
+from sslvision.nn.packed_attention import use_packed_attention
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.system.allocator import keep_freed_memory
 
@@ -213,11 +213,11 @@ def configure_method(
         UsageError: `cuda_graphs` is true where graphs are not possible.
     """
     if device.type == "cuda":
-        suit_cuda(method)
-    if wanted(compile, device):
+        use_packed_attention(method)
+    if should_compile(compile, device):
         method.compile_blocks()
     elif device.type == "cpu":
-        suit_cpu(method)
+        use_cpu_kernels(method)
     obstacle = cuda_graph_obstacle(method, device, world_size)
     if cuda_graphs and obstacle:
         raise UsageError(f"cuda_graphs=true is not possible: {obstacle}. Remove it.")

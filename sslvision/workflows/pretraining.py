@@ -18,7 +18,7 @@ from sslvision.data.source import Splits
 from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.figures.curves import health_figure, learning_curve_figure
 from sslvision.methods.base import Method
-from sslvision.nn.compilation import wanted
+from sslvision.nn.compilation import should_compile
 from sslvision.runs import run_folder
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
@@ -256,7 +256,7 @@ def effective_configuration(
         **method.describe(),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
     }
-    if wanted(settings.compile, device):
+    if should_compile(settings.compile, device):
         rows["kernels"] = (
             "blocks and losses are compiled during the first steps" + method.captures * ", steps are CUDA graphs"
         )

@@ -14,9 +14,9 @@ from torchvision.transforms.v2 import functional as tv
 from sslvision.augment.blur import SIGMAS, _every_blur_matrix, blur_matrix, gaussian_blur
 from sslvision.augment.color import (
     BRIGHTNESS,
+    CHUNK,
     CONTRAST,
     HUE,
-    PIECE,
     SATURATION,
     Photometry,
     apply_photometry,
@@ -234,7 +234,7 @@ def test_the_result_for_an_image_does_not_depend_on_its_batch():
 
 def test_many_images_are_augmented_as_few():
     images = photographs(5, 200, 300).repeat(3, 1, 1, 1)
-    assert images.numel() > 2 * PIECE
+    assert images.numel() > 2 * CHUNK
     drawn = draw_photometry(rng(15), [0], [EVERYTHING])
     together = apply_photometry(images, drawn)
     for i in range(15):

@@ -8,7 +8,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from sslvision.augment.crops import (
     ATTEMPTS,
-    KEPT,
+    MAX_CACHED,
     Crop,
     _every_matrix,
     center_crop,
@@ -169,7 +169,7 @@ def test_matrices_that_are_looked_up_are_those_that_are_computed(length, size):
     intervals = [(start, extent) for start in range(length) for extent in range(1, length - start + 1)]
     start, extent = torch.tensor(intervals).unbind(1)
     mirrored = start % 3 == 0
-    assert 2 * (length + 1) ** 2 * length * size <= KEPT
+    assert 2 * (length + 1) ** 2 * length * size <= MAX_CACHED
     computed = resampling_matrix(start, extent, length, size)
     assert torch.equal(matrices(start, extent, length, size), computed)
     found = matrices(start, extent, length, size, mirrored)

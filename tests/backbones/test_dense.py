@@ -268,7 +268,7 @@ def test_images_may_lie_with_channels_last(kind):
 )
 def test_only_what_a_gpu_convolves_has_channels_last(kind, turned):
     backbone, images = build(kind), torch.rand(2, 3, SIZE, SIZE)
-    assert backbone._laid_out(images) is images
+    assert backbone._channels_last(images) is images
     with FakeTensorMode():
-        laid = backbone._laid_out(torch.empty(2, 3, SIZE, SIZE, device="cuda"))
+        laid = backbone._channels_last(torch.empty(2, 3, SIZE, SIZE, device="cuda"))
     assert laid.is_contiguous(memory_format=torch.channels_last) is turned

@@ -18,7 +18,7 @@ from sslvision.runs.weights import export_backbone
     [
         ("resnet19", "no run folder .* Near it in timm: .*resnet18"),
         ("outputs/mea", "no export folder"),
-        ("vit_small_patch8_224.nonsense", r"no weights of this tag, but vit_small_patch8_224\.dino"),
+        ("vit_small_patch8_224.nonsense", r"no weights with this tag; it has vit_small_patch8_224\.dino"),
         ("vit_base_patch16_18x2_224", "publishes no weights"),
     ],
 )
@@ -72,8 +72,8 @@ def spoil(file, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("no json", "not as timm writes it"),
-        ("no architecture", "not as timm writes it .*architecture"),
+        ("no json", "not in timm's format"),
+        ("no architecture", "not in timm's format .*architecture"),
         ("unknown architecture", "resnet19, which this version of timm"),
         ("no weights", "model.safetensors is missing"),
         ("half the weights", "cannot be read as weights"),
@@ -108,7 +108,7 @@ def test_files_that_are_no_released_checkpoint_are_refused_in_words(content, wor
 
 def test_the_number_of_heads_is_asked_for_where_weights_leave_it_open(released, tmp_path):
     torch.save({"model": released}, tmp_path / "mae.pth")
-    with pytest.raises(UsageError, match="number of its attention heads: say it"):
+    with pytest.raises(UsageError, match="number of its attention heads: set num_heads"):
         load_backbone(tmp_path / "mae.pth")
 
 
@@ -116,7 +116,7 @@ def test_the_number_of_heads_is_asked_for_where_weights_leave_it_open(released, 
     ("classes", "options", "words"),
     [
         (None, {"pool": "max"}, "pool=max is unknown"),
-        (["cat", "dog"], {"pool": "avg"}, "trained on token"),
+        (["cat", "dog"], {"pool": "avg"}, "trained with pool=token"),
         (None, {"nonsense": 1}, "timm cannot build .*nonsense"),
         (None, {"image_size": 33}, "33x33"),
         (None, {"patch_size": 4}, r"patch_embed\.proj\.weight is"),
@@ -131,5 +131,5 @@ def test_settings_that_cannot_be_are_refused_in_words(classes, options, words, t
 def test_a_size_that_timm_cannot_resample_weights_to_is_refused_in_words(tmp_path):
     torch.manual_seed(0)
     export_backbone(build_backbone("levit_128s", image_size=64), tmp_path, mean=[0.5] * 3, std=[0.5] * 3)
-    with pytest.raises(UsageError, match="timm cannot fit the weights to what is asked for"):
+    with pytest.raises(UsageError, match="timm cannot adapt the weights to these settings"):
         load_backbone(tmp_path, image_size=96)

@@ -5,7 +5,7 @@ from timm.layers import set_fused_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from sslvision.backbones.swin import Swin, cut_of
+from sslvision.backbones.swin import Swin, partition_of
 from sslvision.errors import UsageError
 from sslvision.nn import windows
 
@@ -341,8 +341,8 @@ def test_the_wrapper_knows_its_grid():
 
 def test_windows_are_not_larger_than_the_map_and_only_smaller_ones_are_shifted():
     shifted = build(TINY, 224, 7).model.layers[2].blocks[1]
-    assert (cut_of(shifted, (14, 14)).window, cut_of(shifted, (14, 14)).shift) == ((7, 7), (3, 3))
-    assert (cut_of(shifted, (6, 8)).window, cut_of(shifted, (6, 8)).shift) == ((6, 7), (0, 3))
+    assert (partition_of(shifted, (14, 14)).window, partition_of(shifted, (14, 14)).shift) == ((7, 7), (3, 3))
+    assert (partition_of(shifted, (6, 8)).window, partition_of(shifted, (6, 8)).shift) == ((6, 7), (0, 3))
 
 
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "resnet18"])

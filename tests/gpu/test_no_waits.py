@@ -39,7 +39,7 @@ def test_a_step_from_bytes_to_the_update_waits_for_nothing(cuda, kind, backbone)
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             loss = method.losses(views, CLOCK)["loss"]
         (loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)).backward()
-        method.ready(optimizer, CLOCK)
+        method.prepare_update(optimizer, CLOCK)
         optimizer.step()
         optimizer.zero_grad()
         method.after_update(CLOCK)

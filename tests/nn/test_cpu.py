@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Attention
 from torch import nn
 
-from sslvision.nn.cpu import FewerCopies, PackedLinear, PlainAttention, _Product, suit_cpu
+from sslvision.nn.cpu import CPUAttention, PackedLinear, UnfusedAttention, _Product, use_cpu_kernels
 from sslvision.workflows import pretraining
 
 ONE_KERNEL = torch.cpu.get_capabilities()["avx512_f"]  # oneDNN's, of weights laid out before and during a product
@@ -27,7 +27,7 @@ def both(inside, outside, *, bias=True):
     torch.manual_seed(0)
     stock = nn.Linear(inside, outside, bias=bias)
     packed = nn.Sequential(copy.deepcopy(stock))
-    suit_cpu(packed)
+    use_cpu_kernels(packed)
     return stock, packed[0]
 
 
@@ -44,7 +44,7 @@ def run(layer, x, autocast):
 @pytest.fixture
 def always(monkeypatch):
     """Lay weights out however small the product is."""
-    monkeypatch.setattr("sslvision.nn.cpu.PAYS", 0)
+    monkeypatch.setattr("sslvision.nn.cpu.MIN_PRODUCT", 0)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_a_frozen_layer_hands_gradients_on_and_gets_none(always, laid_out):
     ],
 )
 def test_only_large_products_that_widen_are_not_left_to_torch(laid_out, monkeypatch, rows, outside, dtype, used):
-    monkeypatch.setattr("sslvision.nn.cpu.PAYS", 64 * 64 * 128)
+    monkeypatch.setattr("sslvision.nn.cpu.MIN_PRODUCT", 64 * 64 * 128)
     stock, packed = (layer.to(dtype) for layer in both(64, outside))
     x = torch.randn(rows, 64, dtype=dtype)
     assert torch.equal(packed(x), stock(x))
@@ -105,8 +105,8 @@ def attention(**options):
     stock = Attention(24, 3, qkv_bias=True, **options).double()
     stock.fused_attn = False
     other = copy.deepcopy(nn.Sequential(stock))
-    suit_cpu(other)
-    assert type(other[0]) is FewerCopies
+    use_cpu_kernels(other)
+    assert type(other[0]) is CPUAttention
     return stock, other[0]
 
 
@@ -130,8 +130,8 @@ def test_attention_and_its_gradients_are_those_of_timm():
     ids=str,
 )
 def test_attention_that_does_more_is_left_to_timm(options, fused, used, monkeypatch):
-    calls, apply = [], PlainAttention.apply
-    monkeypatch.setattr(PlainAttention, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
+    calls, apply = [], UnfusedAttention.apply
+    monkeypatch.setattr(UnfusedAttention, "apply", lambda *inputs: calls.append(1) or apply(*inputs))
     stock, other = attention(**options)
     other.fused_attn = fused
     x = torch.randn(2, 7, 24, dtype=torch.float64)
@@ -157,7 +157,7 @@ def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, t
     kinds, watchers = Kinds(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [kinds, *watchers(*about)])
     run_tiny(tmp_path / "run", recipe=recipe)
-    assert {PackedLinear, FewerCopies} <= kinds.found
+    assert {PackedLinear, CPUAttention} <= kinds.found
     assert not {nn.Linear, Attention} & kinds.found
     names = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert "blocks.0.attn.qkv.weight" in names
@@ -166,7 +166,7 @@ def test_a_run_on_a_cpu_trains_with_them_and_exports_what_timm_knows(run_tiny, t
 def test_packing_leaves_names_weights_and_other_layers_as_they_are():
     network = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Bilinear(4, 4, 2))
     before = copy.deepcopy(network.state_dict())
-    suit_cpu(network)
+    use_cpu_kernels(network)
     assert [type(module) for module in network] == [PackedLinear, nn.LayerNorm, nn.Bilinear]
     after = network.state_dict()
     assert list(after) == list(before)

@@ -22,7 +22,7 @@ from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.nn import compilation
 from sslvision.nn.activation_checkpointing import count_batches_once, run_checkpointed
-from sslvision.nn.compilation import DropPath, eagerly, share_graphs, wanted
+from sslvision.nn.compilation import DropPath, force_eager, share_graphs, should_compile
 from sslvision.workflows import finetuning, pretraining
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks, and hides the warning
@@ -259,7 +259,7 @@ def test_drop_path_of_compiled_blocks_drops_as_often_and_keeps_the_mean():
 def test_what_is_evaluated_is_not_compiled(aot_eager):
     method = method_on("dino", VIT)
     method.compile_blocks()
-    with eagerly(), torch.no_grad():
+    with force_eager(), torch.no_grad():
         for batch in (2, 5):
             method.pretrained()(torch.randn(batch, 3, 32, 32))
     assert not graphs()
@@ -267,9 +267,9 @@ def test_what_is_evaluated_is_not_compiled(aot_eager):
 
 def test_it_is_compiled_on_a_gpu_unless_the_setting_says_otherwise():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert not wanted(None, cpu)
-    assert wanted(True, cpu)
-    assert not wanted(False, gpu)
+    assert not should_compile(None, cpu)
+    assert should_compile(True, cpu)
+    assert not should_compile(False, gpu)
 
 
 class Strict(L.Callback):

@@ -6,7 +6,7 @@ import torch
 
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
-from sslvision.nn.freezing import freeze_lowest, hold_still, layers
+from sslvision.nn.freezing import eval_frozen, freeze_lowest, layers
 
 TINY = {"patch_size": 8, "embed_dim": 16, "num_heads": 2}
 SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 8, "depths": [2, 1, 2], "num_heads": [1, 2, 4]}
@@ -119,7 +119,7 @@ def test_a_model_whose_layers_timm_does_not_know_is_refused_unless_nothing_is_fr
     with torch.device("meta"):
         model = timm.create_model("pit_ti_224", num_classes=5)
     assert freeze_lowest(model) == []
-    with pytest.raises(UsageError, match="timm does not tell the blocks of a PoolingVisionTransformer apart"):
+    with pytest.raises(UsageError, match="timm does not list the blocks of a PoolingVisionTransformer"):
         freeze_lowest(model, blocks=1)
 
 
@@ -128,7 +128,7 @@ def test_frozen_batch_norms_keep_their_statistics_and_the_others_learn_theirs():
     freeze_lowest(model, stages=2)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
-    hold_still(model)
+    eval_frozen(model)
     model(torch.randn(4, 3, 32, 32))
     changed = {name.split(".")[0] for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])}
     assert changed == {"layer3", "layer4"}
@@ -141,7 +141,7 @@ def test_the_drop_path_of_frozen_blocks_is_off_and_of_the_others_on():
     model = model_of("vit_tiny_patch16_224", depth=4, drop_path_rate=0.5, **TINY)
     freeze_lowest(model, blocks=0.75)
     model.train()
-    hold_still(model)
+    eval_frozen(model)
     tokens = torch.randn(8, 16, 16)
     with torch.no_grad():
         low = [model.blocks[:3](tokens) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sslvision.backbones.build import build_backbone
-from sslvision.nn.packed_attention import PackedAttention, packs, suit_cuda
+from sslvision.nn.packed_attention import PackedAttention, can_pack, use_packed_attention
 
 SCRIPT = """
 import torch
@@ -47,9 +47,9 @@ def test_attention_suited_to_cuda_computes_the_same_on_a_cpu_and_keeps_its_names
     backbone = build_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, depth=2).eval()
     images, names = torch.randn(2, 3, 32, 32), [*backbone.state_dict()]
     right = backbone(images)
-    suit_cuda(backbone)
+    use_packed_attention(backbone)
     assert all(type(block.attn) is PackedAttention for block in backbone.model.blocks)
     assert torch.equal(backbone(images), right)
     assert [*backbone.state_dict()] == names
     attention = backbone.model.blocks[0].attn
-    assert not packs(attention, torch.zeros(34, 576), ((2, 17),)), "not on a CPU"
+    assert not can_pack(attention, torch.zeros(34, 576), ((2, 17),)), "not on a CPU"

@@ -4,11 +4,11 @@ import torch
 from timm.models.swin_transformer import PatchMerging, WindowAttention
 
 from sslvision.nn import windows as under_test
-from sslvision.nn.windows import Cut, SoundAttention, cut_windows, nested_order, window_attention
+from sslvision.nn.windows import SafeWindowAttention, WindowPartition, build_windows, nested_order, window_attention
 
 torch.manual_seed(0)
-CUT = Cut(size=(32, 32), window=(8, 8), shift=(4, 4), table=(8, 8))
-UNSHIFTED = Cut(size=(32, 32), window=(8, 8), shift=(0, 0), table=(8, 8))
+CUT = WindowPartition(size=(32, 32), window=(8, 8), shift=(4, 4), table=(8, 8))
+UNSHIFTED = WindowPartition(size=(32, 32), window=(8, 8), shift=(0, 0), table=(8, 8))
 
 
 def visible_tokens(keep, unit, columns):
@@ -20,21 +20,21 @@ def visible_tokens(keep, unit, columns):
     )
 
 
-def attention_like(cut):
-    attention = WindowAttention(16, 2, window_size=cut.table).double()
+def attention_like(partition):
+    attention = WindowAttention(16, 2, window_size=partition.table).double()
     torch.nn.init.normal_(attention.relative_position_bias_table)
     return attention
 
 
-def by_definition(attention, tokens, y, x, cut):
+def by_definition(attention, tokens, y, x, partition):
     """Every token attends to the tokens that no cut separates it from."""
     part_y, part_x = (
         torch.bucketize(at.contiguous(), torch.arange(shift or w, side, w), right=True)
-        for at, side, w, shift in zip((y, x), cut.size, cut.window, cut.shift, strict=True)
+        for at, side, w, shift in zip((y, x), partition.size, partition.window, partition.shift, strict=True)
     )
     together = (part_y[:, :, None] == part_y[:, None]) & (part_x[:, :, None] == part_x[:, None])
-    index = (y[:, :, None] - y[:, None] + cut.table[0] - 1) * (2 * cut.table[1] - 1)
-    index = index + x[:, :, None] - x[:, None] + cut.table[1] - 1
+    index = (y[:, :, None] - y[:, None] + partition.table[0] - 1) * (2 * partition.table[1] - 1)
+    index = index + x[:, :, None] - x[:, None] + partition.table[1] - 1
     bias = attention.relative_position_bias_table[index * together].permute(0, 3, 1, 2)
     query, key, value = attention.qkv(tokens).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
     logits = query @ key.transpose(2, 3) * attention.scale + bias
@@ -55,12 +55,12 @@ def test_merging_is_a_reshape_in_nested_order():
 LAYOUTS = {
     "units are windows": (UNSHIFTED, 8, 4, "unit"),
     "few tokens, whole images": (CUT, 2, 24, "image"),
-    "one window": (Cut((8, 8), (8, 8), (0, 0), (8, 8)), 2, 6, "image"),
+    "one window": (WindowPartition((8, 8), (8, 8), (0, 0), (8, 8)), 2, 6, "image"),
     "many tokens in shifted windows": (CUT, 8, 4, "window"),
     "windows of several units": (UNSHIFTED, 4, 16, "window"),
-    "windows that divide nothing": (Cut((32, 40), (7, 5), (3, 2), (7, 6)), 8, 5, "window"),
-    "shrunk windows": (Cut((16, 8), (7, 8), (3, 0), (7, 9)), 4, 6, "window"),
-    "windows shifted along one axis": (Cut((32, 32), (8, 16), (4, 0), (8, 16)), 8, 7, "window"),
+    "windows that divide nothing": (WindowPartition((32, 40), (7, 5), (3, 2), (7, 6)), 8, 5, "window"),
+    "shrunk windows": (WindowPartition((16, 8), (7, 8), (3, 0), (7, 9)), 4, 6, "window"),
+    "windows shifted along one axis": (WindowPartition((32, 32), (8, 16), (4, 0), (8, 16)), 8, 7, "window"),
 }
 
 
@@ -68,20 +68,23 @@ LAYOUTS = {
 @pytest.mark.parametrize("count", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 def test_tokens_attend_to_those_that_no_cut_separates_them_from(layout, count, shared):
-    cut, unit, kept, kind = LAYOUTS[layout]
-    rows, columns = cut.size[0] // unit, cut.size[1] // unit
+    partition, unit, kept, kind = LAYOUTS[layout]
+    rows, columns = partition.size[0] // unit, partition.size[1] // unit
     keep = torch.rand(1 if shared else 3, rows * columns).argsort(dim=1)[:, :kept]
     y, x = visible_tokens(keep, unit, columns)
-    windows = cut_windows(keep, unit, cut, 3 if shared else 1, count=count)
-    expected = {"unit": unit**2, "image": kept * unit**2, "window": cut.window[0] * cut.window[1]}[kind]
+    windows = build_windows(keep, unit, partition, 3 if shared else 1, count=count)
+    expected = {"unit": unit**2, "image": kept * unit**2, "window": partition.window[0] * partition.window[1]}[kind]
     assert windows.slots == expected
-    assert (windows.place is not None) is (kind == "window")
+    assert (windows.slot_index is not None) is (kind == "window")
 
-    attention, tokens = attention_like(cut), torch.randn(3, y.shape[1], 16, dtype=torch.float64, requires_grad=True)
+    attention, tokens = (
+        attention_like(partition),
+        torch.randn(3, y.shape[1], 16, dtype=torch.float64, requires_grad=True),
+    )
     weight = torch.randn(3, y.shape[1], 16, dtype=torch.float64)
     leaves = [tokens, *attention.parameters()]
     got = window_attention(attention, tokens, windows)
-    right = by_definition(attention, tokens, y.expand(3, -1), x.expand(3, -1), cut)
+    right = by_definition(attention, tokens, y.expand(3, -1), x.expand(3, -1), partition)
     assert torch.allclose(got, right, rtol=0, atol=1e-12)
     for one, other in zip(
         torch.autograd.grad((weight * got).sum(), leaves),
@@ -93,23 +96,27 @@ def test_tokens_attend_to_those_that_no_cut_separates_them_from(layout, count, s
 
 def test_there_are_no_more_rows_than_windows_with_tokens_if_they_are_counted():
     keep = torch.tensor([[0, 3, 12, 15], [5, 6, 9, 10]])  # of 4 x 4 units: the corners, the middle
-    assert cut_windows(keep, 8, CUT, count=True).rows == 4 * 4 + 3 * 3
-    assert cut_windows(keep, 8, CUT, count=False).rows == 2 * 4 * 4  # a unit touches 4 windows
+    assert build_windows(keep, 8, CUT, count=True).rows == 4 * 4 + 3 * 3
+    assert build_windows(keep, 8, CUT, count=False).rows == 2 * 4 * 4  # a unit touches 4 windows
 
 
 def test_rows_that_need_not_be_counted_always_suffice():
-    for cut in (CUT, Cut((32, 32), (7, 7), (3, 3), (7, 7)), Cut((32, 32), (6, 6), (0, 0), (6, 6))):
+    for partition in (
+        CUT,
+        WindowPartition((32, 32), (7, 7), (3, 3), (7, 7)),
+        WindowPartition((32, 32), (6, 6), (0, 0), (6, 6)),
+    ):
         for _ in range(20):
             keep = torch.rand(2, 16).argsort(dim=1)[:, :3]
-            counted, bounded = (cut_windows(keep, 8, cut, count=count) for count in (True, False))
-            assert counted.place.max() < counted.rows * counted.slots
+            counted, bounded = (build_windows(keep, 8, partition, count=count) for count in (True, False))
+            assert counted.slot_index.max() < counted.rows * counted.slots
             assert counted.rows <= bounded.rows
-            assert torch.equal(counted.place, bounded.place)
+            assert torch.equal(counted.slot_index, bounded.slot_index)
 
 
 def test_an_image_whose_tokens_are_not_finite_spoils_no_other():
     keep = torch.rand(2, 16).argsort(dim=1)[:, :4]
-    windows = cut_windows(keep, 8, CUT, count=False)
+    windows = build_windows(keep, 8, CUT, count=False)
     attention, tokens = attention_like(CUT), torch.randn(2, 256, 16, dtype=torch.float64)
     spoilt = tokens.clone()
     spoilt[0] = torch.nan
@@ -122,7 +129,7 @@ def test_dropout_of_attention_is_applied_while_training():
         .layers[0]
         .blocks[0]
     )
-    windows = cut_windows(torch.tensor([[0, 3]]), 8, Cut((16, 16), (8, 8), (0, 0), (8, 8)), count=True)
+    windows = build_windows(torch.tensor([[0, 3]]), 8, WindowPartition((16, 16), (8, 8), (0, 0), (8, 8)), count=True)
     tokens = torch.randn(1, 128, 24)
     once, again = (window_attention(block.attn.train(), tokens, windows) for _ in range(2))
     assert not torch.allclose(once, again)
@@ -142,15 +149,15 @@ def gradients(output, weight, leaves):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_fused_attention_in_parts_is_what_it_is_at_once(layout, shared, monkeypatch):
-    cut, unit, kept, _ = LAYOUTS[layout]
-    rows, columns = cut.size[0] // unit, cut.size[1] // unit
+    partition, unit, kept, _ = LAYOUTS[layout]
+    rows, columns = partition.size[0] // unit, partition.size[1] // unit
     keep = torch.rand(1 if shared else 5, rows * columns).argsort(dim=1)[:, :kept]
-    windows = cut_windows(keep, unit, cut, 5 if shared else 1, count=True)
-    attention, N = fused(attention_like(cut)), kept * unit**2
+    windows = build_windows(keep, unit, partition, 5 if shared else 1, count=True)
+    attention, N = fused(attention_like(partition)), kept * unit**2
     tokens, weight = torch.randn(2, 5, N, 16, dtype=torch.float64)
     leaves = [tokens.requires_grad_(), *attention.parameters()]
     right = window_attention(attention, tokens, windows)
-    monkeypatch.setattr(under_test, "MOST_ROWS", 2)
+    monkeypatch.setattr(under_test, "MAX_ROWS", 2)
     got = window_attention(attention, tokens, windows)
     assert torch.allclose(got, right, rtol=0, atol=1e-12)
     for one, other in zip(gradients(got, weight, leaves), gradients(right, weight, leaves), strict=True):
@@ -170,9 +177,9 @@ def test_timms_attention_in_parts_is_what_it_is_at_once(masked, monkeypatch):
         torch.nn.functional.scaled_dot_product_attention,
     )
     right = attention(x, mask)
-    attention.__class__ = SoundAttention
+    attention.__class__ = SafeWindowAttention
     assert torch.equal(attention(x, mask), right)
-    monkeypatch.setattr(under_test, "MOST_ROWS", 9)
+    monkeypatch.setattr(under_test, "MAX_ROWS", 9)
     monkeypatch.setattr(
         torch.nn.functional,
         "scaled_dot_product_attention",
@@ -194,7 +201,7 @@ def test_cudnn_does_not_compute_attention_whose_gradients_it_may_get_wrong(
     through, frozen, recorded, cudnn, monkeypatch
 ):
     attention, seen = fused(attention_like(UNSHIFTED)), []
-    attention.__class__ = SoundAttention
+    attention.__class__ = SafeWindowAttention
     attention.relative_position_bias_table.requires_grad_(not frozen)
     if frozen == ["all"]:
         attention.requires_grad_(False)
@@ -209,7 +216,7 @@ def test_cudnn_does_not_compute_attention_whose_gradients_it_may_get_wrong(
         if through == "timm":
             attention(torch.randn(2, 64, 16, dtype=torch.float64))
         else:
-            windows = cut_windows(torch.tensor([[0, 3]]), 8, UNSHIFTED, count=True)
+            windows = build_windows(torch.tensor([[0, 3]]), 8, UNSHIFTED, count=True)
             window_attention(attention, torch.randn(1, 128, 16, dtype=torch.float64), windows)
     assert seen == [cudnn]
     assert torch.backends.cuda.cudnn_sdp_enabled()
@@ -217,7 +224,7 @@ def test_cudnn_does_not_compute_attention_whose_gradients_it_may_get_wrong(
 
 def test_attention_without_cudnn_goes_into_a_graph():
     attention = fused(attention_like(UNSHIFTED))
-    attention.__class__ = SoundAttention
+    attention.__class__ = SafeWindowAttention
     attention.relative_position_bias_table.requires_grad_(False)
     x = torch.randn(2, 64, 16, dtype=torch.float64)
     compiled = torch.compile(attention, backend="aot_eager", fullgraph=True)

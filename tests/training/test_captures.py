@@ -7,7 +7,7 @@ import torch
 
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
-from sslvision.methods import base
+from sslvision.methods import lightning
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
@@ -123,10 +123,10 @@ class Replayed(CapturedStep):
 def test_training_by_replayed_steps_ends_with_the_same_weights(run_tiny, tmp_path, monkeypatch, recipe, accumulate):
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
     monkeypatch.setattr(trainer, "cuda_graph_obstacle", lambda *_: "")
-    monkeypatch.setattr(base, "CapturedStep", Replayed)
+    monkeypatch.setattr(lightning, "CapturedStep", Replayed)
     made, weights = Replayed.made, []
     words = ["backbone.drop_path_rate=0.2", "knn_every_epochs=0", "trainer.precision=32-true"]
-    words += [f"trainer.accumulate_grad_batches={accumulate}", "batch_size=60"]
+    words += [f"trainer.accumulate_grad_batches={accumulate}", "batch_size=2499"]
     words += ["method.warmup_teacher_temp_epochs=2", "method.teacher_temp=0.07"] if recipe == "dino" else []
     for captured in ("false", "true"):
         run_tiny(tmp_path / captured, *words, f"cuda_graphs={captured}", recipe=recipe)

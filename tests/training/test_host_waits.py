@@ -150,9 +150,9 @@ def watch(monkeypatch):
     watch, watchers = Watch(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [From(watch), *watchers(*about)])
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
-    cut = swin.cut_windows
+    cut = swin.build_windows
     # On a CPU the windows with tokens are counted, as it costs nothing there.
-    monkeypatch.setattr(swin, "cut_windows", lambda *about, count: cut(*about, count=False))
+    monkeypatch.setattr(swin, "build_windows", lambda *about, count: cut(*about, count=False))
     return watch
 
 
