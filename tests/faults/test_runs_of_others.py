@@ -109,7 +109,7 @@ def test_a_config_that_is_no_config_is_refused_in_words(tmp_path, settings_of, t
 
 @pytest.mark.parametrize("value", ["a", [1], {"a": 1}])
 def test_a_config_with_a_nonsensical_rate_is_refused_in_words(sent, value):
-    with pytest.raises(UsageError, match=r"config.yaml is not as sslvision writes it"):
+    with pytest.raises(UsageError, match=r"config.yaml was not written by sslvision, or was edited"):
         pretraining_base_lr(str(sent(base_lr=value)))
 
 

@@ -14,6 +14,7 @@ from sslvision.errors import Stopped
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.runs.torch_files import load_verified
+from sslvision.system import signals
 from sslvision.system.signals import Interrupted
 from sslvision.training.callbacks import stop_on_signal
 from sslvision.workflows import finetuning
@@ -23,21 +24,15 @@ pytestmark = pytest.mark.faults
 ACCUMULATED = "trainer.accumulate_grad_batches=2"
 
 
-@pytest.fixture(scope="session")
-def run_tiny(train_tiny):
-    """The same without its evaluation, which is not what these tests are about."""
-    return train_tiny
-
-
 @pytest.fixture(scope="module")
-def undisturbed(run_tiny, tmp_path_factory):
+def undisturbed(train_tiny, tmp_path_factory):
     """The weights at the end of a tiny run of eight updates, and its metrics, by its further words."""
     known = {}
 
     def weights(*words):
         if words not in known:
             folder = tmp_path_factory.mktemp("undisturbed") / "run"
-            run_tiny(folder, *words)
+            train_tiny(folder, *words)
             known[words] = (saved(folder)["state_dict"], (folder / "metrics.csv").read_text())
         return known[words]
 
@@ -77,7 +72,7 @@ def send(monkeypatch):
 def handlers():
     """Have signals outside of training raise, as on the command line, and leave them as they were."""
     before = {signum: signal.getsignal(signum) for signum in (*stop_on_signal.handled_signals(), signal.SIGUSR1)}
-    stop_on_signal.raise_interrupted()
+    signals.raise_interrupted()
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)
@@ -102,33 +97,33 @@ def assert_same(weights, others):
     ],
 )
 def test_a_signal_stops_at_the_update_it_comes_in_and_the_resumed_run_ends_the_same(
-    signum, exit_code, batch, step, send, run_tiny, undisturbed, tmp_path
+    signum, exit_code, batch, step, send, train_tiny, undisturbed, tmp_path
 ):
     """Rows 2 and 4."""
     before = {one: signal.getsignal(one) for one in stop_on_signal.handled_signals()}
     send(signum, batch=batch)
     with pytest.raises(Stopped, match=rf"{signal.Signals(signum).name}: saved at step {step} in .*last.ckpt") as end:
-        run_tiny(tmp_path / "run")
+        train_tiny(tmp_path / "run")
     assert end.value.exit_code == exit_code
     assert {one: signal.getsignal(one) for one in before} == before
     assert saved(tmp_path / "run")["global_step"] == step
-    run_tiny(tmp_path / "run", "resume=auto")
+    train_tiny(tmp_path / "run", "resume=auto")
     weights, metrics = undisturbed()
     assert_same(saved(tmp_path / "run")["state_dict"], weights)
     assert (tmp_path / "run" / "metrics.csv").read_text() == metrics  # the k-NN at the end of an epoch too
 
 
-def test_between_accumulated_batches_a_signal_waits_for_the_update(send, run_tiny, undisturbed, tmp_path):
+def test_between_accumulated_batches_a_signal_waits_for_the_update(send, train_tiny, undisturbed, tmp_path):
     """Row 3."""
     send(signal.SIGTERM, batch=3)  # the first of two of the second update
     with pytest.raises(Stopped, match="saved at step 2"):
-        run_tiny(tmp_path / "run", ACCUMULATED)
+        train_tiny(tmp_path / "run", ACCUMULATED)
     assert saved(tmp_path / "run")["global_step"] == 2
-    run_tiny(tmp_path / "run", ACCUMULATED, "resume=auto")
+    train_tiny(tmp_path / "run", ACCUMULATED, "resume=auto")
     assert_same(saved(tmp_path / "run")["state_dict"], undisturbed(ACCUMULATED)[0])
 
 
-def test_a_second_signal_ends_the_run_at_once_and_unsaved(handlers, run_tiny, tmp_path, monkeypatch):
+def test_a_second_signal_ends_the_run_at_once_and_unsaved(handlers, train_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(stop_on_signal, "SAME_REQUEST_S", 0.0)
     losses = MAE.losses
 
@@ -141,11 +136,11 @@ def test_a_second_signal_ends_the_run_at_once_and_unsaved(handlers, run_tiny, tm
 
     monkeypatch.setattr(MAE, "losses", twice)
     with pytest.raises(Interrupted):
-        run_tiny(tmp_path / "run")
+        train_tiny(tmp_path / "run")
     assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
-def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, run_tiny, tmp_path, monkeypatch):
+def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, train_tiny, tmp_path, monkeypatch):
     """A launcher passes on what the process has received from the terminal already."""
     losses = MAE.losses
 
@@ -157,7 +152,7 @@ def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, run_tiny, tm
 
     monkeypatch.setattr(MAE, "losses", twice)
     with pytest.raises(Stopped, match="saved at step 2"):
-        run_tiny(tmp_path / "run")
+        train_tiny(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -223,38 +218,40 @@ def slurm(handlers, tmp_path, monkeypatch):
 
 
 def test_under_slurm_the_job_is_saved_and_requeued_and_the_same_words_go_on(
-    slurm, send, run_tiny, undisturbed, tmp_path
+    slurm, send, train_tiny, undisturbed, tmp_path
 ):
     asked = slurm()
     send(signal.SIGUSR1, batch=3)
     with pytest.raises(Stopped, match=r"SIGUSR1: saved at step 3 in .*SLURM has requeued job 4711_3") as end:
-        run_tiny(tmp_path / "run", "resume=auto")
+        train_tiny(tmp_path / "run", "resume=auto")
     assert end.value.exit_code == 143
     assert asked.read_text() == "requeue 4711_3\n"
     assert not [*tmp_path.rglob("hpc_ckpt*")]  # Lightning's own way, which is not exact
-    run_tiny(tmp_path / "run", "resume=auto")
+    train_tiny(tmp_path / "run", "resume=auto")
     assert_same(saved(tmp_path / "run")["state_dict"], undisturbed()[0])
 
 
-def test_a_job_that_would_not_go_on_is_not_requeued(slurm, send, run_tiny, tmp_path):
+def test_a_job_that_would_not_go_on_is_not_requeued(slurm, send, train_tiny, tmp_path):
     asked = slurm()
     send(signal.SIGUSR1, batch=2)
     with pytest.raises(Stopped, match=r"saved at step 2 .*no resume=auto"):
-        run_tiny(tmp_path / "run")
+        train_tiny(tmp_path / "run")
     assert not asked.exists()
 
 
-def test_a_refusal_of_slurm_is_passed_on(slurm, send, run_tiny, tmp_path):
+def test_a_refusal_of_slurm_is_passed_on(slurm, send, train_tiny, tmp_path):
     slurm(exit_code=1)
     send(signal.SIGUSR1, batch=2)
-    with pytest.raises(Stopped, match=r"saved at step 2 .*SLURM did not requeue job 4711_3 .*Not allowed.*submit it again"):
-        run_tiny(tmp_path / "run", "resume=auto")
+    with pytest.raises(
+        Stopped, match=r"saved at step 2 .*SLURM did not requeue job 4711_3 .*Not allowed.*submit it again"
+    ):
+        train_tiny(tmp_path / "run", "resume=auto")
 
 
-def test_a_job_of_slurm_is_not_put_to_sleep_by_a_sigterm(slurm, send, run_tiny, tmp_path):
+def test_a_job_of_slurm_is_not_put_to_sleep_by_a_sigterm(slurm, send, train_tiny, tmp_path):
     """Lightning, where it requeues, lets a SIGTERM pass."""
     asked = slurm()
     send(signal.SIGTERM, batch=2)
     with pytest.raises(Stopped, match="SIGTERM: saved at step 2"):
-        run_tiny(tmp_path / "run", "resume=auto")
+        train_tiny(tmp_path / "run", "resume=auto")
     assert not asked.exists()

@@ -302,8 +302,8 @@ def test_any_other_backbone_is_trained_and_exported_by_its_name_alone(command, t
         (["recipe=mae", "lr=abc"], "lr=abc is not a number"),
     ],
 )
-def test_a_wrong_word_ends_with_code_2_and_one_message(words, message, command, tmp_path):
-    done = command(*words, cwd=tmp_path)
+def test_a_wrong_word_ends_with_code_2_and_one_message(words, message, warm_command, tmp_path):
+    done = warm_command(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
