@@ -12,6 +12,7 @@ from typing import Any, Generic, cast
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from sslvision.cli.schema import Settings
@@ -75,10 +76,14 @@ def compose_recipe(command: Command[Any], recipe: str | None, data: str | None) 
             choices.append(f"recipe={name}")
         if data is not None:
             _check_choice("data", data, SOURCES)
-            # pretrain's recipes choose a source in their defaults; the other commands have none to replace
             choices.append(f"data={data}")
         store.store(name=command.name, node=_defaults(command))
-        composed = compose(command.name, overrides=choices)
+        try:
+            composed = compose(command.name, overrides=choices)
+        except ConfigCompositionException:
+            if data is None:
+                raise
+            composed = compose(command.name, overrides=[*choices[:-1], f"+data={data}"])  # the recipe names no source
     OmegaConf.set_struct(composed, False)
     return composed, name
 

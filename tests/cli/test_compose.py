@@ -91,6 +91,14 @@ def test_a_recipe_of_ones_own_is_given_by_its_path(tmp_path):
     assert run.epochs == 7
 
 
+def test_a_recipe_without_a_data_source_takes_the_one_on_the_command_line(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("method:\n  _target_: sslvision.methods.mae.MAE\nbackbone:\n  name: test_vit\n  image_size: 32\n")
+    assert compose_settings([f"recipe={own}", "data=digits"]).data["_target_"].endswith("open_digits")
+    with pytest.raises(UsageError, match="The recipe names no data"):
+        compose_settings([f"recipe={own}"])
+
+
 def test_an_unknown_key_in_a_recipe_of_ones_own_is_refused(tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text((RECIPES / "pretrain" / "mae.yaml").read_text() + "batch_sise: 3\n")

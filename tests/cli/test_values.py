@@ -191,3 +191,14 @@ def test_the_data_of_a_run_are_given_types_too(tiny_run, settings_of, tmp_path):
     folder["data"]["root"] = "${oc.env:HOME}"  # of a file that may come from anybody
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(folder))
     assert compose_values({"run": tmp_path}, PROBE).settings.data["root"] == "${oc.env:HOME}"
+
+
+@pytest.mark.e2e
+def test_each_run_of_a_sweep_starts_processes_of_its_own(command, tiny_settings, tmp_path):
+    words = ["-m", "recipe=mae", *tiny_settings("mae"), "seed=0,1", "name=photos (1) été", "dry_run=true"]
+    words += ["trainer.devices=2", "trainer.strategy=ddp"]
+    ended = command(*words, cwd=tmp_path, timeout=550)
+    assert ended.returncode == 0, ended.stderr
+    for number in range(2):
+        told = yaml.safe_load((tmp_path / "outputs" / f"photos (1) été-dry-run-{number}" / "config.yaml").read_text())
+        assert (told["seed"], told["trainer"]["devices"]) == (number, 2)
