@@ -30,9 +30,8 @@ class JSONLines(L.Callback):
         self.file, self.last = Path(file), None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
-        if (
-            trainer.is_global_zero and pl_module.logged is not self.last
-        ):  # a new dictionary each time the log is written
+        new = pl_module.logged is not self.last  # each time the log is written it is a new dictionary
+        if trainer.is_global_zero and pl_module.logged and new:
             self.last = pl_module.logged
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": trainer.global_step, **self.last}) + "\n")
