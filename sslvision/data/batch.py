@@ -1,4 +1,4 @@
-"""What travels from the loader to a method."""
+"""A batch, as the loader passes it to a method."""
 
 from typing import NamedTuple
 
@@ -6,15 +6,15 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """One process's share of a batch of B images.
+    """One process's share of a batch: B images.
 
     Attributes:
-        crops: uint8 crops (B, C, S, S), one tensor for each of the method's crops.
-        indices: (B,) int64, the place in the data set of each image asked for: the key of its randomness.
+        crops: One uint8 tensor (B, C, S, S) for each crop of the method.
+        indices: (B,) int64, data set index of each requested image, which its random numbers depend on.
         epoch: (B,) int64.
-        unreadable: images that could not be decoded, (place, reason); others stand in for them.
-        shown: (B,) int64, the place of each image that is in the crops, a stand-in's where there is one: the key of its
-            label.
+        unreadable: (index, reason) of images that could not be decoded and were replaced by others.
+        shown: (B,) int64, data set index of each image in the crops, which its label belongs to. Differs from `indices` for
+            replaced images.
     """
 
     crops: list[Tensor]

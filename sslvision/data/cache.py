@@ -1,15 +1,15 @@
-"""Decoded images, kept as bytes: decoding a JPEG takes several times as long as cutting a crop from its pixels.
+"""Decoded images in a cache: decoding a JPEG takes several times as long as cropping its pixels.
 
-data.cache=disk keeps them in a folder and finds them there in every later run; data.cache=ram keeps them in shared memory
-for as long as a process uses them. Either way all processes of a machine map the same bytes.
+data.cache=disk keeps them in a folder, where every later run finds them. data.cache=ram is the same with a folder in shared
+memory, deleted when the last process that uses it ends. In both cases all processes of a machine map the same bytes.
 
-A cache is a folder, `pixels` and `index.npz`, whose name is a hash of what the pixels depend on: the files' paths, sizes
-and times of change, and the settings. A changed file makes another cache, and the old one may be deleted like any other.
-It is built beside its place and moved there when it is whole.
+A cache is a folder with the files `pixels` and `index.npz`. Its name is a hash of what the pixels depend on: the paths,
+sizes and modification times of the files, and the settings. A changed file results in another cache; the old one may be
+deleted at any time. A cache is built in a temporary folder and renamed when it is complete.
 
-Images whose short side is above data.cache_size are resized to it, so a crop of them is resampled twice, and holds no more
-detail than that: a fifth of a photograph of 500 x 375 is 194 pixels to a side, and 165 in a cache of 320. Scores and the
-images looked at come from the cache as well.
+Images whose short side exceeds data.cache_size are resized to it, so a crop of them is resampled twice and has less detail:
+a crop of a fifth of a 500 x 375 photograph has 194 pixels per side, and 165 from a cache of 320. Scores and pictures are
+computed from the cached images as well.
 """
 
 import atexit
@@ -33,15 +33,15 @@ from sslvision.data.cache_build import build, shrunk
 from sslvision.data.source import Source, Splits, UnreadableImage
 from sslvision.data.sources.folder import FileSource
 from sslvision.errors import DataError, StorageError, UsageError
+from sslvision.system.files import SHARED_MEMORY
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-# Part of the name: raise it when the same files and settings come to mean other pixels, here or in decode.py.
+# Part of the key: increment it when the same files and settings result in other pixels, here or in decode.py.
 VERSION = 1
-SHARED_MEMORY = Path("/dev/shm")
 INDEX, PIXELS = "index.npz", "pixels"
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ _in_use: list[BinaryIO] = []  # the locks of caches in shared memory
 
 @dataclass(eq=False)
 class CachedSource:
-    """A source of image files that were decoded before. What `read` returns lies in the cache: it must not be written to."""
+    """A source of decoded image files. `read` returns views of the cache, which must not be modified."""
 
     name: str
     channels: int
@@ -59,9 +59,9 @@ class CachedSource:
     source: FileSource
     side: int  # short side of the largest images
     folder: Path
-    starts: np.ndarray  # (N,) int64, indices in the file of pixels
-    sizes: np.ndarray  # (N, 2) int32, height and width; 0 where an image is not in the cache
-    reasons: dict[int, str]  # why it is not; those without a reason are read from their files
+    starts: np.ndarray  # (N,) int64, offsets in the file of pixels
+    sizes: np.ndarray  # (N, 2) int32, height and width; 0 if an image is not in the cache
+    reasons: dict[int, str]  # why images are not in the cache; those without a reason are read from their files
     images: Tensor | None = None
     pixels: Tensor | None = field(default=None, repr=False)  # the mapped file
 
@@ -84,24 +84,24 @@ class CachedSource:
         return self.source.describe(index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"pixels": None}  # a worker that is not forked maps the file itself
+        return self.__dict__ | {"pixels": None}  # a worker process that is not forked maps the file itself
 
 
 def cached(
     splits: Splits, kind: str | None, *, side: int = 320, folder: str | None = None, workers: int | None = None
 ) -> Splits:
-    """Return splits whose image files are read from a cache, which is built where there is none.
+    """Return splits whose image files are read from a cache, which is built if there is none.
 
     Args:
-        splits: those whose images lie in memory stay as they are.
-        kind: "disk", "ram", or "none" (None): the splits themselves.
-        side: images with a longer short side are resized to it.
-        folder: of caches on the disk; None: sslvision/ in $XDG_CACHE_HOME or ~/.cache.
-        workers: processes that build it; None: as many as there are cores.
+        splits: Splits; sources in memory are returned unchanged.
+        kind: "disk", "ram", or "none" (None) for no cache.
+        side: Images with a longer short side are resized to it.
+        folder: Folder for caches on the disk; None: sslvision/ in $XDG_CACHE_HOME or ~/.cache.
+        workers: Number of processes that build it; None: one per core.
 
     Raises:
-        UsageError: settings out of range, or a data set that has no files.
-        StorageError: there is not the room.
+        UsageError: A setting is out of range, or a source has no files.
+        StorageError: There is not enough free space.
     """
     if kind in (None, "none"):
         return splits
@@ -111,31 +111,35 @@ def cached(
         raise UsageError(f"data.cache_size={side} is the short side of cached images in pixels: at least 1.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    root = _shared_memory() if kind == "ram" else Path(folder or _default_folder()).expanduser().absolute()
-    train, *held = (source if source is None else _cached(source, kind, side, root, workers) for source in splits)
+    root = _memory_folder() if kind == "ram" else Path(folder or _default_folder()).expanduser().absolute()
+
+    def open_cached(source: Source) -> Source:
+        if source.images is not None:
+            return source
+        if not isinstance(source, FileSource):
+            raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
+        return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
+
+    train, *held = (source if source is None else open_cached(source) for source in splits)
     assert train is not None
     return Splits(train, *held)
 
 
-def _cached(source: Source, kind: str, side: int, root: Path, workers: int) -> Source:
-    if source.images is not None:
-        return source
-    if not isinstance(source, FileSource):
-        raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
-    where = root / f"{_prefix(kind)}{_key(source, side)}"
+def _cached(source: FileSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:
+    """Return the cache `where`, after building it if need be; a temporary one is deleted when its last user ends."""
     with ExitStack() as until_done:
         lock = until_done.enter_context(_lock(where))
         _share(lock)
         while not (where / INDEX).is_file():
             if not _take(lock, without_locks=True):
-                time.sleep(random.uniform(0.05, 0.2))  # who else looks for it now may take the lock
+                time.sleep(random.uniform(0.05, 0.2))  # another process that looks for it now may take the lock
             elif not (where / INDEX).is_file():
-                if kind == "ram":
-                    _sweep(root, but=where)
-                build(source, where, side=side, workers=workers, kind=kind)
+                if temporary:
+                    _delete_unused(where.parent)
+                build(source, where, side=side, workers=workers)
             _share(lock)
         found = _open(source, where, side)
-        if kind == "ram":
+        if temporary:
             _in_use.append(lock)
             until_done.pop_all()  # the lock is held until the process ends
             atexit.register(_leave, lock, where, os.getpid())
@@ -149,8 +153,8 @@ def _open(source: FileSource, where: Path, side: int) -> CachedSource:
         wanted = int(index["bytes"])
     if (there := (where / PIXELS).stat().st_size) != wanted:
         raise DataError(
-            f"The cache of images {where} is damaged: {there:,} bytes instead of {wanted:,}. Delete that folder, and the next "
-            "run builds it again."
+            f"The image cache {where} is damaged: {there:,} bytes instead of {wanted:,}. Delete that folder; the next run "
+            "builds it again."
         )
     about = (source.name, source.channels, source.classes, source.labels)
     pixels = _mapped(where / PIXELS)
@@ -158,18 +162,18 @@ def _open(source: FileSource, where: Path, side: int) -> CachedSource:
 
 
 def _mapped(file: Path) -> Tensor:
-    """Return a file's bytes as they are read, without main memory of one's own."""
+    """Return the bytes of a file, mapped into memory."""
     try:
         mapped = np.memmap(file, mode="r")
     except FileNotFoundError as error:
-        raise DataError(f"The cache of images {file.parent} is gone. Start again: it is built anew.") from error
+        raise DataError(f"The image cache {file.parent} is gone. Start again to rebuild it.") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the tensor must not be written to
+        warnings.simplefilter("ignore")  # that the tensor is not writable
         return torch.from_numpy(mapped)
 
 
 def _key(source: FileSource, side: int) -> str:
-    """Return a hash of all that the pixels depend on, short of the files' contents."""
+    """Return a hash of everything the pixels depend on, except the contents of the files."""
     settings = (VERSION, source.channels, side, source.at_least, source.max_pixels)
     digest = blake2b(repr(settings).encode(), digest_size=12)
     for index in range(len(source)):
@@ -183,43 +187,39 @@ def _key(source: FileSource, side: int) -> str:
     return digest.hexdigest()
 
 
-def _prefix(kind: str) -> str:
-    """Return what tells our caches, and one person's, in the shared memory of a machine."""
-    return f"sslvision-{os.getuid()}-" if kind == "ram" else ""
-
-
 def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision"
 
 
-def _shared_memory() -> Path:
+def _memory_folder() -> Path:
+    """Return the folder for the caches of this user in shared memory."""
     if not SHARED_MEMORY.is_dir() or fcntl is None:
         raise UsageError(f"data.cache=ram needs {SHARED_MEMORY}, which Linux has; set data.cache=disk.")
-    return SHARED_MEMORY
+    return SHARED_MEMORY / f"sslvision-{os.getuid()}"
 
 
-# Locks: one process builds, the others wait; what is in shared memory stays while anybody uses it.
+# Locks: one process builds while the others wait; a cache in shared memory is kept while any process uses it.
 
 
 def _lock(where: Path) -> BinaryIO:
-    """Open the lock of a cache. Its file stays, empty: two processes must not lock two files of one name."""
+    """Open the lock file of a cache. It is never deleted: two processes must not lock different files of one name."""
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
         return open(f"{where}.lock", "ab")
     except OSError as error:
         raise StorageError(
-            f"A cache of images cannot be written to {where.parent}: {error.strerror}. Give data.cache_dir a folder that "
-            "can be written to, or set data.cache=none."
+            f"An image cache cannot be written to {where.parent}: {error.strerror}. Set data.cache_dir to a writable folder, "
+            "or set data.cache=none."
         ) from error
 
 
 def _take(lock: BinaryIO, *, without_locks: bool) -> bool:
-    """Return whether the lock is ours alone now; if not, we have none. Never waits: whoever shares it may do so for days.
+    """Return whether this process now holds the lock exclusively; otherwise it holds none. Never waits for the others.
 
     Args:
-        lock: of a cache.
-        without_locks: the answer where a file system has none. Two that build cost time, but do no harm; nothing must be
-            deleted that may be in use.
+        lock: Lock of a cache.
+        without_locks: Return value on file systems without locks. Two processes may build the same cache, which only costs
+            time, but must not delete one that may be in use.
     """
     if fcntl is None:
         return without_locks
@@ -234,29 +234,26 @@ def _take(lock: BinaryIO, *, without_locks: bool) -> bool:
 
 
 def _share(lock: BinaryIO) -> None:
-    """Wait until no process builds, and keep others from deleting."""
+    """Wait until no process builds the cache, and prevent others from deleting it."""
     if fcntl is None:
         return
     with suppress(OSError):  # a file system without locks
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            log.warning(
-                "Another process builds the cache of these images, or frees it: waiting for it (%s).", lock.name
-            )
+            log.warning("Another process builds or deletes the cache of these images; waiting for it (%s).", lock.name)
             fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def _leave(lock: BinaryIO, where: Path, process: int) -> None:
-    """Free the shared memory, if no other process uses it."""
+    """Delete a cache in shared memory if no other process uses it."""
     if os.getpid() == process and _take(lock, without_locks=False):
         shutil.rmtree(where, ignore_errors=True)
 
 
-def _sweep(root: Path, *, but: Path) -> None:
-    """Free what processes have left that were killed."""
-    for folder in root.glob(f"{_prefix('ram')}*/"):
-        if folder != but:
-            with _lock(folder.with_suffix("")) as lock:
-                if _take(lock, without_locks=False):
-                    shutil.rmtree(folder, ignore_errors=True)
+def _delete_unused(root: Path) -> None:
+    """Delete caches in shared memory whose processes were killed."""
+    for folder in root.glob("*/"):
+        with _lock(folder.with_suffix("")) as lock:  # without .part, of one that was being built
+            if _take(lock, without_locks=False):
+                shutil.rmtree(folder, ignore_errors=True)

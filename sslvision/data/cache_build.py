@@ -1,4 +1,4 @@
-"""How a cache of decoded images is built: sizes by the files' headers first, so that it is known what room is needed."""
+"""Building a cache of decoded images. Image sizes are read from the file headers first, to know the space needed."""
 
 import os
 import shutil
@@ -17,18 +17,18 @@ from sslvision.data.decode import image_size
 from sslvision.data.source import UnreadableImage
 from sslvision.data.sources.folder import FileSource
 from sslvision.data.workers import begin_worker
-from sslvision.errors import StorageError
+from sslvision.system.files import require_free
 
-KEPT_FREE = 0.1  # of the room that is free
-Cached = tuple[int, int, str | None]  # height, width, and why an image has none; "": ask the file again
+RESERVE = 0.1  # fraction of the free space that is left free
+Cached = tuple[int, int, str | None]  # height, width, and why an image is missing; "": read its file again
 
 
-def build(source: FileSource, where: Path, *, side: int, workers: int, kind: str) -> None:
-    """Decode all images of a source into the folder `where`, which appears when it is whole.
+def build(source: FileSource, where: Path, *, side: int, workers: int) -> None:
+    """Decode all images of a source into the folder `where`, which appears when it is complete.
 
-    Raises StorageError, before anything is decoded, if there is not the room.
+    Raises StorageError, before anything is decoded, if there is not enough free space.
     """
-    for left in where.parent.glob(f"{where.name}.part*"):  # by a process that was killed
+    for left in where.parent.glob(f"{where.name}.part*"):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     console = Console(soft_wrap=True, highlight=False)
     headers = list(_each(_Headers(source), workers, "Sizes of the images"))
@@ -36,9 +36,15 @@ def build(source: FileSource, where: Path, *, side: int, workers: int, kind: str
     slots = sizes.prod(axis=1) * source.channels  # (N,) bytes
     starts = np.cumsum(slots) - slots
     needed = int(slots.sum())
-    _check_room(where, needed, len(source), side, kind)
+    require_free(
+        where.parent,
+        needed,
+        f"{len(source):,} cached images with a short side of {side} pixels",
+        advice="or set data.cache=disk and data.cache_dir on another disk, a smaller data.cache_size, or data.cache=none",
+        reserve=RESERVE,
+    )
     console.print(
-        f"Decoding {len(source):,} images once into {where}: {needed:,} bytes, short side {side} pixels at most."
+        f"Decoding {len(source):,} images once into {where}: {needed:,} bytes, short side at most {side} pixels."
     )
     part = where.with_name(f"{where.name}.part{os.getpid()}")
     try:
@@ -60,7 +66,7 @@ def build(source: FileSource, where: Path, *, side: int, workers: int, kind: str
             file.flush()
             os.fsync(file.fileno())
         os.rename(part, where)
-    except OSError:  # or another process was quicker, where there are no locks
+    except OSError:  # or, on a file system without locks, another process was faster
         if not (where / "index.npz").is_file():
             raise
     finally:
@@ -68,7 +74,7 @@ def build(source: FileSource, where: Path, *, side: int, workers: int, kind: str
 
 
 def shrunk_size(size: np.ndarray, side: int) -> np.ndarray:
-    """Return heights and widths (..., 2) with a short side of `side` pixels at most."""
+    """Return heights and widths (..., 2) with a short side of at most `side` pixels."""
     factor = np.minimum(1, side / np.maximum(1, size.min(-1, keepdims=True)))
     return np.rint(size * factor).astype(np.int64)
 
@@ -80,7 +86,7 @@ def shrunk(image: Tensor, side: int) -> Tensor:
 
 
 class _Headers(Dataset[tuple[int, int]]):
-    """Height and width of each image by its file's header; 0 for those that have none."""
+    """Height and width of each image from the header of its file; 0 if it is unreadable."""
 
     def __init__(self, source: FileSource):
         self.source = source
@@ -96,7 +102,7 @@ class _Headers(Dataset[tuple[int, int]]):
 
 
 class _Images(Dataset[Cached]):
-    """Writes each image to its place in the file."""
+    """Writes each image to its offset in the file."""
 
     def __init__(self, source: FileSource, file: Path, sizes: np.ndarray, starts: np.ndarray):
         self.source, self.file, self.sizes, self.starts = source, file, sizes, starts
@@ -108,21 +114,21 @@ class _Images(Dataset[Cached]):
         try:
             image = self.source.read(index)
         except UnreadableImage as error:
-            at_fault = isinstance(error.__cause__, OSError) and error.__cause__.errno  # the disk, not the image
+            at_fault = isinstance(error.__cause__, OSError) and error.__cause__.errno  # of the disk, not of the image
             return 0, 0, "" if at_fault else str(error)
         height, width = self.sizes[index].tolist()
         if height and image.shape[1] >= height and image.shape[2] >= width:
             image = resize(image, (height, width))
         if image.numel() > height * width * self.source.channels:
-            return 0, 0, ""  # the file was changed a moment ago
+            return 0, 0, ""  # the file has just changed
         with open(self.file, "r+b", buffering=0) as file:
             file.seek(int(self.starts[index]))
             file.write(image.permute(1, 2, 0).contiguous().numpy().data)
-        return image.shape[1], image.shape[2], None  # less than its place has room for if data.at_least spared decoding
+        return image.shape[1], image.shape[2], None  # smaller than reserved if data.at_least reduced the decoded size
 
 
 def _each(images: Dataset[Any], workers: int, what: str) -> Iterator[Any]:
-    """Yield what is found for each image, in their order, with a bar."""
+    """Yield the result for each image, in order, with a progress bar."""
     loader = DataLoader(
         images,
         batch_size=32,
@@ -134,30 +140,8 @@ def _each(images: Dataset[Any], workers: int, what: str) -> Iterator[Any]:
         yield from batch
 
 
-def _check_room(where: Path, needed: int, images: int, side: int, kind: str) -> None:
-    free = shutil.disk_usage(where.parent).free
-    if kind == "ram" and (available := _available_memory()) is not None:
-        free = min(free, available)
-    if needed > (1 - KEPT_FREE) * free:
-        instead = "data.cache=disk, " if kind == "ram" else "data.cache_dir=... on another disk, "
-        raise StorageError(
-            f"A cache of {images:,} images with a short side of {side} pixels takes {needed:,} bytes, and there are {free:,} "
-            f"free in {where.parent}, a tenth of which is left alone. Make room (old caches there may be deleted), or set "
-            f"{instead}a smaller data.cache_size, or data.cache=none."
-        )
-
-
-def _available_memory() -> int | None:
-    """Return the bytes of main memory that processes can still have, where Linux tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def _reserve(file: Path, size: int) -> None:
-    """Make a file of `size` bytes, the room for which is taken at once."""
+    """Create a file of `size` bytes, with its space allocated."""
     with open(file, "wb") as opened:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(opened.fileno(), 0, size)

@@ -1,4 +1,4 @@
-"""The data module: a pair of sources, the loader's settings, and the statistics of the pixels."""
+"""The data module: sources, settings of the loader, and pixel statistics."""
 
 import os
 import warnings
@@ -20,22 +20,21 @@ from sslvision.data.source import Source, Splits, UnreadableImage
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 
-CGROUP = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of CPU time in each so many
-MOST_WORKERS = 32  # each holds batches; more decode no faster than a device trains
+CGROUP = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of CPU time per period in microseconds
+MOST_WORKERS = 32  # each holds batches in memory; more are not needed to keep a device busy
 
 
 class ImageData(L.LightningDataModule):
     """Images for a method.
 
     Args:
-        splits: what to train on, and what validation is made on.
-        crops: what the method wants cut from each image.
-        batch_size: images per optimizer update, over all devices and accumulated batches.
-        seed: of order and crops.
-        workers: loader processes per device; None takes what `available_workers` says, by the trainer's processes once there
-            is one.
-        augment: what the workers make of each crop.
-        evaluate_batch: images per validation batch and device.
+        splits: Images to train on and to validate on.
+        crops: Crops of each image that the method needs.
+        batch_size: Images per optimizer update, over all devices and accumulated batches.
+        seed: Seed of the order and the crops.
+        workers: Worker processes per device; None: `available_workers`.
+        augment: Augmentation of each crop in the workers.
+        evaluate_batch: Images per validation batch and device.
     """
 
     def __init__(
@@ -53,7 +52,7 @@ class ImageData(L.LightningDataModule):
         self.splits, self.crops, self.batch_size, self.seed = splits, crops, batch_size, seed
         self.asked_workers = workers
         self.augment, self.evaluate_batch = augment, evaluate_batch
-        # Lightning takes offense at methods that do not validate, and at data without validation images.
+        # Lightning warns of methods that do not validate, and of data without validation images.
         for message in (
             "You passed in a `val_dataloader` but have no `validation_step`",
             "Total length of `list` across ranks is zero",
@@ -62,7 +61,7 @@ class ImageData(L.LightningDataModule):
 
     @property
     def workers(self) -> int:
-        """Return the loader processes per device."""
+        """Return the number of worker processes per device."""
         if self.asked_workers is not None:
             return self.asked_workers
         return available_workers(self.trainer.num_devices if self.trainer else 1)
@@ -99,7 +98,7 @@ class ImageData(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Return this process's share of the validation images, (indices (B,), images (B, C, S, S) uint8); [] without any.
 
-        S is the size of the method's first crop. Unreadable images are left out, so a batch may be empty.
+        S is the size of the method's first crop. Unreadable images are skipped, so a batch may be empty.
         """
         trainer, source = self.trainer, self.splits.validation
         if source is None:
@@ -111,7 +110,7 @@ class ImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Cut the crops of images that came whole; put others, which come as (B, S, S, C), into the order of their shape."""
+        """Crop images that came whole; make the other crops, which have memory format (B, S, S, C), contiguous."""
         if not isinstance(batch, Batch):
             return batch
         if self.splits.train.images is not None and self.augment is None:
@@ -120,13 +119,13 @@ class ImageData(L.LightningDataModule):
 
 
 def available_workers(processes: int = 1) -> int:
-    """Return a sensible number of loader processes: as many as cores but one, which trains; with two cores both.
+    """Return a sensible number of worker processes: one per core, except for one core that trains; both of two cores.
 
     Args:
-        processes: that train on this machine, if more than those torchrun started, and share the cores of each.
+        processes: Number of training processes on this machine, which share its cores.
     """
     own = os.environ.get("SLURM_CPUS_PER_TASK") if int(os.environ.get("SLURM_NTASKS", "1")) > 1 else None
-    if own is not None:  # SLURM started the processes, each with cores of its own
+    if own is not None:  # SLURM started the processes, each on cores of its own
         share = min(int(own), available_cores())
     else:
         share = available_cores() // max(processes, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -134,7 +133,7 @@ def available_workers(processes: int = 1) -> int:
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use, of those of the machine and by the quota of its container."""
+    """Return the number of cores this process may use, limited by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP.read_text().split()
@@ -146,24 +145,24 @@ def available_cores() -> int:
 def pixel_statistics(
     source: Source, normalize: str | Sequence[Sequence[float]], *, seed: int = 0
 ) -> tuple[list[float], list[float]]:
-    """Return mean and deviation of the pixels per channel, on the scale 0..1.
+    """Return mean and standard deviation of the pixels per channel, on the scale 0..1.
 
     Args:
-        source: the training images.
-        normalize: "imagenet"; "computed" (from all images in memory, or from 1,000 drawn ones of a folder); or the two
-            lists themselves, [[means], [deviations]].
-        seed: of the draw.
+        source: Training images.
+        normalize: "imagenet"; "computed" (from all images in memory, or a random 1,000 of a folder); or the values
+            themselves, [[means], [deviations]].
+        seed: Seed of the random images.
 
     Raises:
-        UsageError: unknown word, or numbers that do not fit the channels.
-        DataError: no image could be read.
+        UsageError: Unknown word, or values that do not match the channels.
+        DataError: No image could be read.
     """
     if normalize == "computed":
-        pixels = _pixels_per_channel(source, seed)  # a float64 tensor for each image or for all
+        pixels = _pixels_per_channel(source, seed)  # float64 tensors (C, n)
         count = sum(p.shape[1] for p in pixels)
         mean = torch.stack([p.sum(1) for p in pixels]).sum(0) / count
         square = torch.stack([p.square().sum(1) for p in pixels]).sum(0) / count
-        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)  # constant channels must not divide by zero
+        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)  # no division by zero for constant channels
         return mean.tolist(), std.tolist()
     if isinstance(normalize, str):
         if normalize != "imagenet":
@@ -188,11 +187,11 @@ def _pixels_per_channel(source: Source, seed: int) -> list[Tensor]:
     if source.images is not None:
         return [images.transpose(0, 1).flatten(1).double() / 255 for images in source.images.split(1000)]
     pixels = []
-    for place in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
+    for index in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
         try:
-            pixels.append(source.read(place).flatten(1).double() / 255)
+            pixels.append(source.read(index).flatten(1).double() / 255)
         except UnreadableImage:
-            continue  # named when training meets it
+            continue  # reported when training reads it
     if not pixels:
         raise DataError(f"None of the images drawn from {source.name} can be read; is it the right folder?")
     return pixels

@@ -1,14 +1,14 @@
-"""Image files to 8-bit tensors, through PIL: every kind of file has one defined conversion, every failure a reason.
+"""Decoding image files to 8-bit tensors with PIL: each kind of file has one defined conversion, each failure a reason.
 
-PIL, because torchvision's own decoder crashes the process on a damaged PNG. Of an upright color JPEG, the usual file,
-torchvision makes the same bytes in three quarters of the time, and where it fails PIL has the last word. The conversions:
+PIL is used because torchvision's decoder crashes the process on a damaged PNG. An upright color JPEG, the most common file,
+is decoded by torchvision, to the same bytes in three quarters of the time, and by PIL if that fails. The conversions:
 
-- Transparency (RGBA, LA, palettes and color keys) is composited on white: what a person sees on a page.
+- Transparency (RGBA, LA, palettes and color keys) is composited on white.
 - CMYK, YCbCr, palette and 1-bit images become RGB; gray is repeated; color becomes gray by its luma (ITU-R 601).
 - 16-bit gray, 32-bit integers within 0..65535: value / 257, rounded, whatever the image's own range, so that images
   stay comparable. Floats within 0..1: value * 255; floats beyond 1 but within 0..65535: as 16-bit. Values outside
-  0..65535 have no agreed range: each such image is stretched from its least to its greatest value. NaN and infinity
-  are refused. PIL hands out 16-bit color as its high bytes.
+  0..65535 have no standard range: such an image is scaled from its minimum and maximum. NaN and infinity are rejected.
+  PIL returns the high bytes of 16-bit color.
 - The EXIF orientation is applied; ICC profiles are not. Of several pages or frames the first is read, except below.
 - `channels` other than 1 and 3: a file with exactly that many bands (their values as they are: alpha is a band like
   any other), or with exactly that many pages of one band and one size, such as a TIFF stack. PIL opens no file of
@@ -33,7 +33,7 @@ from sslvision.data.source import UnreadableImage
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 MAX_PIXELS = 100_000_000
 
-# What a network's disk, or one that is tired, says once and then no more: such a file is tried again after these seconds.
+# Transient errors of network file systems and failing disks: the file is read again after WAITS seconds.
 PASSING = {
     getattr(errno, name)
     for name in (
@@ -52,7 +52,7 @@ PASSING = {
 WAITS = (0.1, 0.5)
 
 Transpose = Image.Transpose
-UPRIGHT = {  # EXIF orientation -> what undoes it
+UPRIGHT = {  # EXIF orientation -> the operation that undoes it
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -67,20 +67,20 @@ SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Tra
 def read_image(
     path: str | os.PathLike[str], channels: int, *, at_least: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
-    """Return the image in a file as (C, H, W) uint8, decoded as this module's docstring says.
+    """Return the image in a file as (C, H, W) uint8, decoded as described at the top of this module.
 
-    The tensor is a view of (H, W, C) memory, the order in which images are decoded and resized fastest.
+    The tensor is a view of (H, W, C) memory, in which decoding and resizing is fastest.
 
     `at_least` is the short side the caller needs, in pixels: a JPEG that is at least twice as large is decoded at
-    1/2, 1/4 or 1/8 of its size, its short side still no less than `at_least`. It saves most of the decoding, and gives
-    a slightly different (box-filtered) image; other formats are always decoded in full.
+    1/2, 1/4 or 1/8 of its size, with a short side of no less than `at_least`. This saves most of the decoding time, and
+    results in a slightly different (box-filtered) image. Other formats are always decoded in full.
 
-    `max_pixels` rejects decompression bombs by their header. PIL has a limit of its own, twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (179 million), which stays in force.
+    `max_pixels` rejects decompression bombs by their header. PIL's own limit, twice
+    `PIL.Image.MAX_IMAGE_PIXELS` (179 million), also applies.
 
-    A file whose reading fails by a passing error of the disk or the network is tried again, twice within a second.
+    After a transient error of the disk or the network, the file is read again, twice within a second.
 
-    Raises UnreadableImage, the reason in words, for anything that cannot be read.
+    Raises UnreadableImage with the reason in words if the file cannot be read.
     """
     for wait in WAITS:
         try:
@@ -93,7 +93,7 @@ def read_image(
 
 
 def image_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Return height and width in pixels by a file's header, upright. Raises UnreadableImage, as `read_image`."""
+    """Return height and width of the upright image from the header of its file. Raises UnreadableImage, as `read_image`."""
     with reasons_in_words(), Image.open(path, formats=FORMATS) as image:
         _refuse_bomb(image, max_pixels)
         width, height = image.size
@@ -111,15 +111,17 @@ def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max
                 image.draft(image.mode, (at_least, at_least))
             if (image.format, image.mode, image.size, channels) == ("JPEG", "RGB", full, 3) and _turn(image) is None:
                 file.seek(0)
-                with suppress(RuntimeError):  # PIL reads some damaged files that torchvision does not, or tells why not
+                with suppress(
+                    RuntimeError
+                ):  # PIL reads some damaged files that torchvision does not, or reports the reason
                     return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
             return from_pil(image, channels, max_pixels=max_pixels)
 
 
 def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Return a PIL image as (C, H, W) uint8, converted as this module's docstring says.
+    """Return a PIL image as (C, H, W) uint8, converted as described at the top of this module.
 
-    Raises UnreadableImage where the image has not the bands asked for, and PIL's own errors: see `reasons_in_words`.
+    Raises UnreadableImage if the image does not have the required bands, and PIL's own errors: see `reasons_in_words`.
     """
     if channels in (1, 3):
         return _tensor(_gray_or_color(_upright(image), channels))
@@ -136,14 +138,14 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS)
 
 @contextmanager
 def reasons_in_words() -> Iterator[None]:
-    """Turn every error inside into UnreadableImage with a short reason; PIL's warnings about metadata are dropped."""
+    """Convert every error to UnreadableImage with a short reason; suppress PIL's warnings about metadata."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except UnreadableImage:
         raise
-    except Exception as error:  # a damaged file makes PIL raise nearly anything
+    except Exception as error:  # on damaged files PIL raises many kinds of errors
         raise UnreadableImage(_reason(error)) from error
 
 

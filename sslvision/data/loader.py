@@ -1,8 +1,8 @@
-"""Data sets that a DataLoader reads: random crops for training, whole views for evaluation.
+"""Data sets for a DataLoader: random crops for training, whole views for evaluation.
 
-Sources whose images lie in memory at one size are indexed a whole batch at a time, and their crops are cut on the
-training device. All others are decoded and cropped one by one in the loader's workers; only bytes travel. Where crops
-are augmented one by one as well, the workers do all of it.
+Sources with all images in memory are indexed a whole batch at a time, and cropped on the training device. Images of all
+others are decoded and cropped one by one in the loader's workers, which send uint8. If crops are also augmented one by one,
+the workers do that too.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,22 @@ from sslvision.data.sampler import EpochBatches, Key
 from sslvision.data.source import Source, UnreadableImage
 from sslvision.data.workers import begin_worker
 
-STAND_INS = 100  # images tried in place of an unreadable one
-TOGETHER = 16  # decoded images held at once: enough for drawing their boxes together to cost nothing
+STAND_INS = 100  # images tried instead of an unreadable one
+CHUNK = 16  # decoded images in memory at once
 
-# Changes one uint8 crop (C, S, S) into another of that shape; all it draws is a function of the image's randomness (B = 1).
+# Maps a uint8 crop (C, S, S) to another of that shape. All its random numbers come from the given ImageRandom (B = 1).
 Augment = Callable[[Tensor, ImageRandom], Tensor]
 
 
 class TrainingImages(Dataset[Batch]):
-    """Batches of crops, or, for sources in memory, of whole images that `cut_crops` crops on the device.
+    """Batches of crops or, for sources in memory, of whole images, which `cut_crops` crops on the device.
 
-    With `augment` all batches are of crops, each changed by it; all crops of an image share their randomness.
+    With `augment` all batches consist of crops, each changed by it; all crops of an image share their random numbers.
     """
 
     def __init__(self, source: Source, crops: tuple[Crop, ...], seed: int, augment: Augment | None = None):
         self.source, self.crops, self.seed, self.augment = source, crops, seed, augment
-        self.rooms = BufferPool()
+        self.buffers = BufferPool()
 
     def __getitems__(self, keys: list[Key]) -> Batch:
         """Return the batch of `keys`; an unreadable image is replaced by the next readable one of the source."""
@@ -45,57 +45,55 @@ class TrainingImages(Dataset[Batch]):
             return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
         rng = ImageRandom(self.seed, epoch, index)
         noise = crop_noise(rng, range(len(self.crops)))  # (V, B, ...)
-        crops = self._take_rooms(len(keys))
+        crops = self._take_buffers(len(keys))
         unreadable: list[tuple[int, str]] = []
         shown = index.clone()
-        for start in range(0, len(keys), TOGETHER):
-            images, part = [], slice(start, start + TOGETHER)
+        for start in range(0, len(keys), CHUNK):
+            images, part = [], slice(start, start + CHUNK)
             for position, (_, number) in enumerate(keys[part], start):
                 found = self._read(number, unreadable)
-                if (
-                    found is None
-                ):  # nothing readable far and wide: the training process stops with what is in `unreadable`
+                if found is None:  # the training process stops and reports what is in `unreadable`
                     return Batch([], index, epoch, unreadable, shown)
                 image, shown[position] = found
                 images.append(image)
-            rooms = [room for of_view in crops for room in of_view[part]]
-            for room, cut in zip(rooms, crop_each(images, noise[:, part], self.crops), strict=True):
-                room.copy_(cut)
+            targets = [target for of_view in crops for target in of_view[part]]
+            for target, cut in zip(targets, crop_each(images, noise[:, part], self.crops), strict=True):
+                target.copy_(cut)
         return self._augmented(Batch(crops, index, epoch, unreadable, shown))
 
     def _read(self, number: int, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
-        """Return the image and its place, both of the next readable one."""
+        """Return the next readable image from `number` on, and its index."""
         for offset in range(STAND_INS):
-            place = (number + offset) % len(self.source)
+            index = (number + offset) % len(self.source)
             try:
-                return self.source.read(place), place
+                return self.source.read(index), index
             except UnreadableImage as error:
-                unreadable.append((place, str(error)))
+                unreadable.append((index, str(error)))
         return None
 
     def _augmented(self, batch: Batch) -> Batch:
         if self.augment is None:
             return batch
-        images = zip(batch.epoch.split(1), batch.indices.split(1), strict=True)
-        rngs = [ImageRandom(self.seed, epoch, place) for epoch, place in images]
-        rooms = batch.crops if self.source.images is None else self._take_rooms(len(rngs))
-        for view, room in zip(batch.crops, rooms, strict=True):
-            for crop, place, rng in zip(view, room, rngs, strict=True):
-                place.copy_(self.augment(crop.contiguous(), rng))
-        return batch._replace(crops=rooms)
+        keys = zip(batch.epoch.split(1), batch.indices.split(1), strict=True)
+        rngs = [ImageRandom(self.seed, epoch, index) for epoch, index in keys]
+        augmented = batch.crops if self.source.images is None else self._take_buffers(len(rngs))
+        for crops, targets in zip(batch.crops, augmented, strict=True):
+            for crop, target, rng in zip(crops, targets, rngs, strict=True):
+                target.copy_(self.augment(crop.contiguous(), rng))
+        return batch._replace(crops=augmented)
 
-    def _take_rooms(self, images: int) -> list[Tensor]:
-        return self.rooms.take([(images, self.source.channels, crop.size, crop.size) for crop in self.crops])
+    def _take_buffers(self, images: int) -> list[Tensor]:
+        return self.buffers.take([(images, self.source.channels, crop.size, crop.size) for crop in self.crops])
 
 
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
-    """Cut the crops of whole images (B, C, H, W) on the device they are on."""
+    """Crop whole images (B, C, H, W) on their device."""
     noise = crop_noise(ImageRandom(seed, batch.epoch, batch.indices), range(len(crops)))  # (V, B, ...)
     return batch._replace(crops=crop_batch(batch.crops[0], noise, crops))
 
 
 class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
-    """Some images of a source, resized and centrally cropped to one size: (place, image or None, reason)."""
+    """Images of a source, resized and center-cropped to one size: (index, image or None, reason)."""
 
     def __init__(self, source: Source, size: int, indices: list[int]):
         self.source, self.size, self.indices = source, size, indices
@@ -105,17 +103,17 @@ class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
 
     def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
         """Return one image (C, size, size) uint8, or None and why it cannot be read."""
-        place = self.indices[position]
+        index = self.indices[position]
         try:
-            return place, center_crop(self.source.read(place), self.size), ""
+            return index, center_crop(self.source.read(index), self.size), ""
         except UnreadableImage as error:
-            return place, None, str(error)
+            return index, None, str(error)
 
 
 def evaluation_loader(
     source: Source, size: int, indices: list[int], *, batch_size: int = 256, workers: int = 0
 ) -> DataLoader[Any]:
-    """Return a loader of (indices (B,), images (B, C, size, size) uint8); unreadable images are left out."""
+    """Return a loader of (indices (B,), images (B, C, size, size) uint8); unreadable images are skipped."""
     return DataLoader(
         EvaluationImages(source, size, indices),
         batch_size=batch_size,
@@ -134,7 +132,7 @@ def training_loader(
     pin_memory: bool,
     augment: Augment | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader of Batch; sources in memory need no workers, unless their crops are augmented there."""
+    """Return a loader of Batch. Sources in memory need no workers unless crops are augmented."""
     workers = 0 if source.images is not None and augment is None else workers
     return DataLoader(
         TrainingImages(source, crops, batches.seed, augment),
@@ -148,7 +146,7 @@ def training_loader(
 
 
 def _collate_readable(items: list[tuple[int, Tensor | None, str]]) -> tuple[Tensor, Tensor]:
-    readable = [(place, image) for place, image, _ in items if image is not None]
+    readable = [(index, image) for index, image, _ in items if image is not None]
     if not readable:
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8)
     indices, images = zip(*readable, strict=True)

@@ -1,4 +1,4 @@
-"""The order of the images: a function of (seed, epoch) alone, cut into batches that do not depend on the processes."""
+"""The order of the images: a function of (seed, epoch), cut into batches that do not depend on the number of processes."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,28 +7,28 @@ from torch.utils.data import Sampler
 from sslvision.augment.randomness import permutation
 from sslvision.errors import DataError, UsageError
 
-Key = tuple[int, int]  # (epoch, index): all a worker needs to draw an image's randomness
+Key = tuple[int, int]  # (epoch, index), which all random numbers of an image depend on
 
 
 class EpochBatches(Sampler[list[Key]]):
     """Yield the keys of one process's micro-batches from the trainer's position to the end of the epoch.
 
-    An epoch is a permutation of the images cut into global batches; what remains after the last whole one is left out
-    (and is another remainder in the next epoch). A global batch is cut into `accumulate` micro-batches, and these are
-    dealt to the processes in turn, so the images of an update are the same for any number of processes. Where to begin
-    is read from the trainer's count of updates, so a resumed run goes on where it stopped.
+    An epoch is a permutation of the images, cut into global batches; an incomplete last one is dropped (and consists of other
+    images in the next epoch). A global batch is cut into `accumulate` micro-batches, whose images are distributed over the
+    processes in turn, so an update sees the same images for any number of processes. The start is derived from the trainer's
+    number of updates, so a resumed run continues where it stopped.
 
     Args:
-        images: how many there are.
-        global_batch: images per optimizer update, over all processes and micro-batches.
-        seed: of the order.
-        rank, world: this process, and how many there are.
-        accumulate: micro-batches per update.
-        updates_done: tells the trainer's position.
+        images: Number of images.
+        global_batch: Images per optimizer update, over all processes and micro-batches.
+        seed: Seed of the order.
+        rank, world: Index of this process, and number of processes.
+        accumulate: Micro-batches per update.
+        updates_done: Returns the trainer's number of optimizer updates.
 
     Raises:
-        UsageError: the global batch cannot be dealt out evenly.
-        DataError: there are fewer images than one global batch.
+        UsageError: The global batch cannot be divided evenly.
+        DataError: There are fewer images than one global batch.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class EpochBatches(Sampler[list[Key]]):
         self.steps_per_epoch = images // global_batch
 
     def __len__(self) -> int:
-        """Return micro-batches per epoch."""
+        """Return the number of micro-batches per epoch."""
         return self.steps_per_epoch * self.accumulate
 
     def of_update(self, update: int) -> list[Key]:
-        """Return all keys of the global batch of an update, counted from 0."""
+        """Return all keys of the global batch of an update, counting from 0."""
         epoch, place = divmod(update, self.steps_per_epoch)
         order = permutation(self.images, seed=self.seed, epoch=epoch)
         return [(epoch, int(index)) for index in order[place * self.global_batch :][: self.global_batch]]

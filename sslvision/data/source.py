@@ -1,4 +1,16 @@
-"""What the rest of the package knows of data: a source of images in a fixed order, and its splits."""
+"""The contract of a data source: images in a fixed order. A source of your own needs nothing else from this package.
+
+A source is any object with the attributes and methods of `Source`; it need not inherit from it. It is sent to the loader's
+worker processes, so it must be picklable, and should not hold open files. A minimal one reads files:
+
+    class Photos:
+        name, channels, classes, labels, images = "my photos", 3, None, None, None
+
+        def __init__(self, paths): self.paths = paths
+        def __len__(self): return len(self.paths)
+        def read(self, index): return read_image(self.paths[index], 3)  # of data/decode.py
+        def describe(self, index): return self.paths[index]
+"""
 
 from typing import NamedTuple, Protocol
 
@@ -8,43 +20,70 @@ from sslvision.errors import DataError
 
 
 class UnreadableImage(Exception):
-    """One image that cannot be decoded; the loader counts it, names it and goes on."""
+    """An image that cannot be decoded. The message is the reason; the loader counts it, reports it and uses another image."""
 
 
 class SourceGone(DataError):
-    """No image can be read any more: their folder is gone, as when a disk is unmounted. Ends whatever reads."""
+    """No image can be read any more, as when a disk is unmounted. Ends the run."""
 
     def __init__(self, message: str):
-        # A loader's worker hands on its whole traceback as the message, with ours at the end.
+        # A loader's worker passes its whole traceback on as the message, with ours at the end.
         super().__init__(message.rpartition(f"{SourceGone.__name__}: ")[2].strip())
 
 
 class Source(Protocol):
-    """Images in a fixed order, each an 8-bit array.
+    """N images in a fixed order.
 
-    `images` is the whole set as one tensor when all images have one size and fit in memory (crops are then cut in one
-    batched operation on the training device), and None otherwise (crops are then cut by the loader's workers).
+    The order must be the same in every process and every run: an index identifies an image, its random crops and its label.
+
+    Attributes:
+        name: Name of the data set in tables and messages.
+        channels: C, number of channels of all images.
+        classes: Names of the labels 0, 1, ...; None if there are no labels.
+        labels: (N,) int64, each in 0..len(classes)-1; None if there are no labels. Pretraining never uses them.
+        images: (N, C, H, W) uint8 if all images have one size and fit into memory: whole batches are then indexed at once
+            and cropped on the training device. None otherwise: worker processes call `read` for each image.
     """
 
-    name: str  # what tables and messages call it
+    name: str
     channels: int
     classes: tuple[str, ...] | None
-    labels: Tensor | None  # (N,) int64; None when the images have no labels
-    images: Tensor | None  # (N, C, H, W) uint8
+    labels: Tensor | None
+    images: Tensor | None
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return N."""
+        ...
 
     def read(self, index: int) -> Tensor:
-        """Return image `index` as (C, H, W) uint8. Raises UnreadableImage with the reason in words, or SourceGone."""
+        """Return an image, decoded and upright.
+
+        Args:
+            index: Index of the image, 0..N-1.
+
+        Returns:
+            (C, H, W) uint8 in 0..255. H and W may differ between images. The tensor is only read, so it may be a view.
+
+        Raises:
+            UnreadableImage: This image cannot be decoded; the message is the reason in words. Any other exception ends the
+                run.
+            SourceGone: No image can be read any more.
+        """
         ...
 
     def describe(self, index: int) -> str:
-        """Return what a person would call image `index`: its path, or its place in the set."""
+        """Return how messages and tables name an image: its path, or its index in the data set."""
         ...
 
 
 class Splits(NamedTuple):
-    """The images to train on, those that scores are measured on, and those that choices are made by (None: there are none)."""
+    """The sources of a data set.
+
+    Attributes:
+        train: Images to train on.
+        test: Images that scores are measured on; None if there are none.
+        validation: Images that choices during training are based on; None if there are none.
+    """
 
     train: Source
     test: Source | None

@@ -1,6 +1,6 @@
-"""Parts of a labeled source: a few images of each class, or some held out to make choices by.
+"""Subsets of a labeled source: a few images per class, or a held-out part for validation.
 
-All draws are functions of (labels, seed) alone.
+All draws depend only on (labels, seed).
 """
 
 import torch
@@ -12,11 +12,11 @@ from sslvision.errors import DataError, UsageError
 
 
 class Subset:
-    """A source of some images of another one.
+    """A source of some of the images of another one.
 
     Args:
-        source: where the images are.
-        indices: (M,) int64, which of them, in the order they shall have here.
+        source: Source of the images.
+        indices: (M,) int64, indices of the images, in the order of the subset.
     """
 
     def __init__(self, source: Source, indices: Tensor):
@@ -29,32 +29,31 @@ class Subset:
         return len(self.indices)
 
     def read(self, index: int) -> Tensor:
-        """Return image `index` of the part as (C, H, W) uint8; raises what the source raises."""
+        """Return image `index` of the subset as (C, H, W) uint8; raises what the source raises."""
         return self.source.read(int(self.indices[index]))
 
     def describe(self, index: int) -> str:
-        """Return what the source calls image `index` of the part."""
+        """Return the source's name of image `index` of the subset."""
         return self.source.describe(int(self.indices[index]))
 
 
 def draw_per_class(
     labels: Tensor, per_class: int | None, *, seed: int, classes: tuple[str, ...] | None = None
 ) -> Tensor:
-    """Draw as many images of every class that has any.
+    """Draw the same number of images from every class that has any.
 
     Args:
         labels: (N,) int64.
-        per_class: how many; None takes all images. Of one seed, the images drawn for a smaller number are among those
-            drawn for a greater one.
-        seed: of the draw.
-        classes: the names of the labels, for the message.
+        per_class: Images per class; None selects all. With the same seed, a smaller draw is a subset of a larger one.
+        seed: Seed of the draw.
+        classes: Names of the labels, for the error message.
 
     Returns:
-        indices (M,) int64, ascending.
+        Indices (M,) int64, ascending.
 
     Raises:
         UsageError: `per_class` is less than one.
-        DataError: a class has fewer images.
+        DataError: A class has fewer images.
     """
     if per_class is None:
         return torch.arange(len(labels))
@@ -76,14 +75,14 @@ def split_off(source: Source, *, fraction: float, at_most: int | None = None, se
     """Divide a labeled source into the rest and a held-out part, each in the source's order.
 
     Args:
-        source: with labels.
-        fraction: share of every class to hold out, at least one image of it, and never the only one.
-        at_most: held-out images in all; if there would be more, every class gives up the same share.
-        seed: of the draw.
+        source: Source with labels.
+        fraction: Fraction of every class to hold out: at least one image, but never the only one.
+        at_most: Maximum number of held-out images; all classes are reduced in proportion.
+        seed: Seed of the draw.
 
     Raises:
-        UsageError: a value is out of range.
-        DataError: the source has no labels, or no class with two images.
+        UsageError: A value is out of range.
+        DataError: The source has no labels, or no class with two images.
     """
     if not 0 < fraction < 1 or (at_most is not None and at_most < 1):
         raise UsageError(
@@ -99,14 +98,14 @@ def split_off(source: Source, *, fraction: float, at_most: int | None = None, se
     if at_most is not None and len(indices) > at_most:
         shuffled = indices[permutation(len(indices), seed=seed, epoch=0)]
         of = labels[shuffled]
-        share = (_rank_in_class(of) + 0.5) / of.bincount()[of]  # how much of its class comes before an image
+        share = (_rank_in_class(of) + 0.5) / of.bincount()[of]  # fraction of its class before an image
         indices = shuffled[share.argsort(stable=True)[:at_most]].sort().values
         held = torch.zeros_like(held).index_fill(0, indices, True)
     return Subset(source, (~held).nonzero()[:, 0]), Subset(source, indices)
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """Return (N,) int64: how many equal labels come before each."""
+    """Return (N,) int64, the number of equal labels before each."""
     order = labels.argsort(stable=True)
     sizes = labels.bincount()
     rank = torch.empty_like(order)
@@ -115,12 +114,12 @@ def _rank_in_class(labels: Tensor) -> Tensor:
 
 
 def stratified_holdout(labels: Tensor, *, fraction: float, seed: int) -> Tensor:
-    """Return (N,) bool, True for the held out: `fraction` of every class, at least one image, never its only one."""
+    """Return (N,) bool, True for held-out images: `fraction` of every class, at least one, but never its only one."""
     N = len(labels)
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).to(labels.device)
-    order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled inside
+    order = shuffled[labels[shuffled].argsort(stable=True)]  # by class, shuffled within
     sizes = labels.bincount()
-    place = torch.arange(N, device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]  # 0.. inside the class
+    place = torch.arange(N, device=labels.device) - (sizes.cumsum(0) - sizes)[labels[order]]  # rank within the class
     quota = torch.minimum((sizes * fraction).round().clamp(min=1), sizes - 1)
     held = torch.zeros(N, dtype=torch.bool, device=labels.device)
     held[order] = place < quota[labels[order]]

@@ -1,4 +1,4 @@
-"""The loader's processes: they leave signals, and words, to the process that trains."""
+"""Worker processes of the loader: they leave signals and error messages to the training process."""
 
 import os
 import signal
@@ -10,25 +10,22 @@ from sslvision.system.allocator import keep_freed_memory
 
 
 def begin_worker(worker: int) -> None:
-    """Prepare a process of the loader, whatever its number; for torch's `worker_init_fn`."""
+    """Set a worker process up; for torch's `worker_init_fn`."""
     leave_signals_to_trainer()
     keep_freed_memory()
 
 
 def leave_signals_to_trainer() -> None:
-    """Go on when a signal goes to all processes of a run: a Ctrl-C, a scheduler's or a service manager's SIGTERM.
+    """Ignore signals sent to all processes of a run: Ctrl-C, or SIGTERM from a scheduler or service manager.
 
-    The process that trains needs images until it has saved. One of the loader ends when that one says so, by its queue
-    or by a SIGTERM, or is gone. For torch's `worker_init_fn`.
-
-    Args:
-        worker: its number, not used.
+    The training process needs images until it has saved a checkpoint. A worker ends when the training process tells it to,
+    through its queue or by SIGTERM, or is gone.
     """
     sys.excepthook = _leave_words_to_trainer
     for name in ("SIGINT", "SIGHUP", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # tells who sent it; macOS has none, and Windows no SIGTERM
+    if hasattr(signal, "sigwaitinfo"):  # reports the sender; macOS lacks it, and Windows lacks SIGTERM
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
@@ -40,6 +37,6 @@ def _end_when_told(trainer: int) -> None:
 
 
 def _leave_words_to_trainer(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Print what nobody caught, but for this: the process that trains ended while it was being handed a batch."""
+    """Print uncaught errors, except that the training process ended while a batch was being sent to it."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, traceback)

@@ -4,7 +4,8 @@ import pytest
 
 from sslvision.data import cache as cache_module
 
-KINDS = ["disk", pytest.param("ram", marks=pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here"))]
+RAM = pytest.param("ram", marks=pytest.mark.skipif(cache_module.fcntl is None, reason="no locks here"))
+KINDS = ["disk", RAM]
 
 
 def built(root):

@@ -52,7 +52,7 @@ def cache_of(tmp_path, monkeypatch):
     """Return a function that opens a source's cache in a folder of the test, of whichever kind."""
     root = tmp_path / "caches"
     root.mkdir()
-    monkeypatch.setattr(cache_module, "SHARED_MEMORY", root)
+    monkeypatch.setattr(cache_module, "_memory_folder", lambda: root)
     locks = []
     monkeypatch.setattr(cache_module, "_in_use", locks)
     monkeypatch.setattr(cache_module.atexit, "register", lambda *_: None)

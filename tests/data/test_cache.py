@@ -13,7 +13,6 @@ from PIL import Image
 
 from sslvision.augment.crops import Crop, resize
 from sslvision.data import cache as cache_module
-from sslvision.data import cache_build
 from sslvision.data.cache import CachedSource, cached
 from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
@@ -21,6 +20,7 @@ from sslvision.data.source import Splits, UnreadableImage
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.data.sources.folder import open_folder
 from sslvision.errors import StorageError, UsageError
+from sslvision.system import files
 from sslvision.workflows.pretraining import open_splits
 
 # The pixels
@@ -198,14 +198,15 @@ def test_a_cache_is_refused_before_anything_is_decoded_if_there_is_not_the_room(
     shutil.rmtree(cache_of.root / built(cache_of.root)[0])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     monkeypatch.setattr(type(source), "read", None)
-    with pytest.raises(StorageError, match=rf"takes {needed:,} bytes, and there are {needed:,} free"):
+    with pytest.raises(StorageError, match=rf"need {needed:,} bytes, but .* has {needed:,} bytes free, 10% of which"):
         cache_of(source, kind)
     assert built(cache_of.root) == []
 
 
 def test_shared_memory_is_refused_beyond_what_processes_can_have(photos, cache_of, monkeypatch):
-    monkeypatch.setattr(cache_build, "_available_memory", lambda: 1000)
-    with pytest.raises(StorageError, match=r"1,000 free.*data\.cache=disk"):
+    monkeypatch.setattr(files, "SHARED_MEMORY", cache_of.root)
+    monkeypatch.setattr(files, "_available_memory", lambda: 1000)
+    with pytest.raises(StorageError, match=r"1,000 bytes free.*data\.cache=disk"):
         cache_of(open_folder(photos, holdout=0).train, "ram")
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from caches import KINDS, built
+from caches import RAM, built
 
 from sslvision.data import cache as cache_module
 from sslvision.data import cache_build
@@ -27,7 +27,7 @@ def slow(self, index, read=folder.FileSource.read):
     return read(self, index)
 
 folder.FileSource.read = slow
-cache.SHARED_MEMORY = cache.Path(sys.argv[2])
+cache._memory_folder = lambda: cache.Path(sys.argv[2])
 splits = folder.open_folder(sys.argv[1], holdout=0)
 kept = cache.cached(splits, sys.argv[3], side=48, folder=sys.argv[2], workers=0).train
 print("sum", sum(int(kept.read(index).sum()) for index in range(len(kept))), flush=True)
@@ -62,7 +62,7 @@ def until(process, word):
     raise AssertionError(f"it ended without {word}")
 
 
-@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.e2e if kind == "ram" else ()) for kind in KINDS])
+@pytest.mark.parametrize("kind", ["disk", pytest.param("ram", marks=[*RAM.marks, pytest.mark.e2e])])
 def test_killed_while_it_is_built_a_cache_is_built_again_and_nothing_is_left_over(photos, cache_of, process, kind):
     one = process(kind, seconds=0.3)
     until(one, "decoding")

@@ -12,7 +12,7 @@ from sslvision.augment.crops import Crop, crop_one
 from sslvision.augment.randaugment import RandAugment
 from sslvision.augment.randomness import ImageRandom
 from sslvision.data.datamodule import ImageData, pixel_statistics
-from sslvision.data.loader import TOGETHER, cut_crops, evaluation_loader, training_loader
+from sslvision.data.loader import CHUNK, cut_crops, evaluation_loader, training_loader
 from sslvision.data.sampler import EpochBatches
 from sslvision.data.source import Splits, UnreadableImage
 from sslvision.data.sources.folder import open_folder
@@ -110,7 +110,7 @@ def test_few_decoded_images_are_held_at_once():
             return image
 
     batches(Counted(200, in_memory=False), global_batch=200)
-    assert Counted.most <= TOGETHER + 1
+    assert Counted.most <= CHUNK + 1
 
 
 def test_an_unreadable_image_is_named_and_the_next_readable_one_stands_in():

@@ -1,10 +1,10 @@
-"""A small labeled set inside the package, to transfer to without a download: handwritten digits.
+"""Handwritten digits: a small labeled set in the package, for transfer without a download.
 
 1,797 gray images of 8 x 8 pixels in ten classes, each pixel a count from 0 to 16; here scaled to 0..255 and enlarged.
 Of each class the first two thirds are for training and the rest for testing, in the file's order, unshuffled.
 
 Alpaydin, Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning Repository, 1998, CC BY 4.0, in the copy
-that scikit-learn brings along (see NOTICE beside this file). `scripts/make_digits.py` made the file.
+of scikit-learn (see NOTICE in this folder). `scripts/make_digits.py` made the file.
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""The data set inside the package: a class-balanced part of Fashion-MNIST, so that a first run needs no download.
+"""The data set in the package: a class-balanced part of Fashion-MNIST, so that a first run needs no download.
 
 10,000 training and 2,000 test images: the first 1,000 and 200 of each class, in the authors' order. Gray, 28 x 28,
-padded with zeros to 32 x 32. Fashion-MNIST is copyright 2017 Zalando SE, MIT license (see NOTICE beside this file).
+padded with zeros to 32 x 32. Fashion-MNIST is copyright 2017 Zalando SE, MIT license (see NOTICE in this folder).
 `scripts/make_embedded_data.py` made the file. Xiao, Rasul, Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747.
 """
 

@@ -1,12 +1,12 @@
 """Any folder of images as a data set: flat or nested, with or without classes, with or without train/ and val/.
 
-- Split: train/ beside test/ (or testing/) or val/ (or valid/, validation/) is a split: scores are measured on the one
-  that is there. With both, val/ is for the choices that training makes, and test/ for scores. Without either, a
-  fraction of the files is held out, chosen by a hash of their relative paths: the same files on every machine, and
-  nearly the same ones when files are added.
-- Classes: where all images lie in two or more sub-folders, those of the first level are the classes. Otherwise the
-  images have no labels.
-- Order: sorted by relative path, whatever the operating system lists first.
+- Splits: train/ with test/ (or testing/) or val/ (or valid/, validation/) next to it. Scores are measured on test/, or on
+  val/ if there is no test/; with both, val/ is for choices during training. Without either, a fraction of the files is
+  held out, chosen by a hash of their relative paths: the same files on every machine, and nearly the same ones when files
+  are added.
+- Classes: if all images are in two or more subfolders, those of the first level are the classes. Otherwise the images
+  have no labels.
+- Order: sorted by relative path.
 """
 
 import logging
@@ -34,15 +34,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class FileSource:
-    """A source of image files. A million paths are one string of bytes and one array: cheap to send to a worker."""
+    """A source of image files. Paths are one bytes object and one array, so that millions are cheap to send to a worker."""
 
     name: str
     channels: int
     classes: tuple[str, ...] | None
     labels: Tensor | None
-    root: str  # the folder they are in
-    paths: bytes  # relative to root, or absolute; a zero byte ends each
-    ends: np.ndarray  # (N,) int64, the indices of the zero bytes
+    root: str  # folder of the images
+    paths: bytes  # relative to root, or absolute, each followed by a zero byte
+    ends: np.ndarray  # (N,) int64, offsets of the zero bytes
     at_least: int | None = None  # see decode.read_image
     max_pixels: int = MAX_PIXELS
     images: Tensor | None = None
@@ -58,7 +58,7 @@ class FileSource:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
                 raise SourceGone(
                     f"The folder of the images is gone or empty: {self.root} (while reading {path}). Is the disk still "
-                    "mounted? When it is back, the same command with resume=auto goes on."
+                    "mounted? When it is, resume with resume=auto."
                 ) from error
             raise
 
@@ -68,7 +68,7 @@ class FileSource:
 
 
 def _is_gone(folder: str) -> bool:
-    """Return whether a folder cannot be listed, or has nothing in it: what an unmounted disk leaves is an empty folder."""
+    """Return whether a folder cannot be listed or is empty, as the mount point of an unmounted disk is."""
     try:
         with os.scandir(folder) as entries:
             return next(entries, None) is None
@@ -91,17 +91,17 @@ def open_folder(
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Splits:
-    """Return the images under `root`, as this module's docstring says.
+    """Return the images in `root`, as described at the top of this module.
 
     Files ending in .jpg, .jpeg, .png, .webp, .tif, .tiff, .bmp or .gif count as images, in either case. Hidden files
-    and folders (leading dot, __MACOSX) are left out, and so are symbolic links to indices outside `root`, unless
-    `follow_symlinks`. Whatever else is left out is logged as a warning.
+    and folders (leading dot, __MACOSX) are skipped, and so are symbolic links to files outside `root`, unless
+    `follow_symlinks`. Everything else that is skipped is logged as a warning.
 
-    `holdout`: fraction of the images to hold out where there is no split: at least one, at most 5,000; 0 holds out
-    none (test is None). `at_least` and `max_pixels` go to `read_image`.
+    `holdout`: Fraction of the images to hold out if there is no split: at least one image, at most 5,000; 0 holds out
+    none (test is None). `at_least` and `max_pixels` are passed to `read_image`.
 
-    Raises UsageError for settings out of range, DataError where there are no images, or where val/ or test/ has other
-    classes than train/.
+    Raises UsageError for settings out of range, DataError if there are no images, or if the classes of val/ or test/ differ
+    from those of train/.
     """
     check_holdout(holdout)
     if channels < 1:
@@ -127,18 +127,18 @@ def open_folder(
         return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
 
     first, *held_sources = [source(*split) for split in splits]
-    test, validation = (*reversed(held_sources), None, None)[:2]  # a lone one is the test split
+    test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
     return Splits(first, test, validation)
 
 
 def check_holdout(holdout: float) -> None:
-    """Raise UsageError where `holdout` is not a fraction that leaves images to train on."""
+    """Raise UsageError if `holdout` is not a fraction that leaves images to train on."""
     if not 0 <= holdout <= 0.9:
         raise UsageError(f"data.holdout is the fraction of images to hold out, from 0 to 0.9, not {holdout}.")
 
 
 def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
-    """Return (N,) bool, True for the images to hold out: those whose keys hash lowest.
+    """Return (N,) bool, True for the images to hold out: those whose keys have the lowest hashes.
 
     Exactly `fraction` of them, rounded, but at least 1, at most 5,000, and never all.
     """
@@ -150,7 +150,7 @@ def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
 
 
 def _split_folders(root: str, found: Found) -> tuple[str, list[str]]:
-    """Return the folder of the training images, and those of the validation and the test images as far as there are any.
+    """Return the folder of the training images, and the existing ones of validation and test images.
 
     They are relative to the root; "" is the root itself.
     """
@@ -185,11 +185,7 @@ def _images_and_classes(
     prefix = f"{folder}/" if folder else ""
     images = sorted(path.removeprefix(prefix) for path in found.images if path.startswith(prefix))
     classes = {path.partition("/")[0] for path in images}
-    split_words = {name.lower() for name in classes} <= {
-        *TRAIN,
-        *VALIDATION,
-        *TEST,
-    }  # val/ and test/ alone are no classes
+    split_words = {name.lower() for name in classes} <= {*TRAIN, *VALIDATION, *TEST}  # these are not classes
     if any("/" not in path for path in images) or len(classes) < at_least_classes or split_words:
         return images, None
     folders = {path.removeprefix(prefix) for path in found.folders if path.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""What lies in a folder, a million files in seconds."""
+"""Listing the images in a folder, a million files in seconds."""
 
 import logging
 import os
@@ -22,16 +22,16 @@ LEFT_OUT = {
 
 @dataclass
 class Found:
-    """The images under a folder, and what else was met there. Paths are relative, with "/" on every system."""
+    """The images in a folder, and what else was found. Paths are relative, with "/" on every system."""
 
-    images: list[str] = field(default_factory=list)  # in no order
-    folders: set[str] = field(default_factory=set)  # down to the second level: enough to know empty classes
+    images: list[str] = field(default_factory=list)  # unordered
+    folders: set[str] = field(default_factory=set)  # of the first two levels, to report empty classes
     other: Counter[str] = field(default_factory=Counter)  # files that are not images, by extension
     left_out: Counter[str] = field(default_factory=Counter)  # by the keys of LEFT_OUT
     closed: list[str] = field(default_factory=list)  # folders that could not be listed, with the reason
 
     def remarks(self, kinds: Iterable[str]) -> str:
-        """Return in words what was met besides images, of the given kinds of LEFT_OUT."""
+        """Return in words what was found besides images, of the given kinds of LEFT_OUT."""
         others = ", ".join(f"{count:,} {extension}" for extension, count in self.other.most_common(8))
         remarks = [f"files that are not images: {others}"] if others else []
         remarks += [f"{LEFT_OUT[kind]}: {self.left_out[kind]:,}" for kind in kinds if self.left_out[kind]]
@@ -40,13 +40,13 @@ class Found:
 
 
 def scan(root: str, *, follow_symlinks: bool) -> Found:
-    """Return what lies under `root`. Raises DataError where that is no folder or holds no images.
+    """Return what is in `root`. Raises DataError if it is not a folder or has no images.
 
-    Links within `root` are followed in any case: an image that two paths lead to counts twice.
+    Links within `root` are always followed: an image with two paths counts twice.
     """
     if not os.path.isdir(root):
         what = "is a file, not a folder: unpack it if it is an archive" if os.path.exists(root) else "does not exist"
-        raise DataError(f"{root} {what}. Give data.root the folder that holds the images.")
+        raise DataError(f"{root} {what}. Set data.root to the folder of the images.")
     found = Found()
     real_root = os.path.realpath(root)
     waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, with the real folders that links to them left
@@ -62,7 +62,7 @@ def scan(root: str, *, follow_symlinks: bool) -> Found:
             path = folder + entry.name
             try:
                 kind, links = _kind(entry, left, real_root, follow_symlinks)
-            except OSError:  # a link into a folder that may not be entered
+            except OSError:  # a link into a folder without access permission
                 kind, links = "lost", left
             if kind == "folder":
                 waiting.append((f"{path}/", links))
@@ -79,7 +79,7 @@ def scan(root: str, *, follow_symlinks: bool) -> Found:
             f"No images in {root}. Found there: {found.remarks(LEFT_OUT) or 'nothing'}. Expected files ending in "
             f"{', '.join(EXTENSIONS)}, at any depth. Check data.root."
         )
-    if remarks := found.remarks(("outside", "lost")):  # hidden files are everywhere and meant to be overlooked
+    if remarks := found.remarks(("outside", "lost")):  # hidden files are common and deliberately skipped
         log.warning("%s: left out: %s.", root, remarks)
     return found
 
@@ -87,7 +87,7 @@ def scan(root: str, *, follow_symlinks: bool) -> Found:
 def _kind(
     entry: os.DirEntry[str], left: tuple[str, ...], real_root: str, follow_symlinks: bool
 ) -> tuple[str, tuple[str, ...]]:
-    """Return what an entry is, and for a folder the real folders that links on the way to it left."""
+    """Return the kind of an entry, and for a folder the real folders that links on its path have left."""
     if entry.name.startswith(".") or entry.name == "__MACOSX":
         return "hidden", left
     is_folder = entry.is_dir()
@@ -97,7 +97,7 @@ def _kind(
             return "outside", left
         left = (*left, os.path.realpath(os.path.dirname(entry.path)))
         if is_folder and any(_is_inside(folder, target) for folder in left):
-            return "lost", left  # a circle: we came through the target
+            return "lost", left  # a cycle: the target is one of its parents
     if is_folder:
         return "folder", left
     if not entry.is_file():

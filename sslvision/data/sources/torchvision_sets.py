@@ -1,8 +1,8 @@
 """torchvision's labeled classification sets by name, as sources.
 
 Sets that hold their images in memory (CIFAR, the MNIST family, SVHN, STL10, USPS, SEMEION) become tensors, sets that
-list image files are read as our own folders are, and the few others are asked for one image at a time. All images
-take the conversions of decode.py. A set without a test split holds out a fraction, as a folder does.
+list image files are read like folders, and the few others are read one image at a time. All images are converted as in
+decode.py. If a set has no test split, a fraction is held out, as for a folder.
 """
 
 import difflib
@@ -35,8 +35,8 @@ def _split(train: str, test: str) -> tuple[Arguments, Arguments]:
     return {"split": train}, {"split": test}
 
 
-# Set -> what makes its training and its test split; None where it has only one. A test split has labels, so that
-# CLEVR, ImageNet, Imagenette and Places365 are evaluated on what they call val.
+# Set -> arguments for its training and its test split; None if it has only one split. Test splits need labels, so CLEVR,
+# ImageNet, Imagenette and Places365 are evaluated on their val split.
 SPLITS: dict[str, tuple[Arguments, Arguments] | None] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), FLAG),
     "EMNIST": ({"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
@@ -52,14 +52,14 @@ SPLITS: dict[str, tuple[Arguments, Arguments] | None] = {
 
 @dataclass(eq=False)
 class DatasetSource:
-    """A source that asks a torchvision data set for one image at a time."""
+    """A source that reads a torchvision data set one image at a time."""
 
     name: str
     channels: int
     classes: tuple[str, ...] | None
     labels: Tensor | None
     dataset: Any
-    indices: np.ndarray  # (N,) the images' indices in the data set
+    indices: np.ndarray  # (N,) indices of the images in the data set
     split: str
     images: Tensor | None = None
 
@@ -83,12 +83,12 @@ def open_torchvision(
     holdout: float = 0.05,
     download: bool = False,
 ) -> Splits:
-    """Return a torchvision classification set, with its labels and class names (numbers where it has no names).
+    """Return a torchvision classification set, with its labels and class names (numbers if it has no names).
 
-    `root` is the folder torchvision keeps the set in; `channels` 1 or 3; `holdout` as for a folder, for sets that have
+    `root` is the folder in which torchvision stores the set; `channels` 1 or 3; `holdout` as for a folder, for sets that have
     only one split (Caltech, EuroSAT, FakeData, SEMEION, SUN397).
 
-    Raises UsageError for an unknown set or a setting out of range, DataError where the files are not there.
+    Raises UsageError for an unknown set or a setting out of range, DataError if the files do not exist.
     """
     check_holdout(holdout)
     if channels not in (1, 3):
@@ -114,19 +114,19 @@ def open_torchvision(
 
 
 class _Part:
-    """One split of a torchvision set, and what of it can be had without decoding."""
+    """One split of a torchvision set, with its labels and paths."""
 
     def __init__(self, dataset: Any, root: str):
         self.dataset, self.root = dataset, root
         self.labels = _labels(dataset)
         self.paths = _paths(dataset)
-        if self.paths is not None:  # SUN397 lists its files in whatever order the disk has them
+        if self.paths is not None:  # SUN397 lists its files in the order of the file system
             order = sorted(range(len(self.paths)), key=self.paths.__getitem__)
             self.paths = [self.paths[place] for place in order]
             self.labels = None if self.labels is None else self.labels[order]
 
     def keys(self) -> list[str]:
-        """Return what `hold_out` chooses by: paths within the set, or indices in it."""
+        """Return the keys for `hold_out`: relative paths, or indices."""
         if self.paths is None:
             return [str(place) for place in range(len(self.dataset))]
         common = os.path.commonpath([os.path.dirname(path) for path in self.paths])
@@ -162,16 +162,16 @@ def _open(name: str, root: str, arguments: Arguments, download: bool) -> Any:
     try:
         with _safe_archives():
             dataset = kind(**settings)
-    except Exception as error:  # each set has its own way to say that files are missing
+    except Exception as error:  # each set reports missing files differently
         raise DataError(_cannot_open(name, root, error, download, can_download)) from error
-    if hasattr(dataset, "h5py"):  # PCAM keeps the module, which cannot be sent to a worker
+    if hasattr(dataset, "h5py"):  # PCAM stores the module, which cannot be pickled
         dataset.h5py = SimpleNamespace(File=dataset.h5py.File)
     return dataset
 
 
 @contextmanager
 def _safe_archives() -> Iterator[None]:
-    """Refuse members of a tar file that lead out of the folder they are unpacked in, whatever torchvision's version asks."""
+    """Reject members of a tar file that would be extracted outside of its folder, in any version of torchvision."""
     before = tarfile.TarFile.extraction_filter
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     try:
@@ -193,7 +193,7 @@ def _cannot_open(name: str, root: str, error: Exception, download: bool, can_dow
 
 
 def _paths(dataset: Any) -> list[str] | None:
-    """Return the set's image files where it has one for each image."""
+    """Return the image files of the set if it has one for each image."""
     if isinstance(dataset, datasets.Caltech101):
         folders = [os.path.join(dataset.root, "101_ObjectCategories", dataset.categories[y]) for y in dataset.y]
         return [f"{folder}/image_{n:04d}.jpg" for folder, n in zip(folders, dataset.index, strict=True)]
@@ -214,7 +214,7 @@ def _paths(dataset: Any) -> list[str] | None:
 
 
 def _labels(dataset: Any) -> Tensor | None:
-    """Return the set's labels (N,) int64: those it lists, or those it gives out with each image."""
+    """Return the labels of the set, (N,) int64, from its list of labels or from each image."""
     for attribute in ("targets", "_labels", "labels", "y"):
         if (labels := getattr(dataset, attribute, None)) is not None:
             break
@@ -228,7 +228,7 @@ def _labels(dataset: Any) -> Tensor | None:
                 labels = file["y"][:].reshape(-1)
         else:
             labels = [dataset[place][1] for place in range(len(dataset))]
-    if isinstance(labels, Sequence) and None in labels:  # a test split whose labels were never published
+    if isinstance(labels, Sequence) and None in labels:  # a test split with unpublished labels
         return None
     labels = torch.as_tensor(labels).long()
     return labels[:, 0] if labels.ndim == 2 else labels  # QMNIST: the class is the first of eight columns
@@ -245,7 +245,7 @@ def _class_names(parts: Sequence[_Part]) -> tuple[str, ...] | None:
 
 
 def _images(dataset: Any, channels: int) -> Tensor | None:
-    """Return the set's images (N, C, H, W) uint8 where it holds them all in memory."""
+    """Return the images of the set, (N, C, H, W) uint8, if it has all of them in memory."""
     data = getattr(dataset, "data", None)
     if not isinstance(data, np.ndarray | Tensor):
         return None

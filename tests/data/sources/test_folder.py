@@ -338,7 +338,7 @@ def test_a_holdout_out_of_range_is_a_usage_error(plant, holdout):
 
 
 def test_a_missing_folder_a_file_and_a_folder_without_images_are_data_errors(plant, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere does not exist\. Give data\.root"):
+    with pytest.raises(DataError, match=r"nowhere does not exist\. Set data\.root"):
         open_folder(tmp_path / "nowhere")
     (tmp_path / "photos.zip").touch()
     with pytest.raises(DataError, match=r"photos\.zip is a file, not a folder: unpack it"):
