@@ -14,7 +14,7 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "from_pixels_to_transfer.ip
 
 # As where Jupyter is not installed, wherever the tests run.
 BEFORE = "import sys\nsys.modules['IPython'] = None"
-AFTER = "print(json.dumps({'folder': str(folder), 'probes': probes, 'right': right, 'answer': answer}))"
+AFTER = "import json; print(json.dumps({'folder': str(folder), 'probes': probes, 'right': right, 'answer': answer}))"
 
 
 @pytest.fixture(scope="module")
