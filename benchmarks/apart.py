@@ -13,7 +13,7 @@ import platform
 import torch
 from measure import autocast, timed
 from peers import PEERS, Ours
-from resident import compose, resident
+from resident import resident, settings_of
 
 from sslvision.system.allocator import M_MMAP_MAX, M_TOP_PAD, M_TRIM_THRESHOLD
 from sslvision.training.trainer import configure_torch
@@ -66,7 +66,7 @@ def take_turns(line, arguments, overrides, peer, options):
     device = torch.device(arguments.device)
     if peer is None:
         configure_torch({"cuda": "gpu"}.get(device.type, device.type))
-    method, _, views = resident(compose(arguments, os.devnull, overrides), device)
+    method, _, views = resident(settings_of(arguments, os.devnull, overrides), device)
     if peer is None:
         contestant = Ours("ours", method, views, **options)
     else:

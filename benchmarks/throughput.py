@@ -33,7 +33,7 @@ from apart import race_apart, set_up_for
 from measure import autocast, datasheet, host_syncs, matrix_product, peak_memory, phases, quickest, race
 from peers import PEERS, Ours
 from reference import gate, reference_flops, same_loss
-from resident import compose, resident
+from resident import resident, settings_of
 from rich.console import Console
 from rich.table import Table
 from whole_run import draw_photographs, loader_level, trainer_level
@@ -57,7 +57,7 @@ def main():
     configure_torch(accelerator)
     with tempfile.TemporaryDirectory() as scratch:
         folder = arguments.data or draw_photographs(Path(scratch) / "images", max(64, 4 * arguments.batch))
-        settings = compose(arguments, folder, overrides)
+        settings = settings_of(arguments, folder, overrides)
         figures = {"setting": setting_of(arguments, device, overrides)}
         if "step" in arguments.levels:
             figures |= step_level(settings, arguments, overrides, device)

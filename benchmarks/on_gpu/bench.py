@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import torch
 from measure import datasheet
 from reference import reference_flops
-from resident import compose, resident
+from resident import resident, settings_of
 
 from benchmarks.on_gpu.contestants import available, build_step
 from benchmarks.on_gpu.findings import DRY, USUAL, attempt, device, note, set_up, wait
@@ -63,7 +63,7 @@ def prepare(settings):
     if DRY:
         batch, words = "2", [*words, *BACKBONES[arch[: arch.index("_")]], *METHODS[method]]
     about = SimpleNamespace(method=method, arch=arch, batch=int(batch))
-    return resident(compose(about, tempfile.gettempdir() if DRY else os.devnull, words), device())
+    return resident(settings_of(about, tempfile.gettempdir() if DRY else os.devnull, words), device())
 
 
 def measure(name, base, bytes_, views, arch, steps):

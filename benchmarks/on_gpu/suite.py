@@ -7,7 +7,8 @@ import sys
 
 from benchmarks.on_gpu.findings import DRY, FILES, ROOT, note
 
-SUITE = ["tests/nn", "tests/methods", "tests/views", "tests/training", "tests/downstream", "tests/test_probe.py"]
+FOLDERS = ("nn", "methods", "augment", "optim", "training", "evaluation")
+SUITE = [*(f"tests/{folder}" for folder in FOLDERS), "tests/workflows/test_probing.py"]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::DeprecationWarning", "-p", "no:cacheprovider"]
 
 

@@ -1,4 +1,4 @@
-"""The program for GPU machines: its README's lines can be run, and a dry run on a CPU gets through every part."""
+"""The program for GPU machines: the lines of its README can be run, and a dry run on a CPU gets through every kind of part."""
 
 import importlib
 import json
@@ -92,33 +92,49 @@ def test_a_report_has_ratios_mfu_and_commands_and_is_replaced_between_its_marker
     )
 
 
-@pytest.mark.e2e
-def test_a_dry_run_gets_through_every_part(program, tmp_path):
-    contestants = program("contestants")
-    parts = [
-        "env",
-        "checks",
-        "bench:who=" + ",".join(name for name in contestants.available(contestants.CONTESTANTS) if name != "max"),
-        "bench:method=dino:arch=vit_small_patch16_224:batch=64:who=blocksbytes",
-        "bench:arch=swin_tiny_patch4_window7_224:who=blocks",
-        "profile:who=run",
-        "micro",
-        "loader",
-        "trainer",
-        "recipe:mae_gpu:recipe=mae_gpu",
-        "tests",
-    ]
-    command = [sys.executable, RUN, "--dry", "--seconds", "1800", "--out", tmp_path / "out"]
-    environment = {**os.environ, "SCRATCH": str(tmp_path / "scratch")}
-    limited = [part.replace(":", ":300:", 1) if ":" in part else f"{part}:300" for part in parts]
+def dry_run(program, parts, folder, seconds=1800):
+    """Run parts at tiny sizes on a CPU, and return the summary: all ended well, and none of their findings is an error."""
+    command = [sys.executable, RUN, "--dry", "--seconds", str(seconds), "--out", folder / "out"]
+    environment = {**os.environ, "SCRATCH": str(folder / "scratch")}
+    limited = []
+    for text in parts:
+        name, _, words = program("findings").split_part(text)
+        limited.append(":".join([name, "300", *words]))
     done = subprocess.run([*command, *limited], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    summary = json.loads((folder / "out" / "summary.json").read_text())
     assert [part for part in summary["parts"] if part["ended"] != "done"] == []
     assert len(summary["parts"]) == len(parts)
     errors = {f"{part}: {name}": value for part, found in summary["found"].items() for name, value in found.items()
               if isinstance(value, dict) and "error" in value}  # fmt: skip
     assert errors == {}
+    return summary
+
+
+@pytest.mark.e2e
+def test_a_dry_run_gets_through_every_kind_of_part_with_all_contestants_and_checks(program, tmp_path):
+    contestants = program("contestants")
+    parts = [
+        "env",
+        "checks",
+        "bench:who=" + ",".join(name for name in contestants.available(contestants.CONTESTANTS) if name != "max"),
+        "bench:method=dino:arch=vit_small_patch16_224:batch=64:who="
+        + ",".join(contestants.available(["bytes", "lightly"])),
+        "profile:who=run",
+        "micro",
+        "loader",
+        "trainer:recipes=mae_gpu",
+        "recipe:mae_gpu:recipe=mae_gpu",
+        "tests",
+    ]
+    assert {part.split(":")[0] for part in parts} == {*program("part").PARTS}
+    summary = dry_run(program, parts, tmp_path)
     assert len(summary["found"]) == len(parts)
     assert {"log.txt", "files.tar.gz"} <= {file.name for file in (tmp_path / "out").iterdir()}
     assert "ours, as a run is" in program("report").section(**program("report").merged([summary])[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", LINES)
+def test_a_line_of_the_readme_runs_dry(program, line, tmp_path):
+    dry_run(program, program("run").parse(shlex.split(line)[2:]).parts, tmp_path)

@@ -45,7 +45,7 @@ def test_a_loader_goes_on_when_someone_else_signals_all_processes(loader, signum
 def test_a_loader_ends_when_the_trainer_says_so(loader):
     _, worker = loader
     worker.terminate()  # SIGTERM
-    worker.join(timeout=10)
+    worker.join(timeout=100)
     assert worker.exitcode == 0
 
 

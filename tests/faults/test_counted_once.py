@@ -1,4 +1,4 @@
-"""Five images on two processes: each counted once (row 23). The probe's own test is in tests/test_probe.py."""
+"""Five images on two processes: each counted once (row 23). The probe's own test is in tests/workflows/test_probing.py."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from sslvision.runs.metrics import read_metrics
 from sslvision.workflows.finetuning import finetune
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]  # two processes take their time to start
+pytestmark = [pytest.mark.faults, pytest.mark.e2e]  # two processes take their time to start
 
 TWO = ("trainer.devices=2", "trainer.strategy=ddp", "name=two")
 

@@ -19,7 +19,7 @@ from sslvision.data.sources.scan import EXTENSIONS
 pytestmark = pytest.mark.faults
 
 FILES = 1000
-SECONDS = 120  # after which a loader hangs
+SECONDS = 500  # after which a loader hangs
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP", ".tif": "TIFF", ".tiff": "TIFF"}
 FORMATS |= {".bmp": "BMP", ".gif": "GIF"}
 MODES = ("RGB", "L", "RGBA", "P", "1", "CMYK", "I;16")

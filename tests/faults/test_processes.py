@@ -17,6 +17,8 @@ from sslvision.runs.torch_files import load_verified
 
 pytestmark = pytest.mark.faults
 
+HANGS = 300  # seconds after which a test gives up
+
 
 def saved(folder):
     return load_verified(folder / "checkpoints" / "last.ckpt")
@@ -42,7 +44,7 @@ class Process:
         self.pid = self.popen.pid
 
     def wait_for(self, what):
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + HANGS
         while not what():
             assert self.popen.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
@@ -56,9 +58,9 @@ class Process:
         return [int(pid) for pid in found.split()]
 
     def end(self):
-        """Return the exit code and what was said; nothing of the run may be left after a minute."""
-        code = self.popen.wait(timeout=60)
-        deadline = time.monotonic() + 60
+        """Return the exit code and what was said; nothing of the run may be left."""
+        code = self.popen.wait(timeout=HANGS)
+        deadline = time.monotonic() + HANGS
         while subprocess.run(["pgrep", "-g", str(self.pid)], capture_output=True).stdout:
             assert time.monotonic() < deadline, "a process of the run is left"
             time.sleep(0.1)
@@ -163,8 +165,8 @@ TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
     ("to", "signum", "exit_code"),
     [
         ("first", signal.SIGTERM, 143),
-        pytest.param("second", signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param("all", signal.SIGINT, 130, marks=pytest.mark.slow),
+        ("second", signal.SIGTERM, 143),
+        ("all", signal.SIGINT, 130),
     ],
 )
 def test_two_processes_stop_together_whichever_of_them_is_told(start, to, signum, exit_code):
@@ -183,9 +185,9 @@ def test_two_processes_stop_together_whichever_of_them_is_told(start, to, signum
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize("lost", ["second", pytest.param("first", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lost", ["first", "second"])
 def test_when_one_of_two_processes_dies_the_other_ends_too(start, lost):
-    """Row 31; `end` waits for a minute at most for all of them."""
+    """Row 31: without this it would wait for ever."""
     run = start(*TWO)
     run.wait_until_saved()
     os.kill(run.pid if lost == "first" else run.children()[0], signal.SIGKILL)

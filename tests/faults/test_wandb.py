@@ -3,7 +3,6 @@
 import json
 import logging
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -64,24 +63,38 @@ def test_a_run_without_a_key_is_logged_in_its_folder_and_told_how_to_send_it(run
         assert f"wandb sync {folder}/wandb/offline-run-*" in text
 
 
-@pytest.mark.parametrize("status", [200, 401, 403])
+@pytest.mark.parametrize("status", [401, *(pytest.param(status, marks=pytest.mark.e2e) for status in (200, 403))])
 def test_a_key_that_is_rejected_costs_seconds_and_no_run(server, tmp_path, monkeypatch, caplog, status):
     server(status)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    left, seconds = log_once(tmp_path / "run")
+    left = log_once(tmp_path / "run")
     assert "it did not start; check the key" in left
     assert "wandb sync" in left
     assert KEY not in left + caplog.text
-    assert seconds < 60
 
 
-def test_a_network_that_is_not_there_costs_seconds_and_no_run(tmp_path, monkeypatch):
+@pytest.fixture
+def waits(monkeypatch):
+    """How long starting a run may take, two seconds; the list has what W&B is told of it, once for each start."""
+    import wandb
+
+    told, init = [], wandb.init
+
+    def start(**options):
+        told.append(options["settings"].init_timeout)
+        return init(**options)
+
     monkeypatch.setattr("sslvision.runs.loggers.INIT_TIMEOUT", 2)
+    monkeypatch.setattr(wandb, "init", start)
+    return told
+
+
+def test_a_network_that_is_not_there_costs_seconds_and_no_run(waits, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    left, seconds = log_once(tmp_path / "run")
+    left = log_once(tmp_path / "run")
     assert "it did not start; check the key and the network" in left
-    assert seconds < 60
+    assert set(waits) == {2}
 
 
 def test_a_client_that_fails_to_start_goes_offline_as_well(server, tmp_path, monkeypatch):
@@ -97,35 +110,33 @@ def test_a_client_that_fails_to_start_goes_offline_as_well(server, tmp_path, mon
         return init(mode=mode, **options)
 
     monkeypatch.setattr(wandb, "init", fails_online)
-    left, _ = log_once(tmp_path / "run")
+    left = log_once(tmp_path / "run")
     assert "it did not start; check the key and the network (CommError: the project was deleted)" in left
 
 
-def test_an_outage_after_the_welcome_is_waited_for_no_longer_than_said(server, tmp_path, monkeypatch):
-    monkeypatch.setattr("sslvision.runs.loggers.INIT_TIMEOUT", 2)
+def test_an_outage_after_the_welcome_is_waited_for_no_longer_than_said(waits, server, tmp_path, monkeypatch):
     server(200, {"id": "me"})
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    left, seconds = log_once(tmp_path / "run")
+    left = log_once(tmp_path / "run")
     assert "it did not start" in left
-    assert seconds < 60
+    assert set(waits) == {2}
 
 
 def test_a_person_who_disabled_wandb_is_not_spoken_to(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    left, _ = log_once(tmp_path / "run")
+    left = log_once(tmp_path / "run")
     assert left == ""
     assert "offline" not in caplog.text
     assert not list((tmp_path / "run").rglob("*.wandb"))
 
 
 def log_once(folder):
-    """Log a number as a run does; return what is left to do, and the seconds it took. The CSV has the number in any case."""
+    """Log a number as a run does; return what is left to do. The CSV has the number in any case."""
     folder.mkdir()
-    started = time.perf_counter()
     loggers = build_loggers("wandb", folder, {"seed": 0})
     for logger in loggers:
         logger.log_metrics({"loss": 1.5}, step=1)
     left = close_loggers(loggers, folder)
     assert "1.5" in (folder / "metrics.csv").read_text()
     logging.getLogger("wandb").handlers.clear()
-    return left, time.perf_counter() - started
+    return left
