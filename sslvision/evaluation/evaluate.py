@@ -1,4 +1,4 @@
-"""How good is a backbone: k-NN and linear probe on frozen features of labeled images, and raw pixels for comparison."""
+"""Evaluation of a backbone: k-NN and linear probe on frozen features of labeled images, and raw pixels for comparison."""
 
 from collections.abc import Callable
 
@@ -9,20 +9,20 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source, Splits
 from sslvision.errors import DataError
-from sslvision.evaluation.features import chosen_indices, extract_features
+from sslvision.evaluation.features import Extraction, extract_features, sample_indices
 from sslvision.evaluation.knn import knn_top
 from sslvision.evaluation.linear_probe import bytes_of_fit, linear_probe
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
 from sslvision.nn.normalize import Normalize
 
-PIXELS = 32  # side to which larger images are shrunk before their pixels are compared
+PIXELS = 32  # side to which larger images are resized before their pixels are compared
 
 Features = Callable[[Source, list[int]], tuple[Tensor, Tensor]]
 
 
 def has_labels(splits: Splits) -> bool:
-    """Return whether there is anything to evaluate with: labels on both sides, and more than one class."""
+    """Return whether features can be evaluated: training and test images have labels, of more than one class."""
     train, test = splits.train, splits.test
     return train.labels is not None and test is not None and test.labels is not None and int(train.labels.max()) > 0
 
@@ -37,21 +37,20 @@ def evaluate_backbone(
     workers: int = 0,
     precision: torch.dtype = torch.float32,
 ) -> dict[str, float]:
-    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, the dimensions they fill.
+    """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, their effective rank.
 
     Args:
-        backbone: in whatever state it is; its features are those of its own pooling.
-        normalize: as in pretraining.
-        splits: labeled; features of `train` are the neighbors and the training set of the probe.
-        at_most: training images used, drawn if there are more.
-        seed: of the draw and of the probe's held-out part.
-        workers: loader processes.
-        precision: of the backbone's matrix products.
+        backbone: The backbone; its own pooling gives the features.
+        normalize: Normalization of pretraining.
+        splits: Labeled images; the features of `train` are the neighbors and the training set of the probe.
+        at_most: Maximal number of training images, a random sample if there are more.
+        seed: Seed for the sample and for the probe's held-out part.
+        workers: Number of loader processes.
+        precision: dtype of the backbone's matrix products.
     """
+    how = Extraction(workers=workers, precision=precision)
     return _evaluate(
-        lambda source, indices: extract_features(
-            backbone, normalize, source, indices, workers=workers, precision=precision
-        ),
+        lambda source, indices: extract_features(backbone, normalize, source, indices, how=how),
         splits,
         at_most=at_most,
         seed=seed,
@@ -62,7 +61,7 @@ def evaluate_backbone(
 def evaluate_pixels(
     splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0, device: torch.device | None = None
 ) -> dict[str, float]:
-    """Return the same scores with the pixels themselves as features, at 32x32, computed on `device` (None: the CPU)."""
+    """Return the same scores with pixels at 32x32 as features, computed on `device` (None: the CPU)."""
 
     def pixels(source: Source, indices: list[int]) -> tuple[Tensor, Tensor]:
         batches = list(evaluation_loader(source, PIXELS, indices, workers=workers))
@@ -78,12 +77,10 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int, de
     assert test is not None
     assert train.labels is not None
     assert test.labels is not None
-    train_indices, train_features = features(train, chosen_indices(train, at_most, seed=seed))
-    test_indices, test_features = features(test, chosen_indices(test, at_most, seed=seed))
+    train_indices, train_features = features(train, sample_indices(train, at_most, seed=seed))
+    test_indices, test_features = features(test, sample_indices(test, at_most, seed=seed))
     if not len(train_indices) or not len(test_indices):
-        raise DataError(
-            f"None of the images to {'learn from' if len(test_indices) else 'score by'} can be read: {test.name}."
-        )
+        raise DataError(f"None of the {'training' if len(test_indices) else 'test'} images can be read: {test.name}.")
     train_features = train_features.to(place_for(device, bytes_of_fit(train_features, int(train.labels.max()) + 1)))
     labeled = (train_features, train.labels[train_indices], test_features, test.labels[test_indices])
     top1, top5 = knn_top(*labeled)

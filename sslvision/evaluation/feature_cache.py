@@ -1,16 +1,16 @@
-"""Features on the disk: what was extracted once is read afterwards, as long as nothing that makes it has changed.
+"""A cache of features on disk: features are computed once and read afterwards, until something that determines them changes.
 
-A cache is two files in a folder of the caller's choice. `<key>.npy` holds the features, float32, which are mapped into
-memory and not read as a whole. `<key>.json` says in words what they are. The key is a hash of
+A cache is two files in a folder. `<key>.npy` contains the features, float32, which are mapped into memory instead of read as
+a whole. `<key>.json` describes them. The key is a hash of
 
-- the backbone: every byte of its weights, and every number its modules are set to (heads, windows, pooling, epsilons);
+- the backbone: every byte of its weights, and every number in its modules (heads, windows, pooling, epsilons);
 - the normalization, the kind of feature, the precision, and the random crop, if any;
-- the images: all pixels of a source in memory. Of image files the paths, sizes and times of change, not the contents,
-  which would have to be read: a file that changes and keeps its size and time is taken for the same. Of other sources
-  the name, the length and the labels. Of all but the first the first and the last image's pixels besides.
+- the images: all pixels of a source in memory; for image files the paths, sizes and modification times instead of the
+  contents, so a file that changes with the same size and time goes unnoticed; for other sources the name, the length and
+  the labels. For all but sources in memory also the pixels of nine images.
 
-Batch size, loader processes, number of processes and kind of device are no part of it: they change roundings only.
-Files appear whole or not at all. A process that is killed leaves a `.tmp` file, which may be deleted.
+Batch size, loader processes, number of processes and kind of device are not part of it: they change only rounding.
+Files appear complete or not at all. A process that is killed leaves a `.tmp` file, which may be deleted.
 """
 
 import json
@@ -31,15 +31,24 @@ from sslvision.augment.crops import Crop
 from sslvision.backbones.backbone import Backbone
 from sslvision.data.source import Source, UnreadableImage
 from sslvision.errors import UsageError
-from sslvision.evaluation.features import Progress, RandomCrops, feature_batches, feature_dim, has_class_token
+from sslvision.evaluation.features import (
+    DEFAULT,
+    POOLED,
+    Extraction,
+    FeatureKind,
+    RandomCrops,
+    feature_batches,
+    feature_dim,
+    has_class_token,
+)
 from sslvision.nn.normalize import Normalize
 from sslvision.system.files import require_free, written_whole
 
-FORMAT = 1  # part of the key: raise it when the same settings come to mean other features
+FORMAT = 1  # part of the key: increase it when the same settings give other features
 
 
 class Digests(NamedTuple):
-    """Hashes of a backbone, of the indices asked for and of their images, and what the last one covers, in words."""
+    """Hashes of a backbone, of the requested indices and of their images, and what the last hash covers, in words."""
 
     weights: str
     indices: str
@@ -52,73 +61,53 @@ def cached_features(
     normalize: Normalize,
     source: Source,
     indices: Sequence[int],
+    kind: FeatureKind = POOLED,
+    how: Extraction = DEFAULT,
     *,
     folder: Path,
-    last_blocks: int = 0,
-    patch_mean: bool = False,
-    crop: Crop | None = None,
-    seed: int = 0,
-    epoch: int = 0,
-    batch_size: int = 500,
-    workers: int = 0,
-    precision: torch.dtype = torch.float32,
-    rank: int = 0,
-    world: int = 1,
-    progress: Progress | None = None,
     digests: Digests | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return what `extract_features` does, from `folder` if it is there, and leave it there.
+    """Return the result of `extract_features`, read from `folder` if it is cached there, and written to it otherwise.
 
-    The features (N, F) are mapped from the file: writing to them changes no file. Main memory holds one batch of them
-    at a time. With several processes the first one writes, and `folder` must be one that all of them see. `digests` are
-    those of this backbone, source and indices, where they are known already.
+    The features (N, F) are mapped from the file: writing to them does not change the file, and main memory holds one batch
+    of them at a time. With several processes the first one writes, to a folder that all of them can read.
 
-    Raises UsageError as `extract_features`, and StorageError if the disk has too little free space.
+    Args:
+        backbone, normalize, source, indices, kind, how: Arguments of `extract_features`.
+        folder: Where features are cached.
+        digests: Digests of this backbone and these images, if they are known.
+
+    Raises:
+        UsageError: As in `extract_features`.
+        StorageError: The disk has too little free space.
     """
     indices = sorted(indices)
-    seen = source if crop is None else RandomCrops(source, crop, seed, epoch)
-    width = feature_dim(backbone, last_blocks, patch_mean)
-    plan: list[Any] = [None, False]  # what the cache is, and whether it is there
-    if rank == 0:
-        kind = "the backbone's pooled feature"
-        if last_blocks and has_class_token(backbone):
-            kind = f"class tokens of the last {last_blocks} blocks" + ", mean of the patch tokens" * patch_mean
+    width = feature_dim(backbone, kind)
+    plan: list[Any] = [None, False]  # the description of the cache, and whether it exists
+    if how.rank == 0:
         about = description(
-            backbone, normalize, seen, kind, precision, digests or digests_of(backbone, source, indices)
+            backbone, normalize, source, kind, how.precision, digests or digests_of(backbone, source, indices)
         )
         plan = [about, _read(folder, about, indices) is not None]
-    if world > 1:
+    if how.world_size > 1:
         dist.broadcast_object_list(plan)
-    about, there = plan
-    if not there:
+    about, exists = plan
+    if not exists:
         advice = "give another folder, or use fewer images or views"
         require_free(folder, len(indices) * width * 4, "The features", advice=advice)
-        batches = feature_batches(
-            backbone,
-            normalize,
-            seen,
-            indices,
-            last_blocks=last_blocks,
-            patch_mean=patch_mean,
-            batch_size=batch_size,
-            workers=workers,
-            precision=precision,
-            rank=rank,
-            world=world,
-            progress=progress,
-        )
-        if rank == 0:
+        batches = feature_batches(backbone, normalize, source, indices, kind, how)
+        if how.rank == 0:
             _write(folder, about, batches, indices, width)
         else:
-            for _ in batches:  # its share is encoded on the way to the first process
+            for _ in batches:  # computes this process's share and sends it to the first one
                 pass
-        if world > 1:
+        if how.world_size > 1:
             dist.barrier()
     cached = _read(folder, about, indices)
     if cached is None:
         raise UsageError(
-            f"The features that the first process wrote to {folder} cannot be read on process {rank}: give a folder on a "
-            "disk that all processes share."
+            f"Process {how.rank} cannot read the features that the first process wrote to {folder}: use a folder on a disk "
+            "that all processes share."
         )
     return cached
 
@@ -128,40 +117,65 @@ def cached_views(
     normalize: Normalize,
     source: Source,
     indices: Sequence[int],
+    kind: FeatureKind = POOLED,
+    how: Extraction = DEFAULT,
     *,
+    folder: Path,
     crop: Crop,
     views: int,
-    **options: Any,
+    seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Return indices (N,) and `views` times the features (N, F), of the random crops of epochs 0, 1, ...
 
-    Each view is a cache of its own, so that more views are added to those that are there. `options` are those of
-    `cached_features`. Raises UsageError as it does, and where an image can be read for one view and not for another.
+    Each view has a cache of its own, so that further views can be added.
+
+    Args:
+        backbone, normalize, source, indices, kind, how: Arguments of `extract_features`.
+        folder: Where features are cached.
+        crop: Distribution of the random crops.
+        views: Number of views.
+        seed: Seed for the crops.
+
+    Raises:
+        UsageError: As in `extract_features`, or an image can be read for one view and not for another.
+        StorageError: The disk has too little free space.
     """
     digests = digests_of(backbone, source, indices)
     found = [
-        cached_features(backbone, normalize, source, indices, crop=crop, epoch=epoch, digests=digests, **options)
+        cached_features(
+            *(backbone, normalize, RandomCrops(source, crop, seed, epoch), indices, kind, how),
+            folder=folder,
+            digests=digests,
+        )
         for epoch in range(views)
     ]
     where = found[0][0]
     if not all(torch.equal(where, others) for others, _ in found):
         raise UsageError(
-            f"Some images of {source.name} could be read for one view and not for another: is their disk at fault? Delete "
-            f"{options['folder']} and try again."
+            f"Some images of {source.name} could be read for one view and not for another, so their disk may be failing. "
+            f"Delete {folder} and try again."
         )
     return where, [features for _, features in found]
 
 
 def description(
-    backbone: Backbone, normalize: Normalize, source: Source, kind: str, precision: torch.dtype, digests: Digests
+    backbone: Backbone,
+    normalize: Normalize,
+    source: Source,
+    kind: FeatureKind,
+    precision: torch.dtype,
+    digests: Digests,
 ) -> dict[str, Any]:
-    """Return what features are, in words and hashes; the cache's `key` is made of all of it."""
-    crop = source if isinstance(source, RandomCrops) else None
+    """Describe features, in words and hashes; the cache's `key` is a hash of all of it, so these words must not change."""
+    crops = source if isinstance(source, RandomCrops) else None
+    words = "the backbone's pooled feature"
+    if kind.last_blocks and has_class_token(backbone):
+        words = f"class tokens of the last {kind.last_blocks} blocks" + ", mean of the patch tokens" * kind.patch_mean
     about = {
         "format": FORMAT,
-        "features": kind,
-        "seen": "a random crop" if crop else "the whole image, resized and cut centrally",
-        "crop": crop and {**asdict(crop.crop), "seed": crop.seed, "epoch": crop.epoch},
+        "features": words,
+        "seen": "a random crop" if crops else "the whole image, resized and cut centrally",
+        "crop": crops and {**asdict(crops.crop), "seed": crops.seed, "epoch": crops.epoch},
         "precision": str(precision).removeprefix("torch."),
         "image_size": list(backbone.image_size),
         "mean": normalize.mean.tolist(),
@@ -174,14 +188,15 @@ def description(
 
 
 def digests_of(backbone: Backbone, source: Source, indices: Sequence[int]) -> Digests:
-    """Return what a cache's key says of the backbone and the images."""
+    """Return hashes of the backbone and the images; random crops are described by the images they are cut from."""
     indices = sorted(indices)
+    images = source.source if isinstance(source, RandomCrops) else source
     chosen = sha256(_bytes(torch.tensor(indices, dtype=torch.int64))).hexdigest()
-    return Digests(weights_digest(backbone), chosen, *data_digest(source, indices))
+    return Digests(weights_digest(backbone), chosen, *data_digest(images, indices))
 
 
 def weights_digest(backbone: Backbone) -> str:
-    """Return a hash of all parameters and buffers, and of what the modules are set to.
+    """Return a hash of all parameters, buffers and numeric attributes of the modules.
 
     ViT-B (344 MB) takes 0.2 s on one core.
     """
@@ -196,14 +211,14 @@ def weights_digest(backbone: Backbone) -> str:
 
 
 def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
-    """Return a hash of some images of a source, and what it covers in words; see the module's docstring."""
+    """Return a hash of some images of a source, and what it covers, in words; see the module's docstring."""
     digest = sha256()
     if source.images is not None:
         digest.update(f"{tuple(source.images.shape)}\n".encode())
         digest.update(_bytes(source.images))
         return digest.hexdigest(), "all pixels"
     for place in {indices[number * (len(indices) - 1) // 8]: None for number in range(9)} if len(indices) else ():
-        try:  # how the source decodes shows in its pixels
+        try:  # the decoder of the source shows in the pixels
             image = source.read(place)
         except UnreadableImage as error:
             digest.update(str(error).encode())
@@ -227,13 +242,13 @@ def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
 
 
 def _read(folder: Path, about: dict[str, Any], indices: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """Return indices (N,) and features (N, F) if they are in the folder, and whole."""
+    """Return indices (N,) and features (N, F) if they are in the folder and complete."""
     try:
         unreadable = set(json.loads((folder / f"{about['key']}.json").read_text())["unreadable"])
         found = torch.tensor([place for place in indices if place not in unreadable], dtype=torch.int64)
-        # "c": pages are read when they are touched, and what is written to them stays in memory.
+        # "c": pages are read on access, and changes to them stay in memory.
         features = np.load(folder / f"{about['key']}.npy", mmap_mode="c" if len(found) else None, allow_pickle=False)
-    except (OSError, ValueError, KeyError):  # not there, or not whole, as after a crash of the machine
+    except (OSError, ValueError, KeyError):  # missing or incomplete, as after a crash of the machine
         return None
     return (found, torch.from_numpy(features)) if len(features) == len(found) else None
 
@@ -251,13 +266,13 @@ def _write(
             found.update(where.tolist())
             count += len(where)
         file.seek(0)
-        _write_header(file, count, width)  # as long as the first: numpy leaves room for the number of rows to grow
+        _write_header(file, count, width)  # of the same length: numpy pads for a larger number of rows
     seconds = time.monotonic() - start
     unreadable = sorted(set(indices) - found)
     facts = {"shape": [count, width], "seconds": round(seconds, 1), "unreadable": unreadable}
     with written_whole(
         folder / f"{about['key']}.json", concurrent=True
-    ) as file:  # last: it says that the features are there
+    ) as file:  # last: its presence marks the features as complete
         file.write(json.dumps({**about, **facts}, indent=2).encode())
 
 

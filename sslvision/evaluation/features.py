@@ -1,7 +1,7 @@
-"""Frozen features of images: the backbone in eval mode, each image once, on as many processes as there are.
+"""Frozen features of images: the backbone in eval mode, each image once, on all processes together.
 
-What stands for an image is the backbone's own pooled feature, or, as DINO's linear probe has it, the class tokens of the
-last blocks. What is seen of it is the whole image, as in evaluation, or one random crop of it, as in training.
+A feature is the backbone's own pooled feature, or, as in DINO's linear probe, the class tokens of the last blocks. It is
+computed from the whole image, as in evaluation, or from a random crop of it, as in training.
 """
 
 import math
@@ -19,18 +19,18 @@ from sslvision.backbones.vit import ViT
 from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source
 from sslvision.errors import UsageError
-from sslvision.nn.compilation import eagerly
+from sslvision.nn.compilation import force_eager
 from sslvision.nn.normalize import Normalize
 
-Progress = Callable[[int, int], None]  # images done, images in all, over all processes
+Progress = Callable[[int, int], None]  # images done and all images, over all processes
 
 
 @dataclass(eq=False)
 class RandomCrops:
-    """A source whose images are random crops of another's: those that training cuts in `epoch` with `seed`.
+    """A source of random crops of another source's images: the crops of training in `epoch` with `seed`.
 
-    Each crop is a function of (seed, epoch, place) alone. Training cuts those of a source in memory a batch at a time on
-    its device: the same boxes, and bytes that differ by roundings.
+    Each crop is a function of (seed, epoch, index) alone. Training crops images in memory a batch at a time on its device:
+    the same boxes, and pixels that differ by rounding.
     """
 
     source: Source
@@ -58,68 +58,74 @@ class RandomCrops:
         return self.source.describe(index)
 
 
+@dataclass(frozen=True)
+class FeatureKind:
+    """Which feature of a backbone represents an image.
+
+    Attributes:
+        last_blocks: 0 for the backbone's pooled feature. n for the class tokens of a ViT's last n blocks, each after the
+            final norm, concatenated (DINO, appendix F). A backbone without a class token gives its pooled feature.
+        patch_mean: With `last_blocks`, append the mean of the last block's patch tokens.
+    """
+
+    last_blocks: int = 0
+    patch_mean: bool = False
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed. Only `precision` changes them by more than rounding.
+
+    Attributes:
+        batch_size: Images per forward pass.
+        workers: Number of loader processes.
+        precision: dtype of matrix products; bfloat16 where training uses it too.
+        rank, world_size: With several processes, each encodes its share, and all get everything.
+        progress: Called after every batch with the number of images done and of all images.
+    """
+
+    batch_size: int = 500
+    workers: int = 0
+    precision: torch.dtype = torch.float32
+    rank: int = 0
+    world_size: int = 1
+    progress: Progress | None = None
+
+
+POOLED, DEFAULT = FeatureKind(), Extraction()
+
+
 def extract_features(
     backbone: Backbone,
     normalize: Normalize,
     source: Source,
     indices: Sequence[int],
-    *,
-    last_blocks: int = 0,
-    patch_mean: bool = False,
-    crop: Crop | None = None,
-    seed: int = 0,
-    epoch: int = 0,
-    batch_size: int = 500,
-    workers: int = 0,
-    precision: torch.dtype = torch.float32,
-    rank: int = 0,
-    world: int = 1,
-    progress: Progress | None = None,
+    kind: FeatureKind = POOLED,
+    how: Extraction = DEFAULT,
 ) -> tuple[Tensor, Tensor]:
     """Encode some images of a source.
 
     Args:
-        backbone: is put into eval mode for the time; its training mode comes back afterwards.
-        normalize: as in pretraining.
-        source: where the images are.
-        indices: which of them.
-        last_blocks: 0 takes the backbone's pooled feature. n takes the class tokens of a ViT's last n blocks, each after
-            the final norm, side by side (DINO, appendix F). A backbone without a class token gives its pooled feature.
-        patch_mean: with `last_blocks`, append the mean of the last block's patch tokens.
-        crop: None sees the whole image, resized and cut centrally; otherwise a random crop of it is seen.
-        seed, epoch: of the random crops, which are those of training (see RandomCrops).
-        batch_size: images per forward pass.
-        workers: loader processes.
-        precision: of the matrix products; bfloat16 where training has it too.
-        rank, world: with several processes each encodes its share, and all get everything.
-        progress: is told after every batch how many images are done, and of how many.
+        backbone: The backbone; it runs in eval mode, and gets its training mode back afterwards.
+        normalize: Normalization of pretraining.
+        source: The images, or random crops of them (RandomCrops).
+        indices: Indices of the images to encode.
+        kind: Which feature represents an image.
+        how: How features are computed.
 
     Returns:
-        indices (N,) of the readable ones, ascending, and their features (N, F), float32, in main memory.
+        Indices (N,) of the readable images, ascending, and their features (N, F), float32, in main memory.
 
     Raises:
-        UsageError: the ViT has fewer blocks, or the crop is not of the backbone's image size.
+        UsageError: The ViT has fewer blocks, or the crops do not have the backbone's image size.
     """
-    found = torch.empty(len(indices), dtype=torch.int64)
-    features = torch.empty(len(indices), feature_dim(backbone, last_blocks, patch_mean))
+    read = torch.empty(len(indices), dtype=torch.int64)
+    features = torch.empty(len(indices), feature_dim(backbone, kind))
     done = 0
-    for where, rows in feature_batches(
-        backbone,
-        normalize,
-        source if crop is None else RandomCrops(source, crop, seed, epoch),
-        indices,
-        last_blocks=last_blocks,
-        patch_mean=patch_mean,
-        batch_size=batch_size,
-        workers=workers,
-        precision=precision,
-        rank=rank,
-        world=world,
-        progress=progress,
-    ):
-        found[done : done + len(where)], features[done : done + len(where)] = where, rows
+    for where, rows in feature_batches(backbone, normalize, source, indices, kind, how):
+        read[done : done + len(where)], features[done : done + len(where)] = where, rows
         done += len(where)
-    return found[:done], features[:done]
+    return read[:done], features[:done]
 
 
 @torch.no_grad()
@@ -128,78 +134,72 @@ def feature_batches(
     normalize: Normalize,
     source: Source,
     indices: Sequence[int],
-    *,
-    last_blocks: int,
-    patch_mean: bool,
-    batch_size: int,
-    workers: int,
-    precision: torch.dtype,
-    rank: int,
-    world: int,
-    progress: Progress | None,
+    kind: FeatureKind = POOLED,
+    how: Extraction = DEFAULT,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `extract_features` returns in parts, in the same order, on every process the same."""
+    """Yield the result of `extract_features` in parts, in the same order, the same on every process."""
     size, device = backbone.image_size[0], next(backbone.parameters()).device
     if isinstance(source, RandomCrops) and source.crop.size != size:
         raise UsageError(
-            f"Features are taken of images of {size} pixels, the backbone's, but the random crops have "
-            f"{source.crop.size}: give crops of {size}, or load the backbone for images of {source.crop.size}."
+            f"Features are computed from images of {size} pixels, the backbone's size, but the random crops have "
+            f"{source.crop.size}: use crops of {size}, or load the backbone for images of {source.crop.size}."
         )
-    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, feature_dim(backbone, last_blocks, patch_mean))
-    indices = sorted(indices)
-    # Process r takes every world-th image, so that the shares of one round lie together: ascending indices, in parts.
-    loader = iter(evaluation_loader(source, size, indices[rank::world], batch_size=batch_size, workers=workers))
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, feature_dim(backbone, kind))
+    indices, batch_size, world_size = sorted(indices), how.batch_size, how.world_size
+    # Process r takes every world_size-th image, so that the shares of one round are ascending indices together.
+    share = indices[how.rank :: world_size]
+    loader = iter(evaluation_loader(source, size, share, batch_size=batch_size, workers=how.workers))
     was_training = backbone.training
     backbone.eval()
     try:
-        for number in range(math.ceil(math.ceil(len(indices) / world) / batch_size)):
+        for number in range(math.ceil(math.ceil(len(indices) / world_size) / batch_size)):
             where, images = next(loader, nothing)
-            share = nothing
+            own = nothing
             if len(where):
-                with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
+                with torch.autocast(device.type, dtype=how.precision, enabled=how.precision != torch.float32):
                     pixels = normalize(images.to(device, non_blocking=True))
-                    encoded = features_of(backbone, pixels, last_blocks, patch_mean)  # (B, F)
-                share = where, encoded.float().cpu()
-            shares = [share] * world
-            if world > 1:
-                dist.all_gather_object(shares, share)
+                    features = compute_features(backbone, pixels, kind)  # (B, F)
+                own = where, features.float().cpu()
+            shares = [own] * world_size
+            if world_size > 1:
+                dist.all_gather_object(shares, own)
             where, rows = (torch.cat(column) for column in zip(*shares, strict=True))
             order = where.argsort()
             yield where[order], rows[order]
-            if progress is not None:
-                progress(min((number + 1) * batch_size * world, len(indices)), len(indices))
+            if how.progress is not None:
+                how.progress(min((number + 1) * batch_size * world_size, len(indices)), len(indices))
     finally:
         backbone.train(was_training)
 
 
-@eagerly()
-def features_of(backbone: Backbone, images: Tensor, last_blocks: int = 0, patch_mean: bool = False) -> Tensor:
-    """Return one feature per normalized image (B, C, H, W) of the backbone's image size: (B, F)."""
-    if not last_blocks or not has_class_token(backbone):
+@force_eager()
+def compute_features(backbone: Backbone, images: Tensor, kind: FeatureKind = POOLED) -> Tensor:
+    """Return the features (B, F) of normalized images (B, C, H, W) of the backbone's image size."""
+    if not kind.last_blocks or not has_class_token(backbone):
         return backbone(images)
     blocks = backbone.model.forward_intermediates(
         images,
-        indices=last_blocks,
+        indices=kind.last_blocks,
         return_prefix_tokens=True,
         norm=True,
         output_fmt="NLC",
         intermediates_only=True,
-    )  # of each block its patch tokens (B, L, D) and its class and register tokens (B, P, D)
+    )  # per block: patch tokens (B, L, D), class and register tokens (B, P, D)
     parts = [prefix[:, 0] for _, prefix in blocks]
-    if patch_mean:
+    if kind.patch_mean:
         parts.append(blocks[-1][0].mean(dim=1))
     return torch.cat(parts, dim=1)
 
 
-def feature_dim(backbone: Backbone, last_blocks: int = 0, patch_mean: bool = False) -> int:
-    """Return F, the channels of a feature. Raises UsageError for more blocks than there are."""
-    if not last_blocks or not has_class_token(backbone):
+def feature_dim(backbone: Backbone, kind: FeatureKind = POOLED) -> int:
+    """Return F, the channels of a feature. Raises UsageError for more blocks than the ViT has."""
+    if not kind.last_blocks or not has_class_token(backbone):
         return backbone.embed_dim
-    if not 0 < last_blocks <= len(backbone.model.blocks):
+    if not 0 < kind.last_blocks <= len(backbone.model.blocks):
         raise UsageError(
-            f"Features of the last {last_blocks} blocks cannot be: this ViT has {len(backbone.model.blocks)} blocks."
+            f"There are no features of the last {kind.last_blocks} blocks: this ViT has {len(backbone.model.blocks)} blocks."
         )
-    return (last_blocks + patch_mean) * backbone.embed_dim
+    return (kind.last_blocks + kind.patch_mean) * backbone.embed_dim
 
 
 def has_class_token(backbone: Backbone) -> bool:
@@ -207,17 +207,19 @@ def has_class_token(backbone: Backbone) -> bool:
     return isinstance(backbone, ViT) and backbone.model.cls_token is not None
 
 
-def dino_features(backbone: Backbone) -> tuple[int, bool]:
-    """Return `last_blocks` and `patch_mean` of DINO's linear probe (Caron et al. 2021, appendix F).
+def dino_features(backbone: Backbone) -> FeatureKind:
+    """Return the feature of DINO's linear probe (Caron et al. 2021, appendix F).
 
-    ViT-S and narrower: the class tokens of the last 4 blocks, or of all if there are fewer. Wider ones: the last class
-    token and the mean of the patch tokens. Without a class token: the pooled feature.
+    ViT-S and narrower: the class tokens of the last 4 blocks, or of all blocks if there are fewer. Wider ViTs: the last
+    class token and the mean of the patch tokens. Without a class token: the pooled feature.
     """
     if not has_class_token(backbone):
-        return 0, False
-    return (min(4, len(backbone.model.blocks)), False) if backbone.embed_dim <= 384 else (1, True)
+        return POOLED
+    if backbone.embed_dim <= 384:
+        return FeatureKind(last_blocks=min(4, len(backbone.model.blocks)))
+    return FeatureKind(last_blocks=1, patch_mean=True)
 
 
-def chosen_indices(source: Source, at_most: int, *, seed: int) -> list[int]:
-    """Return all indices of a source, or `at_most` drawn ones, ascending."""
+def sample_indices(source: Source, at_most: int, *, seed: int) -> list[int]:
+    """Return all indices of a source, or a random sample of `at_most`, ascending."""
     return sorted(permutation(len(source), seed=seed, epoch=0)[:at_most].tolist())

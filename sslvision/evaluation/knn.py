@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbor classification: how good features are, with nothing trained.
+"""Weighted k-nearest-neighbor classification: an evaluation of features without training.
 
 The vote of Wu et al. 2018 (arXiv:1805.01978, section 3.4), as DINO evaluates (Caron et al. 2021, arXiv:2104.14294,
 appendix F): each test image takes its k most similar training images, by cosine, and neighbor i votes for its own
@@ -14,7 +14,7 @@ from torch import Tensor
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.exact_products import exact_products
 
-SIMILARITIES_AT_ONCE = 1 << 26  # 256 MiB of fp32: what bounds the memory
+SIMILARITIES_AT_ONCE = 1 << 26  # limits memory to 256 MiB of fp32
 
 
 def knn_top(

@@ -1,15 +1,15 @@
-"""The fast linear probe: how linearly separable frozen features are, in seconds.
+"""The fast linear probe: the linear separability of frozen features, in seconds.
 
 Multinomial logistic regression on standardized features, solved to its optimum by L-BFGS instead of trained by SGD, so
-that there is no learning rate and no schedule to argue about; the protocol of CLIP (Radford et al. 2021,
+that there is no learning rate and no schedule to choose; the protocol of CLIP (Radford et al. 2021,
 arXiv:2103.00020, appendix A.3) with features standardized as MAE's probe does with its BatchNorm:
 
     minimize over W (C, D), b (C,):   mean cross-entropy(x W^T + b, y)  +  l2 / 2 * |W|^2
 
 The L2 strength is chosen by the cross-entropy of a held-out, class-stratified tenth of the training set, after which
-everything is fitted again, or by that of other images, if there are some. Cross-entropy rather than accuracy, because it
-has one valley and little noise: on a thousand images accuracy changes its mind with the seed. With one image per class
-and no other there is nothing to choose by, and the middle of the grid is taken.
+everything is fitted again, or by the cross-entropy of validation images, if given. Cross-entropy instead of accuracy,
+because it has one minimum and little noise: on a thousand images the best accuracy changes with the seed. With one image
+per class and no validation images the middle of the grid is used.
 """
 
 import math
@@ -37,14 +37,14 @@ class Solution(NamedTuple):
 
 
 class LinearProbe(NamedTuple):
-    """What a probe found, accuracies in percent.
+    """The result of a probe, accuracies in percent.
 
     Attributes:
-        top1: of the test images.
-        l2: the strength chosen.
-        holdout_top1: of the images it was chosen by; NaN where there were none.
+        top1: Accuracy on the test images.
+        l2: The chosen L2 strength.
+        holdout_top1: Accuracy on the images it was chosen by; NaN without such images.
         ranking: (M, min(5, C)) int64, the best classes of each test image, best first.
-        weight, bias: (C, D) and (C,), for features as they are, not standardized: the head that fine-tuning starts from.
+        weight, bias: (C, D) and (C,), for features that are not standardized: the head that fine-tuning starts from.
     """
 
     top1: float
@@ -55,19 +55,19 @@ class LinearProbe(NamedTuple):
     bias: Tensor
 
 
-class Standard(NamedTuple):
-    """How features are standardized: (x - mean - residual) * scale, each (D,)."""
+class Standardization(NamedTuple):
+    """Standardization of features, (x - mean - residual) * scale, each (D,)."""
 
     mean: Tensor
-    residual: Tensor  # what rounding left of the mean
+    residual: Tensor  # rounding error of the mean
     scale: Tensor
 
 
-class Fitted(NamedTuple):
-    """A regression on standardized features; the other fields are those of LinearProbe."""
+class FittedProbe(NamedTuple):
+    """A regression on standardized features; the other fields are as in LinearProbe."""
 
     solution: Solution
-    standard: Standard
+    standardization: Standardization
     l2: float
     holdout_top1: float
 
@@ -84,9 +84,9 @@ def linear_probe(
     validation: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
 ) -> LinearProbe:
-    """Fit on (N, D) training features and (N,) int64 labels, and measure on the (M, D) test features.
+    """Fit on (N, D) training features and (N,) int64 labels, and evaluate on (M, D) test features.
 
-    The other arguments and errors are those of `fit_probe`. `num_classes` None means those that have a label.
+    The other arguments and errors are those of `fit_probe`. With `num_classes` None the largest label counts.
     """
     C = check_features(train_features, train_labels, test_features, test_labels, num_classes=num_classes)
     if num_classes is None and validation is not None and len(validation[1]):
@@ -100,12 +100,14 @@ def linear_probe(
         validation=validation,
         seed=seed,
     )
-    ranking = ranking_of(standard_logits(fitted, test_features))  # (M, min(5, C))
+    ranking = ranking_of(probe_logits(fitted, test_features))  # (M, min(5, C))
     top1 = 100 * int((ranking[:, 0] == test_labels.to(ranking.device)).sum()) / len(test_labels)
-    return LinearProbe(top1, fitted.l2, fitted.holdout_top1, ranking, *folded(fitted.solution, fitted.standard))
+    return LinearProbe(
+        top1, fitted.l2, fitted.holdout_top1, ranking, *fold_standardization(fitted.solution, fitted.standardization)
+    )
 
 
-@torch.inference_mode(False)  # so that it can be called from a validation hook, and still differentiate
+@torch.inference_mode(False)  # so that it can differentiate when called from a validation hook
 def fit_probe(
     features: Tensor,
     labels: Tensor,
@@ -115,73 +117,74 @@ def fit_probe(
     holdout: float = 0.1,
     validation: tuple[Tensor, Tensor] | None = None,
     seed: int = 0,
-) -> Fitted:
+) -> FittedProbe:
     """Fit features (N, D) and int64 labels (N,) on their device.
 
-    The grid is walked from the strongest L2 to the weakest, each fit starting from the last, until the cross-entropy of
-    the images to choose by rises. Those are a part of the training images, or `validation`, features and labels of
-    others; all training images are then fitted throughout. `seed` decides which training images are held out.
+    The grid is searched from the strongest L2 to the weakest, each fit starting from the last, until the cross-entropy of
+    the held-out images rises. Those are a part of the training images, or `validation`, features and labels of others.
+    All training images are then fitted with the best L2. `seed` determines which training images are held out.
 
     Raises UsageError for an empty grid, an L2 that is not positive or a `holdout` outside (0, 1), DataError for features
-    that are not finite or labels that do not fit.
+    that are not finite or labels that do not match.
     """
     if not l2_grid or min(l2_grid) <= 0 or not 0 < holdout < 1:
         raise UsageError(f"The linear probe needs L2 strengths above 0 and 0 < holdout < 1: {l2_grid=}, {holdout=}.")
     check_features(features, labels, *(validation or (features[:1], labels[:1])), num_classes=num_classes)
     labels = labels.to(features.device, copy=True)
-    standard = standard_of(features)
-    x = standardized(features, standard)  # (N, D)
+    standardization = fit_standardization(features)
+    x = apply_standardization(features, standardization)  # (N, D)
     zeros = Solution(x.new_zeros(num_classes, x.shape[1]), x.new_zeros(num_classes))
     with torch.autocast(x.device.type, enabled=False), exact_products(x.device):
         if validation is None and int(labels.bincount().max()) < 2:
             l2 = sorted(l2_grid)[len(l2_grid) // 2]
-            return Fitted(fit(x, labels, l2=l2, start=zeros), standard, l2, math.nan)
+            return FittedProbe(minimize_cross_entropy(x, labels, l2=l2, start=zeros), standardization, l2, math.nan)
         if validation is None:
             held = stratified_holdout(labels, fraction=holdout, seed=seed)  # (N,) bool
             x_fit, y_fit, x_held, y_held = x[~held], labels[~held], x[held], labels[held]
         else:
             held_features, held_labels = (part.to(x.device, copy=True) for part in validation)
-            x_fit, y_fit, x_held, y_held = x, labels, standardized(held_features, standard), held_labels
+            x_fit, y_fit, x_held, y_held = x, labels, apply_standardization(held_features, standardization), held_labels
         solution = best = zeros
         best_l2, best_loss = max(l2_grid), math.inf
         for l2 in sorted(l2_grid, reverse=True):
-            solution = fit(x_fit, y_fit, l2=l2, start=solution, tolerance=1e-4, max_iterations=100)  # enough to rank
+            # A tolerance of 1e-4 suffices to compare strengths.
+            solution = minimize_cross_entropy(x_fit, y_fit, l2=l2, start=solution, tolerance=1e-4, max_iterations=100)
             loss = F.cross_entropy(F.linear(x_held, *solution), y_held).item()
             if loss > best_loss:
                 break
             best, best_l2, best_loss = solution, l2, loss
-        final = fit(x, labels, l2=best_l2, start=best)
-        return Fitted(final, standard, best_l2, accuracy(best, x_held, y_held))
+        final = minimize_cross_entropy(x, labels, l2=best_l2, start=best)
+        return FittedProbe(final, standardization, best_l2, accuracy(best, x_held, y_held))
 
 
-def standard_logits(fitted: Fitted, features: Tensor) -> Tensor:
-    """Return the logits (M, C) of features (M, D) as they are, on the device of the fit."""
-    x = standardized(features.to(fitted.standard.mean.device), fitted.standard)
+def probe_logits(fitted: FittedProbe, features: Tensor) -> Tensor:
+    """Return the logits (M, C) of features (M, D) that are not standardized, on the device of the fit."""
+    x = apply_standardization(features.to(fitted.standardization.mean.device), fitted.standardization)
     with torch.autocast(x.device.type, enabled=False), exact_products(x.device):
         return F.linear(x, *fitted.solution)
 
 
-def folded(solution: Solution, standard: Standard) -> Solution:
-    """Return the regression for features as they are: F.linear(x, *folded) are the logits of standardized x."""
-    mean, residual, scale = (part.double() for part in standard)  # far from zero means and biases nearly cancel
+def fold_standardization(solution: Solution, standardization: Standardization) -> Solution:
+    """Return the regression for features x that are not standardized: F.linear(x, *result) are the logits of standardized x."""
+    mean, residual, scale = (part.double() for part in standardization)  # large means and biases nearly cancel
     weight = solution.weight.double() * scale  # (C, D)
     bias = solution.bias.double() - weight @ (mean + residual)  # (C,)
     return Solution(weight.to(solution.weight.dtype), bias.to(solution.bias.dtype))
 
 
 def bytes_of_fit(features: Tensor, classes: int) -> int:
-    """Return about how much memory `fit_probe` takes: five copies of features (N, D), six of logits (N, C), 64 of weights."""
+    """Return the approximate memory of `fit_probe`: five copies of features (N, D), six of logits (N, C), 64 of weights."""
     N, D = features.shape
     return 4 * (5 * N * D + 6 * N * classes + 64 * D * classes)
 
 
-def fit(
+def minimize_cross_entropy(
     x: Tensor, y: Tensor, *, l2: float, start: Solution, tolerance: float = 1e-5, max_iterations: int = 500
 ) -> Solution:
     """Return the minimum of mean cross-entropy + l2 / 2 * |W|^2, searched from `start`; the bias is not penalized.
 
-    The search ends when no entry of the gradient is above `tolerance`, or when the precision of `x` no longer tells two
-    losses apart: in fp32 within about 1e-7 of the minimum.
+    The search ends when no entry of the gradient exceeds `tolerance`, or when losses no longer differ in the precision of
+    `x`: in fp32 within about 1e-7 of the minimum.
     """
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
     optimizer = torch.optim.LBFGS(
@@ -210,22 +213,23 @@ def accuracy(solution: Solution, x: Tensor, y: Tensor) -> float:
 
 
 def standardize(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """Bring every feature to mean 0 and variance 1 with the training set's statistics; constant ones become 0."""
-    standard = standard_of(train)
-    return standardized(train, standard), standardized(test, standard)
+    """Give every feature mean 0 and variance 1 in the training set; constant features become 0."""
+    standardization = fit_standardization(train)
+    return apply_standardization(train, standardization), apply_standardization(test, standardization)
 
 
-def standard_of(features: Tensor) -> Standard:
-    """Return the statistics of features (N, D); the scale of constant ones is 0."""
+def fit_standardization(features: Tensor) -> Standardization:
+    """Return the statistics of features (N, D); the scale of constant features is 0."""
     features = features.detach().float()
     mean = features.mean(0)
-    centerd = features - mean
-    residual = centerd.mean(0)  # all there is of a constant feature
-    deviation = centerd.sub_(residual).std(0, correction=0)
-    constant = deviation <= 1e-6 * mean.abs()  # below what fp32 tells apart
-    return Standard(mean, residual, torch.where(constant, 0.0, 1 / deviation))
+    centered = features - mean
+    residual = centered.mean(0)  # all that is left of a constant feature
+    deviation = centered.sub_(residual).std(0, correction=0)
+    constant = deviation <= 1e-6 * mean.abs()  # below the precision of fp32
+    return Standardization(mean, residual, torch.where(constant, 0.0, 1 / deviation))
 
 
-def standardized(features: Tensor, standard: Standard) -> Tensor:
-    """Return features (N, D) in fp32 and standardized."""
-    return (features.detach().float() - standard.mean).sub_(standard.residual).mul_(standard.scale)
+def apply_standardization(features: Tensor, standardization: Standardization) -> Tensor:
+    """Return standardized features (N, D) in fp32."""
+    mean, residual, scale = standardization
+    return (features.detach().float() - mean).sub_(residual).mul_(scale)

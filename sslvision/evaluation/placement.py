@@ -1,14 +1,14 @@
-"""Where features are compared and probes are solved: on the GPU that computed them, if it has room."""
+"""The device on which features are compared and probes are fitted: the GPU that computed them, if its memory suffices."""
 
 import torch
 
 
 def place_for(device: torch.device, needed: int) -> torch.device:
-    """Return a CUDA device on which `needed` bytes are free, and the CPU for any other: MPS has no float64."""
+    """Return `device` if it is a CUDA device with `needed` bytes free, else the CPU (MPS has no float64)."""
     return device if device.type == "cuda" and free_bytes(device) >= needed else torch.device("cpu")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return what a CUDA device has left, after torch has given back what it holds there and does not use."""
+    """Return the free bytes of a CUDA device, after emptying torch's cache."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]

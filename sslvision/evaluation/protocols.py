@@ -1,17 +1,17 @@
-"""Linear-probe protocols by name: what a published number was measured with, pinned.
+"""Linear-probe protocols by name, with the settings of the published numbers.
 
 A linear classifier is trained on frozen features in one of three ways.
 
-- fast: logistic regression on standardized features, solved to its optimum (linear.py). Seconds, nothing to tune.
+- fast: logistic regression on standardized features, solved to its optimum (linear_probe.py). Seconds, nothing to tune.
 - mae: He et al. 2022 (arXiv:2111.06377), appendix A.1, table 10, after MoCo v3: batch norm without affine, LARS.
 - dino: Caron et al. 2021 (arXiv:2104.14294), appendix F, and the authors' evaluation: SGD on raw features.
 
-The last two draw a new random crop of every image in every epoch. Here crops are features that lie ready: K views of
-each image, of which epoch e takes view e % K. K = epochs is the paper's protocol; K = 1, the whole image, is the cheap
-one; the result says which it was. Both need images by the hundred thousand: their steps are counted in epochs, and on a
-few thousand images a run of theirs ends before it has converged (its `final_loss` tells).
+The last two draw a new random crop of every image in every epoch. Here the features of crops are precomputed: K views of
+each image, of which epoch e uses view e % K. K = epochs is the paper's protocol; K = 1, the whole image, is the cheap
+one; the result records which. Both need hundreds of thousands of images: their length is in epochs, and on a few
+thousand images they end before convergence (see `final_loss`).
 
-Deviations besides: crops are resampled by Pillow's bicubic filter (dino's authors: bilinear), and boxes that do not fit
+Other deviations: crops are resampled by Pillow's bicubic filter (dino's authors: bilinear), and boxes that do not fit
 into the image are drawn again (mae's authors clip them). Training is in fp32.
 """
 
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from sslvision.augment.randomness import permutation
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.knn import check_features
-from sslvision.evaluation.linear_probe import bytes_of_fit, fit_probe, standard_logits
+from sslvision.evaluation.linear_probe import bytes_of_fit, fit_probe, probe_logits
 from sslvision.evaluation.placement import free_bytes, place_for
 from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.exact_products import exact_products
 from sslvision.optim.schedules import warmup_cosine
 
 TRUST = 0.001  # LARS's coefficient (You et al. 2017, arXiv:1708.03888)
-TEST_AT_ONCE = 8192  # test images whose logits are computed together
+TEST_AT_ONCE = 8192  # test images per batch of logits
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Protocol:
     """How a linear classifier is trained.
 
     Attributes:
-        name: on the command line and in result files.
-        source: paper and section.
-        optimizer: lbfgs is linear.py's; the fields below do not concern it.
-        epochs: over the training images.
-        batch_size: all the training images where there are fewer.
-        base_lr: per 256 images of a batch.
-        momentum, weight_decay: of the optimizer.
-        warmup_epochs: of linear warm-up from 0; then half a cosine to 0.
-        lowered: whether the rate changes every step, or stays for an epoch.
-        drop_last: leave out an epoch's last batch where it is not full.
-        batch_norm: standardize features by their batch, and in the test by running statistics; nothing of it is learnt.
-        crop_scale: share of an image's area that a random crop shows; flips are on.
+        name: Name on the command line and in result files.
+        source: Paper and section.
+        optimizer: lbfgs is the fast probe, which uses none of the fields below.
+        epochs: Passes over the training images.
+        batch_size: Images per step; all training images if there are fewer.
+        base_lr: Learning rate per 256 images of a batch.
+        momentum, weight_decay: Settings of the optimizer.
+        warmup_epochs: Epochs of linear warm-up from 0, followed by half a cosine to 0.
+        lr_changes_every: Whether the learning rate changes every step or every epoch.
+        drop_last: Drop the last batch of an epoch if it is incomplete.
+        batch_norm: Standardize features by their batch, and in testing by running statistics; it has no parameters.
+        crop_scale: Share of an image's area in a random crop; flips are on.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 0.0
     warmup_epochs: int = 0
-    lowered: Literal["step", "epoch"] = "step"
+    lr_changes_every: Literal["step", "epoch"] = "step"
     drop_last: bool = False
     batch_norm: bool = False
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -91,7 +91,7 @@ DINO = Protocol(
     epochs=100,
     batch_size=1024,
     base_lr=0.001,
-    lowered="epoch",
+    lr_changes_every="epoch",
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (FAST, MAE, DINO)}
 
@@ -110,23 +110,23 @@ def run_protocol(
     """Train on features of the training images and rank the classes of the test images.
 
     Args:
-        protocol: one of PROTOCOLS.
-        train_features: (N, F) of the whole images, or of K random crops: (K, N, F), or K tensors (N, F) that may lie in
-            files, from which batches are gathered.
+        protocol: One of PROTOCOLS.
+        train_features: (N, F) of whole images, or of K random crops: (K, N, F), or K tensors (N, F) that may be mapped from
+            files.
         train_labels: (N,) int64.
-        test_features: (M, F), of the whole images.
-        num_classes: C, however many the training images show.
-        seed: of the head's start and of the order of images, of which there is one for each epoch.
-        validation: features and labels by which `fast` chooses its L2 strength; the others have nothing to choose.
-        device: to train on; None is where the features are.
+        test_features: (M, F), of whole images.
+        num_classes: C, which may exceed the number of classes among the training images.
+        seed: Seed for the initial weights and for the order of images in each epoch.
+        validation: Features and labels by which `fast` chooses its L2 strength; the others have nothing to choose.
+        device: The device to train on; None: the device of the features.
 
     Returns:
-        (M, min(5, C)) int64, the best classes of each test image, best first, and what a result file should say:
-        protocol, views, and what was set and what came out.
+        (M, min(5, C)) int64, the best classes of each test image, best first; and facts for a result file: protocol, views,
+        settings and final loss.
 
     Raises:
-        UsageError: `fast` is given random crops, or views have different shapes.
-        DataError: features are not finite, labels do not fit, or training diverges.
+        UsageError: `fast` got random crops, or views have different shapes.
+        DataError: Features are not finite, labels do not match, or training diverges.
     """
     whole = isinstance(train_features, Tensor) and train_features.ndim == 2
     views: list[Tensor] = [cast(Tensor, train_features)] if whole else list(train_features)
@@ -147,7 +147,7 @@ def run_protocol(
     if protocol.optimizer == "lbfgs":
         where = device if device.type != "cuda" else place_for(device, bytes_of_fit(views[0], num_classes))
         fitted = fit_probe(views[0].to(where), train_labels, num_classes=num_classes, validation=validation, seed=seed)
-        ranking = torch.cat([ranking_of(standard_logits(fitted, part)) for part in test_features.split(TEST_AT_ONCE)])
+        ranking = torch.cat([ranking_of(probe_logits(fitted, part)) for part in test_features.split(TEST_AT_ONCE)])
         return ranking, {**info, "l2": fitted.l2, "holdout_top1": fitted.holdout_top1}
     head, trained = train_head(protocol, views, train_labels.to(device), num_classes=num_classes, seed=seed)
     with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_products(device):
@@ -170,12 +170,12 @@ def train_head(
         for epoch in range(protocol.epochs):
             if shown != epoch % len(views):
                 shown = epoch % len(views)
-                features = at_hand(views[shown], device)  # (N, F)
+                features = to_device_if_it_fits(views[shown], device)  # (N, F)
             order = permutation(N, seed=seed, epoch=epoch)  # (N,)
-            loss.zero_()  # becomes the sum over this epoch's images
+            loss.zero_()  # accumulates the sum over this epoch's images
             for step in range(steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = rate(protocol, epoch, step / steps, peak=peak)
+                    group["lr"] = learning_rate(protocol, epoch, step / steps, peak=peak)
                 indices = order[step * batch : (step + 1) * batch]
                 x = features[indices.to(features.device)].to(device).float()  # (B, F)
                 error = F.cross_entropy(head(x), labels[indices.to(device)])
@@ -201,8 +201,8 @@ def train_head(
 def build_head(
     protocol: Protocol, width: int, num_classes: int, *, seed: int, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return the classifier before training, its weights normal with deviation 0.01 and its biases 0, and its optimizer."""
-    linear = nn.utils.skip_init(nn.Linear, width, num_classes)  # not by the global generator
+    """Return the untrained classifier (weights normal with standard deviation 0.01, biases 0) and its optimizer."""
+    linear = nn.utils.skip_init(nn.Linear, width, num_classes)  # not initialized by the global generator
     with torch.no_grad():
         linear.weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
         linear.bias.zero_()
@@ -219,21 +219,21 @@ def build_head(
     return head, Lars(groups, lr=0.0, momentum=momentum, weight_decay=decay, trust_coeff=TRUST, eps=0.0)
 
 
-def rate(protocol: Protocol, epoch: int, part: float, *, peak: float) -> float:
-    """Return the learning rate when `part` of an epoch is over."""
-    now = epoch + part if protocol.lowered == "step" else epoch
+def learning_rate(protocol: Protocol, epoch: int, part: float, *, peak: float) -> float:
+    """Return the learning rate after `part` of an epoch."""
+    now = epoch + part if protocol.lr_changes_every == "step" else epoch
     return warmup_cosine(now, peak=peak, epochs=protocol.epochs, warmup_epochs=protocol.warmup_epochs)
 
 
-def at_hand(features: Tensor, device: torch.device) -> Tensor:
-    """Return features on the device where they take less than half of what is free there, or where they are."""
+def to_device_if_it_fits(features: Tensor, device: torch.device) -> Tensor:
+    """Return features on the device if they take less than half of its free memory, else where they are."""
     if device.type != "cuda" or 2 * features.nbytes > free_bytes(device):
         return features
     return features.to(device)
 
 
 def deviations(protocol: Protocol, views: int, images: int, *, whole: bool) -> list[str]:
-    """Return in words how a run differs from the paper."""
+    """Return how a run differs from the paper, for the user."""
     found = []
     if whole:
         found.append("features of the whole image once; the paper draws a new random crop every epoch")
@@ -241,7 +241,7 @@ def deviations(protocol: Protocol, views: int, images: int, *, whole: bool) -> l
         found.append(f"{views} random crops of each image, in turn; the paper draws a new one every epoch")
     if images < protocol.batch_size:
         found.append(
-            f"all {images} images are one batch, where the paper's has {protocol.batch_size}, and the rate is as much lower: "
-            "the head may be far from converged"
+            f"all {images} images are one batch instead of {protocol.batch_size}, with a proportionally lower learning rate: "
+            "the head may be far from convergence"
         )
     return found

@@ -1,13 +1,13 @@
-"""How many dimensions features fill."""
+"""RankMe: the effective rank of features."""
 
 import torch
 from torch import Tensor
 
 
 def rankme(features: Tensor) -> float:
-    """Return the effective rank of features (n, D): from 1, when they lie on a line, to D, when they fill the space.
+    """Return the effective rank of features (n, D): from 1, if they lie on a line, to D, if they use all dimensions equally.
 
-    The exponential of the entropy of the normalized singular values, centering nothing (Garrido et al. 2023, Eq. 1-2).
+    The exponential of the entropy of the normalized singular values, without centering (Garrido et al. 2023, Eq. 1-2).
     It never exceeds n, so take several times D images. NaN if a feature is not finite.
     """
     features = features.double()

@@ -1,4 +1,4 @@
-"""What a classifier is worth on a test set: accuracies, how sure of them one may be, and what is taken for what."""
+"""The scores of a classifier on a test set: accuracies, confidence interval, confusion matrix."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from torch import Tensor
 from sslvision.errors import DataError
 
 RESAMPLES = 1000
-LOGITS_AT_ONCE = 1 << 24  # 128 MiB of indices while they are sorted: what bounds the memory
+LOGITS_AT_ONCE = 1 << 24  # limits memory to 128 MiB of indices while sorting
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """The scores of one classifier on one test set, all but the confusion in percent.
+    """The scores of one classifier on one test set, in percent except for the confusion matrix.
 
     Attributes:
-        top1: test images whose first class is the right one.
-        top5: test images with the right class among the first five.
-        interval: the 95 % confidence interval of top1, over test sets of this size.
-        per_class: (C,) the top-1 accuracy of each class's images; NaN for a class without test images.
-        confusion: (C, C) int64 counts of images; the row is the true class, the column the predicted one.
+        top1: Test images whose first class is the right one.
+        top5: Test images with the right class among the first five.
+        interval: 95 % confidence interval of top1, over test sets of this size.
+        per_class: (C,) top-1 accuracy of each class; NaN for a class without test images.
+        confusion: (C, C) int64 counts of images; rows are true classes, columns predicted ones.
     """
 
     top1: float
@@ -34,7 +34,7 @@ class Scores:
 
     @property
     def mean_per_class(self) -> float:
-        """The mean accuracy of the classes that have test images, in percent: what rare classes count in fully."""
+        """Mean accuracy over the classes that have test images, in percent; rare classes count as much as frequent ones."""
         return float(self.per_class.nanmean())
 
 

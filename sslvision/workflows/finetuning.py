@@ -16,8 +16,8 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.curves import learning_curve_figure
 from sslvision.figures.confusion import confusion_figure
+from sslvision.figures.curves import learning_curve_figure
 from sslvision.methods.supervised import Supervised
 from sslvision.runs import run_folder
 from sslvision.runs.checkpoint import AtomicCheckpoints

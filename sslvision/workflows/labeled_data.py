@@ -14,7 +14,7 @@ from sslvision.data.datamodule import available_workers, pixel_statistics
 from sslvision.data.source import Source, Splits
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
-from sslvision.evaluation.features import extract_features
+from sslvision.evaluation.features import Extraction, extract_features
 from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
@@ -164,9 +164,8 @@ def rank_classes(
 def frozen_features(backbone: Backbone, labeled: LabeledData, source: Source, *, precision: torch.dtype) -> Features:
     """Return the features of the images of a source."""
     normalize = Normalize(labeled.mean, labeled.std).to(next(backbone.parameters()).device)
-    indices, features = extract_features(
-        backbone, normalize, source, range(len(source)), workers=labeled.workers, precision=precision
-    )
+    how = Extraction(workers=labeled.workers, precision=precision)
+    indices, features = extract_features(backbone, normalize, source, range(len(source)), how=how)
     return Features(indices, features, labels_of(source)[indices])
 
 

@@ -19,7 +19,7 @@ from sslvision.data.sources.folder import open_folder
 from sslvision.errors import StorageError
 from sslvision.evaluation import feature_cache
 from sslvision.evaluation.feature_cache import cached_features, cached_views, data_digest, weights_digest
-from sslvision.evaluation.features import extract_features
+from sslvision.evaluation.features import Extraction, FeatureKind, RandomCrops, extract_features
 from sslvision.nn.normalize import Normalize
 
 PLACES = [1, 4, 5, 9]
@@ -67,13 +67,13 @@ def keys(folder: Path) -> set[str]:
     return {file.stem for file in folder.glob("*.npy")}
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"last_blocks": 2, "patch_mean": True, "crop": Crop(32, (0.2, 1.0)), "epoch": 3}]
-)
-def test_the_first_call_extracts_and_the_second_only_reads(tmp_path: Path, options: dict[str, Any]) -> None:
-    expected = extract_features(tiny_vit(), gray(), ten(), PLACES, **options)
-    first = cached_features(tiny_vit(), gray(), ten(), PLACES, folder=tmp_path, batch_size=3, **options)
-    second = cached_features(refuse(tiny_vit()), gray(), ten(), PLACES, folder=tmp_path, **options)
+@pytest.mark.parametrize("crops", [False, True])
+def test_the_first_call_extracts_and_the_second_only_reads(tmp_path: Path, crops: bool) -> None:
+    kind = FeatureKind(2, patch_mean=True) if crops else FeatureKind()
+    source = RandomCrops(ten(), Crop(32, (0.2, 1.0)), seed=0, epoch=3) if crops else ten()
+    expected = extract_features(tiny_vit(), gray(), source, PLACES, kind)
+    first = cached_features(tiny_vit(), gray(), source, PLACES, kind, Extraction(batch_size=3), folder=tmp_path)
+    second = cached_features(refuse(tiny_vit()), gray(), source, PLACES, kind, folder=tmp_path)
     for where, features in (first, second):
         assert torch.equal(where, expected[0])
         torch.testing.assert_close(features, expected[1], rtol=0, atol=1e-5)
@@ -94,8 +94,8 @@ def test_features_are_mapped_and_writing_to_them_leaves_the_file(tmp_path: Path)
 
 
 def test_the_file_is_plain_numpy_and_says_in_words_what_it_is(tmp_path: Path) -> None:
-    crop = Crop(32, (0.2, 1.0))
-    cached_features(tiny_vit(), gray(), ten(), PLACES, folder=tmp_path, last_blocks=2, crop=crop, seed=5, epoch=3)
+    crops = RandomCrops(ten(), Crop(32, (0.2, 1.0)), seed=5, epoch=3)
+    cached_features(tiny_vit(), gray(), crops, PLACES, FeatureKind(2), folder=tmp_path)
     (key,) = keys(tmp_path)
     about = json.loads((tmp_path / f"{key}.json").read_text())
     assert np.load(tmp_path / f"{key}.npy").shape == (4, 32)
@@ -126,14 +126,14 @@ def changed(what: str) -> dict[str, Any]:
     elif what == "indices":
         arguments["indices"] = [1, 4, 5, 8]
     elif what == "last blocks":
-        arguments["last_blocks"] = 1
+        arguments["kind"] = FeatureKind(1)
     elif what == "patch mean":
-        arguments |= {"last_blocks": 1, "patch_mean": True}
+        arguments["kind"] = FeatureKind(1, patch_mean=True)
     elif what == "precision":
-        arguments["precision"] = torch.bfloat16
+        arguments["how"] = Extraction(precision=torch.bfloat16)
     elif what.startswith("crop"):
-        arguments["crop"] = Crop(32, (0.2, 1.0), flip=what != "crop without flips")
-        arguments["seed" if what == "crop, seed" else "epoch"] = 1 if what in ("crop, seed", "crop, epoch") else 0
+        crop = Crop(32, (0.2, 1.0), flip=what != "crop without flips")
+        arguments["source"] = RandomCrops(ten(), crop, seed=int(what == "crop, seed"), epoch=int(what == "crop, epoch"))
     return arguments
 
 
@@ -145,10 +145,10 @@ def test_whatever_changes_features_makes_a_cache_of_its_own(tmp_path: Path) -> N
         assert len(keys(tmp_path)) == number + 1, what
 
 
-@pytest.mark.parametrize("option", [{"batch_size": 2}, {"workers": 1}, {"seed": 3, "epoch": 4}])
-def test_what_does_not_change_features_makes_none(tmp_path: Path, option: dict[str, int]) -> None:
+@pytest.mark.parametrize("how", [Extraction(batch_size=2), Extraction(workers=1)])
+def test_what_does_not_change_features_makes_none(tmp_path: Path, how: Extraction) -> None:
     cached_features(tiny_vit(), gray(), ten(), PLACES, folder=tmp_path)
-    cached_features(refuse(tiny_vit()).train(), gray(), ten(), PLACES[::-1], folder=tmp_path, **option)  # type: ignore[arg-type]
+    cached_features(refuse(tiny_vit()).train(), gray(), ten(), PLACES[::-1], how=how, folder=tmp_path)
     assert len(keys(tmp_path)) == 1
 
 
@@ -214,7 +214,7 @@ def test_an_extraction_that_is_cut_off_leaves_nothing(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(feature_cache, "feature_batches", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        cached_features(tiny_vit(), gray(), ten(), PLACES, folder=tmp_path, batch_size=2)
+        cached_features(tiny_vit(), gray(), ten(), PLACES, how=Extraction(batch_size=2), folder=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +246,7 @@ def test_views_are_the_epochs_and_more_of_them_are_added_to_those_there(tmp_path
     assert there < keys(tmp_path)
     assert len(keys(tmp_path)) == 3
     for epoch, view in enumerate(views):
-        _, expected = extract_features(tiny_vit(), gray(), ten(), PLACES, crop=crop, seed=1, epoch=epoch)
+        _, expected = extract_features(tiny_vit(), gray(), RandomCrops(ten(), crop, seed=1, epoch=epoch), PLACES)
         torch.testing.assert_close(view, expected, rtol=0, atol=1e-5)
 
 

@@ -11,11 +11,19 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.data.loader import TrainingImages
-from sslvision.data.source import UnreadableImage
+from sslvision.data.source import Source, UnreadableImage
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.errors import UsageError
 from sslvision.evaluation.feature_cache import cached_features
-from sslvision.evaluation.features import RandomCrops, dino_features, extract_features, feature_dim, features_of
+from sslvision.evaluation.features import (
+    Extraction,
+    FeatureKind,
+    RandomCrops,
+    compute_features,
+    dino_features,
+    extract_features,
+    feature_dim,
+)
 from sslvision.nn.normalize import Normalize
 
 CROP = Crop(32, (0.08, 1.0))
@@ -44,6 +52,11 @@ class Listed:
 
     def describe(self, index: int) -> str:
         return f"image {index}"
+
+
+def seen(source: Source, crop: Crop | None) -> Source:
+    """The source itself, or random crops of its images."""
+    return source if crop is None else RandomCrops(source, crop, seed=0, epoch=0)
 
 
 def tiny_vit(**options: object) -> Backbone:
@@ -89,9 +102,9 @@ def test_class_tokens_of_the_last_blocks_are_normed_and_lie_side_by_side(options
     backbone = tiny_vit(**options)
     first, second, third = tokens_of_blocks(backbone, images(PLACES))
     source = open_embedded().train
-    _, features = extract_features(backbone, gray(), source, PLACES, last_blocks=2)
+    _, features = extract_features(backbone, gray(), source, PLACES, FeatureKind(2))
     torch.testing.assert_close(features, torch.cat([second[:, 0], third[:, 0]], dim=1))
-    _, features = extract_features(backbone, gray(), source, PLACES, last_blocks=3, patch_mean=True)
+    _, features = extract_features(backbone, gray(), source, PLACES, FeatureKind(3, patch_mean=True))
     patches = third[:, backbone.num_prefix :].mean(dim=1)  # registers are no patches
     torch.testing.assert_close(features, torch.cat([first[:, 0], second[:, 0], third[:, 0], patches], dim=1))
 
@@ -99,14 +112,14 @@ def test_class_tokens_of_the_last_blocks_are_normed_and_lie_side_by_side(options
 def test_the_last_class_token_is_the_pooled_feature() -> None:
     backbone, source = tiny_vit(), open_embedded().train
     _, pooled = extract_features(backbone, gray(), source, PLACES)
-    torch.testing.assert_close(extract_features(backbone, gray(), source, PLACES, last_blocks=1)[1], pooled)
+    torch.testing.assert_close(extract_features(backbone, gray(), source, PLACES, FeatureKind(1))[1], pooled)
 
 
 def test_gradient_checkpointing_changes_no_feature() -> None:
     backbone = tiny_vit()
-    _, expected = extract_features(backbone, gray(), open_embedded().train, PLACES, last_blocks=2)
+    _, expected = extract_features(backbone, gray(), open_embedded().train, PLACES, FeatureKind(2))
     backbone.model.set_grad_checkpointing()
-    _, features = extract_features(backbone.train(), gray(), open_embedded().train, PLACES, last_blocks=2)
+    _, features = extract_features(backbone.train(), gray(), open_embedded().train, PLACES, FeatureKind(2))
     assert torch.equal(features, expected)
 
 
@@ -116,43 +129,42 @@ def test_a_backbone_without_a_class_token_gives_its_pooled_feature(name: str) ->
     backbone = tiny_vit(**options) if name == "vit" else build_backbone(name, image_size=32, channels=1).eval()
     with torch.no_grad():
         expected = backbone(images(PLACES))
-        assert torch.equal(features_of(backbone, images(PLACES), last_blocks=4, patch_mean=True), expected)
-    assert dino_features(backbone) == (0, False)
-    assert feature_dim(backbone, 4, True) == expected.shape[1]
+        assert torch.equal(compute_features(backbone, images(PLACES), FeatureKind(4, patch_mean=True)), expected)
+    assert dino_features(backbone) == FeatureKind()
+    assert feature_dim(backbone, FeatureKind(4, patch_mean=True)) == expected.shape[1]
 
 
 def test_dino_takes_four_class_tokens_of_a_small_vit_and_one_with_the_patches_of_a_larger() -> None:
-    assert dino_features(tiny_vit(depth=5)) == (4, False)
-    assert dino_features(tiny_vit()) == (3, False)
-    assert dino_features(tiny_vit(embed_dim=768, depth=1)) == (1, True)
+    assert dino_features(tiny_vit(depth=5)) == FeatureKind(4)
+    assert dino_features(tiny_vit()) == FeatureKind(3)
+    assert dino_features(tiny_vit(embed_dim=768, depth=1)) == FeatureKind(1, patch_mean=True)
 
 
 def test_more_blocks_than_there_are_are_refused() -> None:
     with pytest.raises(UsageError, match="this ViT has 3 blocks"):
-        extract_features(tiny_vit(), gray(), open_embedded().train, PLACES, last_blocks=4)
+        extract_features(tiny_vit(), gray(), open_embedded().train, PLACES, FeatureKind(4))
 
 
 @pytest.mark.parametrize("crop", [None, CROP])
 def test_neither_batches_nor_the_order_of_places_matter(crop: Crop | None) -> None:
-    backbone, source = tiny_vit(), open_embedded().train
-    _, together = extract_features(backbone, gray(), source, PLACES, crop=crop)
-    where, apart = extract_features(backbone, gray(), source, PLACES[::-1], crop=crop, batch_size=2)
+    backbone, source = tiny_vit(), seen(open_embedded().train, crop)
+    _, together = extract_features(backbone, gray(), source, PLACES)
+    where, apart = extract_features(backbone, gray(), source, PLACES[::-1], how=Extraction(batch_size=2))
     assert where.tolist() == PLACES
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("crop", [None, CROP])
 def test_unreadable_images_are_left_out(crop: Crop | None) -> None:
-    where, features = extract_features(
-        tiny_vit(), gray(), Listed(frozenset({8, 20, 21})), PLACES, crop=crop, batch_size=2
-    )
-    _, all_features = extract_features(tiny_vit(), gray(), Listed(), PLACES, crop=crop)
+    source = seen(Listed(frozenset({8, 20, 21})), crop)
+    where, features = extract_features(tiny_vit(), gray(), source, PLACES, how=Extraction(batch_size=2))
+    _, all_features = extract_features(tiny_vit(), gray(), seen(Listed(), crop), PLACES)
     assert where.tolist() == [3, 5000]
     torch.testing.assert_close(features, all_features[[0, 4]])
 
 
 def test_no_images_have_no_features() -> None:
-    where, features = extract_features(tiny_vit(), gray(), open_embedded().train, [], last_blocks=2)
+    where, features = extract_features(tiny_vit(), gray(), open_embedded().train, [], FeatureKind(2))
     assert where.shape == (0,)
     assert features.shape == (0, 64)
 
@@ -164,9 +176,9 @@ def test_a_view_is_the_crop_of_seed_epoch_and_place() -> None:
         crop_one(source.read(place), ImageRandom(7, rng.epoch[at : at + 1], rng.index[at : at + 1]), 0, CROP)
         for at, place in enumerate(PLACES)
     ]
-    _, features = extract_features(backbone, gray(), source, PLACES, crop=CROP, seed=7, epoch=2)
+    _, features = extract_features(backbone, gray(), RandomCrops(source, CROP, seed=7, epoch=2), PLACES)
     torch.testing.assert_close(features, backbone(gray()(torch.stack(cut))).detach())
-    _, other = extract_features(backbone, gray(), source, PLACES, crop=CROP, seed=7, epoch=3)
+    _, other = extract_features(backbone, gray(), RandomCrops(source, CROP, seed=7, epoch=3), PLACES)
     assert (other - features).abs().max() > 1e-3
 
 
@@ -177,38 +189,33 @@ def test_views_are_the_crops_of_training() -> None:
 
 
 def test_crops_of_another_size_than_the_backbones_are_refused() -> None:
-    with pytest.raises(UsageError, match="images of 32 pixels, the backbone's, but the random crops have 64"):
-        extract_features(tiny_vit(), gray(), open_embedded().train, PLACES, crop=Crop(64, (0.08, 1.0)))
+    with pytest.raises(UsageError, match="images of 32 pixels, the backbone's size, but the random crops have 64"):
+        extract_features(tiny_vit(), gray(), seen(open_embedded().train, Crop(64, (0.08, 1.0))), PLACES)
 
 
 def test_progress_counts_the_images_done() -> None:
     told: list[tuple[int, int]] = []
-    extract_features(
-        tiny_vit(),
-        gray(),
-        open_embedded().train,
-        PLACES,
-        batch_size=2,
-        progress=lambda done, total: told.append((done, total)),
-    )
+    how = Extraction(batch_size=2, progress=lambda done, total: told.append((done, total)))
+    extract_features(tiny_vit(), gray(), open_embedded().train, PLACES, how=how)
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
 def _on_one_of_two(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    backbone, source = tiny_vit(), open_embedded().train
-    everyone = {"last_blocks": 2, "crop": CROP, "batch_size": 2, "rank": rank, "world": 2}
-    extracted = extract_features(backbone, gray(), source, PLACES, **everyone)  # type: ignore[arg-type]
-    cached = cached_features(backbone, gray(), source, PLACES, folder=folder / "cache", **everyone)  # type: ignore[arg-type]
-    again = cached_features(backbone, gray(), source, PLACES, folder=folder / "cache", **everyone)  # type: ignore[arg-type]
+    source = seen(open_embedded().train, CROP)
+    given = (tiny_vit(), gray(), source, PLACES, FeatureKind(2), Extraction(batch_size=2, rank=rank, world_size=2))
+    extracted = extract_features(*given)
+    cached = cached_features(*given, folder=folder / "cache")
+    again = cached_features(*given, folder=folder / "cache")
     torch.save([extracted, cached, again], folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.mark.e2e
 def test_two_processes_give_what_one_gives_each_image_once(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_on_one_of_two, (tmp_path,), nprocs=2)
-    where, features = extract_features(tiny_vit(), gray(), open_embedded().train, PLACES, last_blocks=2, crop=CROP)
+    where, features = extract_features(tiny_vit(), gray(), seen(open_embedded().train, CROP), PLACES, FeatureKind(2))
     for rank in (0, 1):
         for found, rows in torch.load(tmp_path / f"{rank}.pt"):
             assert torch.equal(found, where)

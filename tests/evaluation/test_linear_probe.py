@@ -8,15 +8,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslvision.data.subsets import stratified_holdout
 from sslvision.errors import DataError, UsageError
+from sslvision.evaluation import linear_probe as probe_module
 from sslvision.evaluation.linear_probe import (
     L2_GRID,
     LinearProbe,
     Solution,
-    fit,
     fit_probe,
-    folded,
+    fold_standardization,
     linear_probe,
-    standard_logits,
+    minimize_cross_entropy,
+    probe_logits,
     standardize,
 )
 from sslvision.nn.exact_products import exact_products
@@ -52,7 +53,7 @@ def test_the_gradient_vanishes_at_the_solution_and_the_bias_is_not_penalized(l2:
     x, y, *_ = blobs(1.0)
     y = torch.where(torch.arange(len(y)) % 3 == 0, 0, y)  # unbalanced, so that the bias matters
     x = standardize(x, x)[0].double()  # fp32 ends where it can no longer tell two losses apart
-    solution = fit(x, y, l2=l2, start=zeros(4, 12, torch.float64))
+    solution = minimize_cross_entropy(x, y, l2=l2, start=zeros(4, 12, torch.float64))
     assert gradient(solution, x, y, l2).abs().max() <= 1e-5
     assert solution.bias.abs().max() > 0.1
 
@@ -60,8 +61,8 @@ def test_the_gradient_vanishes_at_the_solution_and_the_bias_is_not_penalized(l2:
 @pytest.mark.parametrize("l2", [1.0, 1e-2, 1e-4])
 def test_single_precision_reaches_the_same_loss(l2: float) -> None:
     x, y, *_ = blobs(1.0)
-    single = fit(x, y, l2=l2, start=zeros(4, 12))
-    double = fit(x.double(), y, l2=l2, start=zeros(4, 12, torch.float64))
+    single = minimize_cross_entropy(x, y, l2=l2, start=zeros(4, 12))
+    double = minimize_cross_entropy(x.double(), y, l2=l2, start=zeros(4, 12, torch.float64))
     losses = [
         float(F.cross_entropy(F.linear(x.double(), weight.double(), bias.double()), y) + l2 / 2 * weight.square().sum())
         for weight, bias in (single, double)
@@ -73,14 +74,17 @@ def test_the_optimum_does_not_depend_on_the_start() -> None:
     x, y, *_ = blobs(1.0)
     generator = torch.Generator().manual_seed(1)
     far = Solution(torch.randn(4, 12, generator=generator), torch.randn(4, generator=generator))
-    cold, warm = fit(x, y, l2=1e-2, start=zeros(4, 12)), fit(x, y, l2=1e-2, start=far)
+    cold, warm = (
+        minimize_cross_entropy(x, y, l2=1e-2, start=zeros(4, 12)),
+        minimize_cross_entropy(x, y, l2=1e-2, start=far),
+    )
     torch.testing.assert_close(warm.weight, cold.weight, atol=1e-3, rtol=0)
     assert not far.weight.requires_grad  # and the start is left as it was
 
 
 def test_the_penalty_is_the_one_of_the_textbook() -> None:
     # Two points at -1 and +1, one class each: the margin m = w_1 - w_0 solves sigmoid(-m) = l2 m / 2.
-    solution = fit(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), l2=0.1, start=zeros(2, 1))
+    solution = minimize_cross_entropy(torch.tensor([[-1.0], [1.0]]), torch.tensor([0, 1]), l2=0.1, start=zeros(2, 1))
     margin = float(solution.weight[1] - solution.weight[0])
     assert 1 / (1 + math.exp(margin)) == pytest.approx(0.1 * margin / 2, abs=1e-4)
 
@@ -205,11 +209,13 @@ def test_validation_images_choose_the_strength_and_all_training_images_are_fitte
     assert chosen.l2 < misled.l2 == 1.0  # where all is wrong, the least said is best
     x, x_right = standardize(few[0], right[0])
     losses = {
-        l2: float(F.cross_entropy(F.linear(x_right, *fit(x, few[1], l2=l2, start=zeros(4, 40))), right[1]))
+        l2: float(
+            F.cross_entropy(F.linear(x_right, *minimize_cross_entropy(x, few[1], l2=l2, start=zeros(4, 40))), right[1])
+        )
         for l2 in L2_GRID
     }
     assert chosen.l2 == min(losses, key=lambda l2: losses[l2])
-    expected = fit(x, few[1], l2=chosen.l2, start=zeros(4, 40))
+    expected = minimize_cross_entropy(x, few[1], l2=chosen.l2, start=zeros(4, 40))
     logits = F.linear(few[0], chosen.weight, chosen.bias)
     torch.testing.assert_close(logits, F.linear(x, *expected), atol=1e-2, rtol=0)
 
@@ -236,9 +242,9 @@ def test_the_head_gives_the_probes_logits_on_features_as_they_are(shift: float) 
     scale = 10 ** torch.linspace(-2, 2, 12)
     features, test_features = (features + shift) * scale, (test_features + shift) * scale
     fitted = fit_probe(features, labels, num_classes=4)
-    head = folded(fitted.solution, fitted.standard)
+    head = fold_standardization(fitted.solution, fitted.standardization)
     raw = F.linear(test_features.double(), head.weight.double(), head.bias.double())
-    torch.testing.assert_close(raw.float(), standard_logits(fitted, test_features), atol=1e-4 * (1 + shift), rtol=0)
+    torch.testing.assert_close(raw.float(), probe_logits(fitted, test_features), atol=1e-4 * (1 + shift), rtol=0)
     probe = linear_probe(features, labels, test_features, test_labels)
     assert torch.equal(probe.weight, head.weight)
     assert (F.linear(test_features, probe.weight, probe.bias).argmax(1) == probe.ranking[:, 0]).float().mean() > 0.99
@@ -295,7 +301,7 @@ def test_all_products_are_in_full_precision(monkeypatch):
                 precisions.add(torch.get_float32_matmul_precision())
             return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(linear_probe, "exact_products", lambda _: exact_products(torch.device("cuda")))
+    monkeypatch.setattr(probe_module, "exact_products", lambda _: exact_products(torch.device("cuda")))
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:

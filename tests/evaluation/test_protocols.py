@@ -19,7 +19,7 @@ from sslvision.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     build_head,
-    rate,
+    learning_rate,
     run_protocol,
     train_head,
 )
@@ -86,15 +86,15 @@ def test_the_published_settings_give_the_published_rates() -> None:
     assert MAE.base_lr * MAE.batch_size / 256 == pytest.approx(6.4)
     assert DINO.base_lr * DINO.batch_size / 256 == pytest.approx(0.004)
     # MAE: ten epochs up, then half a cosine, step by step. DINO: half a cosine, epoch by epoch.
-    rates = [rate(MAE, epoch, part, peak=6.4) for epoch, part in ((0, 0.0), (5, 0.5), (10, 0.0))]
+    rates = [learning_rate(MAE, epoch, part, peak=6.4) for epoch, part in ((0, 0.0), (5, 0.5), (10, 0.0))]
     assert rates == pytest.approx([0, 3.52, 6.4])
-    assert rate(MAE, 50, 0.0, peak=6.4) == pytest.approx(3.2)
-    assert rate(MAE, 89, 0.99, peak=6.4) == pytest.approx(6.4 * (1 + math.cos(math.pi * 79.99 / 80)) / 2)
-    assert rate(DINO, 0, 0.9, peak=0.004) == 0.004
-    assert rate(DINO, 50, 0.9, peak=0.004) == rate(DINO, 50, 0.0, peak=0.004) == pytest.approx(0.002)
+    assert learning_rate(MAE, 50, 0.0, peak=6.4) == pytest.approx(3.2)
+    assert learning_rate(MAE, 89, 0.99, peak=6.4) == pytest.approx(6.4 * (1 + math.cos(math.pi * 79.99 / 80)) / 2)
+    assert learning_rate(DINO, 0, 0.9, peak=0.004) == 0.004
+    assert learning_rate(DINO, 50, 0.9, peak=0.004) == learning_rate(DINO, 50, 0.0, peak=0.004) == pytest.approx(0.002)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(torch.optim.SGD([torch.zeros(1)], lr=0.004), 100)
     for epoch in range(3):
-        assert rate(DINO, epoch, 0.5, peak=0.004) == pytest.approx(scheduler.get_last_lr()[0])
+        assert learning_rate(DINO, epoch, 0.5, peak=0.004) == pytest.approx(scheduler.get_last_lr()[0])
         scheduler.optimizer.step()
         scheduler.step()
 
@@ -222,7 +222,7 @@ def test_the_result_says_how_it_differs_from_the_paper() -> None:
         "2 random crops: 2 random crops of each image, in turn; the paper draws a new one every epoch"
     )
     assert said(short, [features] * 3) == "3 random crops: "
-    assert "all 60 images are one batch, where the paper's has 16384" in said(MAE, features)
+    assert "all 60 images are one batch instead of 16384" in said(MAE, features)
 
 
 def test_features_in_files_and_in_half_precision_serve(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_the_run_ends_and_names_every_image_that_cannot_be_read(photos, finished
 
 
 def test_more_of_them_than_the_budget_end_the_run_with_exit_code_3(photos, run_tiny, tmp_path):
-    with pytest.raises(DataError, match=r"more than data.max_unreadable=0.05 of them: mend or remove") as caught:
+    with pytest.raises(DataError, match=r"more than data.max_unreadable=0.05 of them: repair or remove") as caught:
         run_tiny(tmp_path / "run", *SMALL, f"data.root={photos}", "data.max_unreadable=0.05")
     assert caught.value.exit_code == 3
     assert (tmp_path / "run" / "unreadable.csv").read_text().count("\n") > 1, "those that were met are named"
@@ -186,6 +186,6 @@ def test_held_out_images_none_of_which_can_be_read_are_told_so_after_the_export(
             file.parent.mkdir(parents=True, exist_ok=True)
             PHOTO.save(file) if split == "train" else file.write_bytes(b"rubbish")
     words = [word for word in SMALL if not word.startswith(("batch_size", "epochs"))]
-    with pytest.raises(DataError, match="None of the images to score by can be read: photos"):
+    with pytest.raises(DataError, match="None of the test images can be read: photos"):
         run_tiny(tmp_path / "run", *words, "epochs=2", "batch_size=4", f"data.root={tmp_path / 'photos'}")
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file(), "training was not for nothing"

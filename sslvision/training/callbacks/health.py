@@ -1,4 +1,4 @@
-"""Saying in words, while a run still trains, that it has stopped learning."""
+"""Reporting during training that a method has collapsed or that its loss jumped."""
 
 from collections import deque
 from statistics import median
@@ -12,36 +12,38 @@ from rich.markup import escape
 from sslvision.errors import Diverged
 from sslvision.methods.base import Method
 
-# For so long a fault must show in all written metrics: the first steps of a healthy run can look like any collapse.
+# A fault must show in so many consecutive logs and steps: the first steps of a healthy run can look like a collapse.
 PATIENCE, PATIENCE_STEPS = 5, 50
-# An update's loss so many times the median of the last written ones is a spike; so many of them are told.
+# A loss this many times the median of the last logged ones is a spike; at most three are reported.
 SPIKE, SPIKE_WINDOWS, SPIKES_TOLD = 10, 10, 3
 
 
 class Health(Callback):
-    """Ask the method what its logged metrics mean, and pass on what it keeps finding wrong.
+    """Let the method diagnose its logged metrics, and report faults that persist.
 
-    The metrics are means over all processes, so all of them come to the same finding.
+    The metrics are means over all processes, so all processes come to the same result.
 
     Args:
-        action: "warn" prints a finding, once, and training goes on; "stop" raises it.
-        console: where to print.
+        action: "warn" prints a fault once, and training continues; "stop" raises it.
+        console: Where to print.
     """
 
     def __init__(self, action: Literal["warn", "stop"], console: Console | None = None):
         self.action, self.console = action, console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self.found: dict[str, str] = {}  # fault: in words
-        self._since: dict[str, tuple[int, int]] = {}  # fault: since which step it shows without a break, how many times
+        self.found: dict[str, str] = {}  # fault: description
+        self._since: dict[
+            str, tuple[int, int]
+        ] = {}  # fault: first step of the current sequence, length of the sequence
         self._seen: dict[str, float] = {}
-        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOWS)  # the last written ones
+        self._losses: deque[float] = deque(maxlen=SPIKE_WINDOWS)  # the last logged ones
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the metrics when new ones have been written.
+        """Check new metrics.
 
         Raises:
-            Diverged: there is a finding, and the action is "stop".
+            Diverged: A fault persists, and the action is "stop".
         """
         assert isinstance(pl_module, Method)
         if not pl_module.logged or pl_module.logged is self._seen:
@@ -57,12 +59,12 @@ class Health(Callback):
             if fault not in self.found and times + 1 >= PATIENCE and step - first >= PATIENCE_STEPS:
                 self.found[fault] = f"{fault}, from step {first:,} to {step:,}: {words}"
                 if self.action == "stop":
-                    raise Diverged(f"{self.found[fault]} (health=stop ended the run; with health=warn it goes on.)")
+                    raise Diverged(f"{self.found[fault]} (health=stop ended the run; with health=warn it continues.)")
                 if trainer.is_global_zero:
                     self.console.print(f"[bold yellow]{escape(self.found[fault])}[/]")
 
     def _look_for_spike(self, method: Method, step: int, first: bool) -> None:
-        """Tell of an update whose loss was far above the losses written before."""
+        """Report an update whose loss was far above the losses logged before."""
         usual, highest = median(self._losses) if self._losses else 0.0, max(method.losses_logged, default=0.0)
         told = sum(name.startswith("spike") for name in self.found)
         if 0 < SPIKE * usual < highest and told < SPIKES_TOLD:
@@ -70,7 +72,7 @@ class Health(Callback):
             when = f"at update {step:,}" if began >= step else f"between updates {began:,} and {step:,}"
             self.found[f"spike {step}"] = (
                 f"The loss jumped {when}: {highest:.3g}, {highest / usual:.0f} times the {usual:.3g} of before. If it does not "
-                "come back, start again from earlier weights (init_from=.../checkpoints/last-1.ckpt) with a lower learning "
+                "recover, start again from earlier weights (init_from=.../checkpoints/last-1.ckpt) with a lower learning "
                 "rate, a longer warm-up, or trainer.gradient_clip_val=1."
             )
             if first:

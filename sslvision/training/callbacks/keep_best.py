@@ -1,4 +1,4 @@
-"""The best weights of a run by its validation images, given back at the end."""
+"""Keeping the weights with the best validation accuracy, and restoring them at the end of training."""
 
 from typing import Any
 
@@ -10,12 +10,11 @@ from sslvision.methods.supervised import Supervised
 
 
 class KeepBest(Callback):
-    """Keep the weights that classify most validation images rightly, and end the run with them.
+    """Keep the weights with the highest `val_top1`, and restore them at the end of training.
 
-    Of equally many the smaller `val_loss` wins, of that the earlier weights. Where Lightning validates before the first
-    update (`num_sanity_val_steps=-1`) the weights of the start take part. Works with and without Lightning's
-    EarlyStopping, and a run without validation ends as it is. What is kept is the method's `evaluated`, in main memory; a
-    checkpoint has it too, so a resumed run goes on with it.
+    Ties are decided by the smaller `val_loss`, then by the earlier step. If Lightning validates before the first update
+    (`num_sanity_val_steps=-1`), the initial weights take part. Works with and without EarlyStopping; without validation
+    nothing is restored. The weights of the method's `evaluated` are kept in main memory and in every checkpoint.
 
     Attributes:
         best: val_top1, val_loss and step of the kept weights; empty before the first validation.
@@ -37,16 +36,16 @@ class KeepBest(Callback):
             self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()}
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Load the kept weights: after the last checkpoint, which goes on from where training ended."""
+        """Load the kept weights, after the last checkpoint, which contains the weights at the end of training."""
         if self._weights:
             _evaluated(pl_module).load_state_dict(self._weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {"best": self.best, "weights": self._weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.best, self._weights = state_dict["best"], state_dict["weights"]
 
 

@@ -7,7 +7,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from sslvision.data.source import Splits
-from sslvision.evaluation.features import chosen_indices, extract_features
+from sslvision.evaluation.features import Extraction, extract_features, sample_indices
 from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_top
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
@@ -16,23 +16,23 @@ from sslvision.training.trainer import compute_dtype
 
 
 class OnlineEvaluation(Callback):
-    """RankMe and, with labels, k-NN accuracy (k = 20) of frozen features every so many epochs, on all processes together.
+    """Log RankMe and, with labels, k-NN accuracy (k = 20) of frozen features during training, on all processes together.
 
     Args:
-        splits: the neighbors, whose features' RankMe it is, and the held-out images.
-        labeled: whether there is k-NN accuracy; the last epoch is then left to the evaluation after training.
-        every_epochs: how often.
-        at_most: training images used, drawn if there are more; a look on the way need not be exact.
-        workers: loader processes.
+        splits: The training images, neighbors of k-NN and images of RankMe, and the held-out images.
+        labeled: Whether to compute k-NN accuracy; the last epoch is then left to the evaluation after training.
+        every_epochs: Epochs between evaluations.
+        at_most: Maximal number of training images, a random sample if there are more.
+        workers: Number of loader processes.
     """
 
     def __init__(self, splits: Splits, *, labeled: bool, every_epochs: int, at_most: int = 10_000, workers: int = 0):
         self.labeled, self.every_epochs, self.workers = labeled, every_epochs, workers
         sources = [splits.train, splits.test] if labeled else [splits.train]
-        self.looked_at = [(source, chosen_indices(source, at_most, seed=0)) for source in sources if source is not None]
+        self.evaluated = [(source, sample_indices(source, at_most, seed=0)) for source in sources if source is not None]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate, log, and show it in the progress bar."""
+        """Evaluate and log; the progress bar shows the result."""
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs
         if not (last or epoch % self.every_epochs == 0) or (last and self.labeled):
@@ -41,24 +41,23 @@ class OnlineEvaluation(Callback):
         found: list[Tensor] = []
         # By now the data module knows how many processes share the cores.
         workers = getattr(getattr(trainer, "datamodule", None), "workers", self.workers)
-        for source, indices in self.looked_at:
-            where, features = extract_features(
-                pl_module.pretrained(),
-                pl_module.normalize,
-                source,
-                indices,
-                workers=workers,
-                precision=compute_dtype(trainer),
-                rank=trainer.global_rank,
-                world=trainer.world_size,
-            )
+        how = Extraction(
+            workers=workers,
+            precision=compute_dtype(trainer),
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+        )
+        for source, indices in self.evaluated:
+            where, features = extract_features(pl_module.pretrained(), pl_module.normalize, source, indices, how=how)
             found += [features] if source.labels is None else [features, source.labels[where]]
         if not all(tensor.isfinite().all() for tensor in found):
-            return  # updates are being left out, see skipped.py; it is not for a look on the way to end the run
-        place = place_for(pl_module.device, 4 * found[0].nbytes + 16 * SIMILARITIES_AT_ONCE)  # training may need it all
+            return  # updates are being skipped (skipped_updates.py), which ends the run if it lasts; the evaluation does not
+        place = place_for(
+            pl_module.device, 4 * found[0].nbytes + 16 * SIMILARITIES_AT_ONCE
+        )  # training may need all of the GPU
         found[0] = found[0].to(place)
         metrics = {"rankme": rankme(found[0])}
-        if self.labeled and all(len(part) for part in found):  # whether none can be read is told at the end
+        if self.labeled and all(len(part) for part in found):  # the final evaluation reports it if no image can be read
             metrics["knn_top1"], _ = knn_top(*found)
         for name, value in metrics.items():
             trainer.callback_metrics[name] = torch.tensor(value)

@@ -1,4 +1,4 @@
-"""Pictures of what the method makes of held-out images, drawn during training."""
+"""Pictures of a method's output for held-out images, drawn during training."""
 
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,25 @@ from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source
 from sslvision.figures.images import picture_figure
 from sslvision.methods.base import Method
-from sslvision.nn.compilation import eagerly
+from sslvision.nn.compilation import force_eager
 
-PICTURED = 16  # held-out images in a picture
+IMAGES = 16  # held-out images in a picture
 
 
 class Pictures(Callback):
-    """What the method makes of held-out images, drawn every so many epochs while training.
+    """Draw the method's output for held-out images every N epochs.
 
     Args:
-        source: held-out images.
+        source: Held-out images.
         folder: figures/ of the run folder.
-        every_epochs: how often.
+        every_epochs: Epochs between pictures.
     """
 
     def __init__(self, source: Source, folder: Path, *, every_epochs: int):
         self.source, self.folder, self.every_epochs = source, folder, every_epochs
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw on the way; the last pictures are drawn when training is over."""
+        """Draw the pictures; those of the last epoch are drawn after training."""
         epoch = trainer.current_epoch + 1
         if epoch % self.every_epochs == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
             assert isinstance(pl_module, Method)
@@ -38,14 +38,14 @@ class Pictures(Callback):
 
 
 def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:
-    """Write the method's pictures of some held-out images, spread over the source, and hand them to the loggers."""
-    indices = torch.linspace(0, len(source) - 1, min(PICTURED, len(source))).long().tolist()
+    """Write the method's pictures of some held-out images, spread over the source, and send them to the loggers."""
+    indices = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).long().tolist()
     _, images = next(iter(evaluation_loader(source, method.crops[0].size, indices)))
     if not len(images):
         return
     was_training = method.training
     method.eval()
-    with eagerly():
+    with force_eager():
         pictures = method.pictures(images.to(method.device))
     method.train(was_training)
     for name, columns in pictures.items():

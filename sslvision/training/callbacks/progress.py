@@ -1,8 +1,8 @@
-"""What a person sees while a run trains: a bar in a terminal, a plain line now and then in a log.
+"""Progress during training: a bar in a terminal, a plain line at intervals in a log.
 
     epoch 3/40  ━━━━━━━━━━━━━━  312/1,560 steps  5,321 img/s  loss 0.8312  k-NN 74.2  ETA 0:03:10
 
-The bar and its ETA are of the whole run. Images per second leave evaluation out; the ETA leaves it in.
+Bar and ETA are for the whole run. Images per second exclude evaluation; the ETA includes it.
 """
 
 import math
@@ -20,21 +20,24 @@ from rich.table import Column
 
 from sslvision.training.callbacks.data_waits import WORTH_TELLING, DataWaits
 
-WINDOW = 120  # samples of the clock, at least a quarter of a second apart: the last half minute or more
+WINDOW = 120  # samples of the clock, at least SAMPLE_EVERY_S apart
 SAMPLE_EVERY_S = 0.25
 
 
 class Progress(ProgressBar):
-    """Shows epoch, step, images per second, the method's metrics, the online k-NN and the time left.
+    """Show epoch, step, images per second, the method's metrics, the online k-NN accuracy and the remaining time.
 
-    The module keeps its last metrics as detached tensors in `pl_module.latest`, of which those in `pl_module.shown`
-    (default: "loss") are displayed under its labels; `knn_top1` and `rankme` come from the trainer's callback metrics.
-    They are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
-    Where training waits for images, `waits` tells how much of the time, and it is shown above a tenth.
-    Without a terminal a line is printed at most every `plain_every_s` seconds, and one at the end.
+    The method keeps its last metrics as detached tensors in `pl_module.latest`; those in `pl_module.shown` (default:
+    "loss") are displayed with its labels. `knn_top1`, `rankme` and `val_top1` come from the trainer's callback metrics. They
+    are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
 
-    `total_steps` are the optimizer steps of the whole run, `images_per_step` the images of one, over all processes and
-    accumulated batches.
+    Args:
+        total_steps: Optimizer steps of the whole run.
+        steps_per_epoch: Optimizer steps of an epoch.
+        images_per_step: Images of a step, over all processes and accumulated batches.
+        waits: Measures waiting for images, which is shown above a tenth of the time.
+        plain_every_s: Minimal seconds between lines without a terminal.
+        console: Where to print.
     """
 
     def __init__(
@@ -53,13 +56,13 @@ class Progress(ProgressBar):
         self.console = console or Console()
         self.is_enabled = True  # LightningModule.print asks
         self._bar: Bar | None = None
-        self._started_at: float | None = None  # when the first batch of this session was asked for
-        self._paused_at: float | None = None  # when training last stopped for something else
+        self._started_at: float | None = None  # when the first batch of this session was requested
+        self._paused_at: float | None = None  # when training was last interrupted by something else
         self._paused_s = 0.0
         self._refreshed_at = -math.inf
 
     def disable(self) -> None:
-        """Show nothing from now on; Lightning asks for it on every process but the first."""
+        """Show nothing from now on; Lightning calls this on every process but the first."""
         self.is_enabled = False
         self._stop()
 
@@ -84,19 +87,19 @@ class Progress(ProgressBar):
             self._bar.start()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, or go on with it: what lies between two epochs is evaluation, not training."""
+        """Start or restart the clock: evaluation between two epochs does not count as training."""
         self._resume()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock of a run resumed in mid-epoch, for which Lightning leaves out `on_train_epoch_start`."""
+        """Start the clock of a run resumed in mid-epoch, for which Lightning skips `on_train_epoch_start`."""
         self._resume()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Sample the clock, and refresh the display when it is time."""
+        """Sample the clock, and refresh the display if it is due."""
         now, step = monotonic(), trainer.global_step
         clock = self._clock(now)
         if step > self._samples[-1][1] and clock - self._samples[-1][0] >= SAMPLE_EVERY_S:
@@ -108,11 +111,11 @@ class Progress(ProgressBar):
             self._pause()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop the clock during an evaluation in mid-epoch; the next batch starts it."""
+        """Stop the clock during an evaluation in mid-epoch; the next batch restarts it."""
         self._pause()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show where the run ended, its mean speed and how long it took."""
+        """Show the final step, the mean speed and the duration."""
         if self.is_enabled and self._started_at is not None:
             now = monotonic()
             self._samples = deque([(self._started_at, self._first_step), (self._clock(now), trainer.global_step)])
@@ -124,7 +127,7 @@ class Progress(ProgressBar):
         self._stop()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was found."""
+        """Restore the terminal."""
         self._stop()
 
     def _show(self, trainer: L.Trainer, pl_module: L.LightningModule, time: str) -> None:
@@ -159,13 +162,13 @@ class Progress(ProgressBar):
         return (last - first) / (end - start) if last > first else 0.0
 
     def _seconds_left(self, step: int, now: float) -> float:
-        """At the recent rate, stretched by the share of evaluation so far."""
+        """Return the remaining seconds at the recent speed, with the share of evaluation so far."""
         assert self._started_at is not None
         rate, elapsed = self._steps_per_second(), now - self._started_at
         return (self.total_steps - step) / rate * elapsed / (elapsed - self._paused_s) if rate else math.inf
 
     def _clock(self, now: float) -> float:
-        """The time without the pauses: it stands still during one."""
+        """Return the time without pauses."""
         return (now if self._paused_at is None else self._paused_at) - self._paused_s
 
     def _pause(self) -> None:
@@ -187,7 +190,7 @@ class Progress(ProgressBar):
 
 
 def _number(value: Any) -> str:
-    """Four significant digits, trailing zeros kept so that the line does not dance."""
+    """Format with four significant digits; trailing zeros keep the width constant."""
     return f"{float(value):#.4g}".rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""What becomes of updates that were left out because their gradients were not finite: they are told, kept, and counted."""
+"""Reporting, recording and limiting updates that were skipped because their gradients were not finite."""
 
 import csv
 from pathlib import Path
@@ -15,39 +15,39 @@ from sslvision.data.loader import TrainingImages, cut_crops
 from sslvision.errors import Diverged
 from sslvision.methods.base import Method
 
-KEPT = 20  # batches whose images are named; the first one's crops are kept as well
+KEPT = 20  # updates whose images are listed; the crops of the first one are saved too
 
 
 class SkippedUpdates(Callback):
-    """Write the batches of updates that were left out to the run's folder, and end the run when there is nothing else.
+    """List the images of skipped updates in the run folder, and end the run if too many updates are skipped in a row.
 
-    The method finds out when it writes its log, so that no step waits for the device; weights are safe meanwhile. Which images
-    were in an update, and how they were cropped, follows from the seed and its number.
+    The method notices when it writes its log, so that no step waits for the device; weights are safe meanwhile. The images of
+    an update, and their crops, follow from the seed and the number of the update.
 
     Args:
-        folder: of the run; `not_finite/` is made in it when it is needed.
-        at_most: so many in a row may be left out.
-        console: where to print.
+        folder: The run folder; `not_finite/` is created in it when needed.
+        at_most: Maximal number of consecutive skipped updates.
+        console: Where to print.
     """
 
     def __init__(self, folder: Path, at_most: int, console: Console | None = None):
         self.folder, self.at_most = folder / "not_finite", at_most
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
-        self.found: list[int] = []  # updates left out, counted from 1
+        self.found: list[int] = []  # skipped updates, counted from 1
         self._told = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Do not tell again what a resumed run has told."""
+        """Do not report again what was reported before the run was resumed."""
         assert isinstance(pl_module, Method)
         self.found, self._told = pl_module.skipped, len(pl_module.skipped)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Tell and keep what is new.
+        """Report and record new skipped updates.
 
         Raises:
-            Diverged: too many in a row.
+            Diverged: Too many consecutive updates were skipped.
         """
         assert isinstance(pl_module, Method)
         self.found = pl_module.skipped
@@ -59,39 +59,39 @@ class SkippedUpdates(Callback):
                 self._keep(trainer, update)
             updates = f"{new[0]:,}" if len(new) == 1 else f"{new[0]:,} to {new[-1]:,} ({len(new)})"
             self.console.print(
-                f"[bold yellow]The gradients of update {updates} were not finite and it was left out; its images are named in "
+                f"[bold yellow]Update {updates} was skipped, because its gradients were not finite; its images are listed in "
                 f"{escape(str(self.folder))}.[/]"
             )
-        if (row := longest_row(self.found)) > self.at_most:
-            self._diverged(trainer, f"The loss or its gradients were not finite in {row} updates in a row")
+        if (skipped := longest_sequence(self.found)) > self.at_most:
+            self._diverged(trainer, f"The loss or its gradients were not finite in {skipped} updates in a row")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See that the weights of the end are good for something.
+        """Check that training did not end with skipped updates.
 
         Raises:
-            Diverged: the last updates were all left out.
+            Diverged: The last updates were skipped.
         """
         last = trainer.global_step
         if last in self.found and (last - 1 in self.found or last == 1):
             self._diverged(trainer, "The loss or its gradients were not finite in the last updates")
 
     def summary(self) -> str:
-        """Return in words how many updates were left out."""
+        """Return how many updates were skipped, as a sentence."""
         return (
-            f"{len(self.found)} updates were left out, as their gradients were not finite; their images are named in "
+            f"{len(self.found)} updates were skipped, because their gradients were not finite; their images are listed in "
             f"{self.folder}."
         )
 
     def _diverged(self, trainer: L.Trainer, what: str) -> None:
         rate = max(group["lr"] for group in trainer.optimizers[0].param_groups)
         raise Diverged(
-            f"{what} (to update {self.found[-1]:,}; max_skipped={self.at_most}): training has diverged. The weights are those "
-            f"of before. Lower the learning rate (it is {rate:.3g} now), lengthen the warm-up, or set "
-            f"trainer.gradient_clip_val=1. The images are named in {self.folder}."
+            f"{what} (to update {self.found[-1]:,}; max_skipped={self.at_most}): training has diverged. The weights are from "
+            f"before. Lower the learning rate (it is {rate:.3g} now), lengthen the warm-up, or set "
+            f"trainer.gradient_clip_val=1. The images are listed in {self.folder}."
         )
 
     def _keep(self, trainer: L.Trainer, update: int) -> None:
-        """Name the images of an update; of the first one keep the crops as the method got them, uint8, for torch.load."""
+        """List the images of an update; for the first one, save the uint8 crops too, for torch.load."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageData)
         source, keys = data.splits.train, data.batches_of(trainer).of_update(update - 1)
@@ -108,10 +108,10 @@ class SkippedUpdates(Callback):
             torch.save(batch._asdict(), file.with_suffix(".pt"))
 
 
-def longest_row(updates: list[int]) -> int:
-    """Return how many of ascending numbers follow one another without a gap, at most."""
-    longest = row = 0
-    for place, update in enumerate(updates):
-        row = row + 1 if place and update == updates[place - 1] + 1 else 1
-        longest = max(longest, row)
+def longest_sequence(updates: list[int]) -> int:
+    """Return the length of the longest sequence of consecutive numbers in an ascending list."""
+    longest = length = 0
+    for index, update in enumerate(updates):
+        length = length + 1 if index and update == updates[index - 1] + 1 else 1
+        longest = max(longest, length)
     return longest

@@ -1,9 +1,9 @@
-"""Signals: training ends at the next optimizer update with its state saved, and goes on from there as if nothing had been.
+"""Signals: training saves its state at the next optimizer update and ends; a resumed run continues exactly from there.
 
     SIGTERM, SIGINT, SIGHUP   save, exit 143, 130, 129
-    SIGUSR1 under SLURM       save, put the job back into the queue, exit 143
+    SIGUSR1 under SLURM       save, requeue the job, exit 143
 
-Outside of training there is nothing to save, and the command ends at once (interrupts.py).
+Outside of training there is nothing to save, and the command ends at once (system/signals.py).
 """
 
 import os
@@ -26,22 +26,22 @@ from sslvision.system.signals import NOT_REQUEUED, SAME_REQUEST_S, handled_signa
 class StopOnSignal(Checkpoint):
     """Save at the first optimizer update after a signal, never between accumulated micro-batches, and stop.
 
-    What falls on that update, a validation or the end of an epoch, is done before it stops, for a resumed run would leave
-    it out. A second signal of the same kind, seconds after the first, ends the run at once and unsaved.
+    A validation or the end of an epoch due at that update is completed first, because a resumed run would skip it. A second
+    signal of the same kind, seconds after the first, ends the run at once, without saving.
 
     A signal may reach all processes or one of them. After every update they agree on it by an all-reduce of one number in
-    a gloo group of their own, so that no host waits for its device; it takes 0.1 ms with two processes of one machine.
-    It replaces what Lightning does: it asks the device in every batch, waits for the answer, and saves nothing.
+    a separate gloo group, so that no host waits for its device; this takes 0.1 ms with two processes on one machine. It
+    replaces Lightning's handling, which synchronizes with the device in every batch and saves nothing.
 
     (A `Checkpoint` is called after all other callbacks.)
 
     Args:
-        checkpoint: where to save.
-        folder: of the run.
-        requeues: whether the same command line, called again by SLURM, goes on from the checkpoint.
+        checkpoint: Where to save.
+        folder: The run folder.
+        requeues: Whether the same command line, started again by SLURM, resumes from the checkpoint.
 
     Raises:
-        Stopped: in all processes, at the same update.
+        Stopped: In all processes, at the same update.
     """
 
     def __init__(self, checkpoint: Path, folder: Path, *, requeues: bool = False):
@@ -51,11 +51,11 @@ class StopOnSignal(Checkpoint):
         self._group: dist.ProcessGroup | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Keep Lightning from handling signals: under SLURM it saves in mid-update, and without it exits with 0."""
+        """Disable Lightning's signal handling: under SLURM it saves in mid-update, otherwise it exits with 0."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen, from now to the end of training."""
+        """Handle signals until the end of training."""
         self._received, self._step, self._process = 0, trainer.global_step, os.getpid()
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]  # all processes are members
@@ -67,7 +67,7 @@ class StopOnSignal(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save and stop if this batch completed an update and a signal has come."""
+        """Save and stop if this batch completed an update and a signal was received."""
         if trainer.global_step > self._step:
             self._step = trainer.global_step
             epoch = trainer.fit_loop.epoch_loop
@@ -85,19 +85,19 @@ class StopOnSignal(Checkpoint):
         self._stop_if_asked(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Leave the signals as they were found."""
+        """Restore the signal handlers."""
         self._restore()
         self._end_group()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the signals as they were found, and pass on one that came too late."""
+        """Restore the signal handlers, and raise a signal that came too late again."""
         self._restore()
         self._end_group()
         if self._received:
             signal.raise_signal(self._received)
 
     def _receive(self, signum: int, frame: Any) -> None:
-        """Note the signal; whatever is under way is finished first."""
+        """Record the signal; the current step is finished first."""
         if os.getpid() != self._process:  # a loader's process, forked with this handler
             return
         if self._received == signum and time.monotonic() - self._received_at > SAME_REQUEST_S:
@@ -120,11 +120,11 @@ class StopOnSignal(Checkpoint):
         name, step = signal.Signals(signum).name, trainer.global_step
         if name == "SIGUSR1":
             signum = signal.SIGTERM
-            became = (requeue() if trainer.is_global_zero else "") if self.requeues else NOT_REQUEUED
-            raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}. {became}", signum)
+            outcome = (requeue() if trainer.is_global_zero else "") if self.requeues else NOT_REQUEUED
+            raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}. {outcome}", signum)
         standard = self.folder.parent == Path("outputs").absolute()
         where = f"name={self.folder.name}" if standard else f"output_dir={self.folder}"
-        raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}; go on with resume=auto {where}", signum)
+        raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}; resume with resume=auto {where}", signum)
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():

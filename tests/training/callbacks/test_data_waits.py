@@ -216,7 +216,7 @@ def test_the_advice_is_one_that_can_be_followed(clock, monkeypatch, workers, cac
     waits = DataWaits(workers=workers, cached=cached)
     fit(Tiny(clock, read=3), waits)
     waits.devices = devices
-    assert waits.summary().startswith("Data-bound: 75 % of the time went into waiting for images; ")
+    assert waits.summary().startswith("Data-bound: 75 % of the time was spent waiting for images; ")
     assert advice in waits.summary().replace("went into waiting for images", "images")
 
 
