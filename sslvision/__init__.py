@@ -9,8 +9,7 @@
 What is named here is imported when it is first used, so that importing sslvision itself takes no time.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # type checkers take it as true; importing it from typing takes longer than all of this file
 
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
@@ -57,12 +56,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     """Import a name of the public API when it is first used."""
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
+    """Return all names, those not yet imported too."""
     return [*globals(), *__all__]
