@@ -134,8 +134,8 @@ def warm_command(tmp_path_factory):
     """The same, much sooner: the process is forked from one that has imported everything. For one process on a CPU."""
     from warm_process import call_warm
 
-    def call(*words, cwd, of="pretrain", timeout=300):
-        environment = {**os.environ, **OF_COMMANDS}
+    def call(*words, cwd, of="pretrain", timeout=300, **environment):
+        environment = {**os.environ, **OF_COMMANDS, **environment}
         log = tmp_path_factory.mktemp("log")
         return call_warm(of, words, cwd=cwd, log=log, timeout=timeout, environment=environment)
 

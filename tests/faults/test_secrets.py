@@ -56,7 +56,7 @@ def test_no_file_of_a_run_holds_a_secret(private, run_tiny, tmp_path, monkeypatc
     assert told["batch_size"] == 2500  # what is no secret is all there
 
 
-def test_no_file_of_a_sweep_holds_a_secret(command, tmp_path):
+def test_no_file_of_a_sweep_holds_a_secret(warm_command, tmp_path):
     words = (
         "-m",
         "recipe=mae",
@@ -65,7 +65,7 @@ def test_no_file_of_a_sweep_holds_a_secret(command, tmp_path):
         f"about='{TOKEN}'",
         f"reference='https://me:{PASSWORD}@host'",
     )
-    ended = command(*words, cwd=tmp_path, HF_TOKEN=TOKEN)
+    ended = warm_command(*words, cwd=tmp_path, HF_TOKEN=TOKEN)
     assert ended.returncode == 3, ended.stderr  # fewer images than a batch, twice
     assert not files_with(TOKEN, tmp_path)
     assert not files_with(PASSWORD, tmp_path)
