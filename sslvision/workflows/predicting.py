@@ -1,4 +1,4 @@
-"""What a classifier says of a folder of images: a row for each, in order, those that cannot be read included."""
+"""Predicting: classify a folder of images into a CSV file, with a row for each image, unreadable ones included."""
 
 import csv
 import os
@@ -26,21 +26,57 @@ from sslvision.training.trainer import configure_torch, select_device
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of one image, or why it could not be read."""
+    """The most likely classes of one image, or the reason why it could not be read."""
 
-    image: str  # path relative to the folder, with "/" on every system
-    labels: tuple[str, ...]  # likeliest first
+    image: str  # path relative to the folder, with "/" on every operating system
+    labels: tuple[str, ...]  # most likely first
     probabilities: tuple[float, ...]
     problem: str
 
 
-def open_images(path: str | Path, *, channels: int) -> FileSource:
-    """Return every image under a folder, at any depth, sorted by relative path; or the one file that `path` is.
-
-    Whatever the folders are called, train/ and val/ included. Hidden files and folders are left out.
+def predict_to_csv(settings: Predict) -> Path:
+    """Classify the images that the settings name, and return the path of the CSV file.
 
     Raises:
-        DataError: there is nothing of that name, or there are no images.
+        UsageError: The run has no head.
+        DataError: There are no images.
+    """
+    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
+    device = select_device(settings.device)
+    configure_torch(device.type)
+    run = settings.run or ""
+    loaded = load_backbone(run)
+    if not loaded.classes or loaded.mean is None or loaded.std is None:
+        raise UsageError(
+            f"run={run} has no head and no class names, so it cannot classify images: fine-tune it first, "
+            f"python -m sslvision.finetune run={run} data=..."
+        )
+    source = open_images(settings.images or "", channels=loaded.backbone.channels)
+    output = Path(settings.output or _default_output(run))
+    rows = predict(
+        loaded.backbone.to(device),
+        Normalize(loaded.mean, loaded.std).to(device),
+        loaded.classes,
+        source,
+        batch_size=settings.batch_size,
+        workers=available_workers() if settings.workers is None else settings.workers,
+        top=settings.top,
+    )
+    images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
+    console.print(
+        f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
+        f"`problem`): {output.absolute()}"
+    )
+    return output
+
+
+def open_images(path: str | Path, *, channels: int) -> FileSource:
+    """Return all images under a folder, at any depth, sorted by relative path; or the one image that `path` names.
+
+    Folders named train/ and val/ are like all others. Hidden files and folders are skipped.
+
+    Raises:
+        DataError: There is nothing of that name, or there are no images.
     """
     root = os.path.abspath(os.path.expanduser(path))
     if os.path.isfile(root):
@@ -48,7 +84,7 @@ def open_images(path: str | Path, *, channels: int) -> FileSource:
     else:
         try:
             images = sorted(scan(root, follow_symlinks=False).images)
-        except DataError as error:  # speaks of training
+        except DataError as error:  # its message is about training
             raise DataError(str(error).replace("data.root", "images")) from None
     return FileSource(str(path), channels, None, None, root, *joined(images))
 
@@ -64,28 +100,28 @@ def predict(
     top: int = 5,
     precision: torch.dtype = torch.float32,
 ) -> Iterator[Prediction]:
-    """Classify all images of a source, each seen whole: its central square, as in evaluation.
+    """Classify all images of a source, each by its central square, as in evaluation.
 
     Args:
-        backbone: a classifier: features go through `model.get_classifier()`. Is put into eval mode for the time.
-        normalize: as in training.
-        classes: what the classifier's outputs stand for.
-        source: see `open_images`.
-        batch_size: images per forward pass.
-        workers: loader processes.
-        top: classes to name of each image, at most.
-        precision: of the matrix products; bfloat16 where training had it too.
+        backbone: A classifier; it runs in eval mode, and gets its training mode back afterwards.
+        normalize: Normalization of training.
+        classes: Names of the classifier's outputs.
+        source: Images, from `open_images`.
+        batch_size: Images per forward pass.
+        workers: Number of loader processes.
+        top: Maximal number of classes per image.
+        precision: dtype of matrix products; bfloat16 where training used it too.
 
     Returns:
-        an iterator of a Prediction for each image, in the source's order, made batch by batch.
+        An iterator over a Prediction for each image, in the source's order, computed batch by batch.
 
     Raises:
-        UsageError: the backbone has no classifier of these classes.
+        UsageError: The backbone has no classifier of these classes.
     """
     outputs = backbone.model.num_classes
     if not outputs or outputs != len(classes):
         raise UsageError(
-            f"This network tells {outputs} classes apart, not {len(classes)}: only a fine-tuned one can predict "
+            f"This network has {outputs} classes, not {len(classes)}: only a fine-tuned one can predict "
             "(python -m sslvision.finetune)."
         )
     if top < 1:
@@ -108,7 +144,7 @@ def _rows(
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_readable_and_not,
-        generator=torch.Generator(),  # which leaves the global one alone
+        generator=torch.Generator(),  # instead of the global one
     )
     start = len(os.path.join(source.root, ""))
     was_training = backbone.training
@@ -129,7 +165,7 @@ def _rows(
 
 @torch.no_grad()
 def _probabilities(backbone: Backbone, normalize: Normalize, images: Tensor, precision: torch.dtype) -> Tensor:
-    """Return the probabilities of all classes (B, K), in main memory, of uint8 images (B, C, S, S)."""
+    """Return the class probabilities (B, K), in main memory, of uint8 images (B, C, S, S)."""
     device = next(backbone.parameters()).device
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
         features = backbone(normalize(images.to(device, non_blocking=True)))  # (B, D)
@@ -153,18 +189,18 @@ def _relative(source: FileSource, place: int, start: int) -> str:
 
 
 def write_csv(rows: Iterable[Prediction], file: str | Path, *, top: int) -> tuple[int, int]:
-    """Write image, label, probability, label_2, probability_2, ... and problem, row by row as they come.
+    """Write image, label, probability, label_2, probability_2, ... and problem, row by row as they are computed.
 
-    The file is there when it is whole: until then it is a hidden one beside it. A path that a spreadsheet would take for a
-    formula (=, +, -, @) begins with "./", and is the same path. Names of classes are written as they are.
+    The file appears when it is complete; until then a hidden one is written beside it. A path that a spreadsheet would read
+    as a formula (=, +, -, @) gets the prefix "./", which means the same path. Names of classes are not changed.
 
     Args:
-        rows: see `predict`.
-        file: is replaced if it exists; its folder is made if need be.
-        top: columns of labels; the number of classes where that is less than what was asked for.
+        rows: Predictions, from `predict`.
+        file: The CSV file; it is replaced if it exists, and its folder is created if necessary.
+        top: Number of label columns; at most the number of classes.
 
     Returns:
-        the number of rows, and of those with a problem.
+        The number of rows, and the number of rows with a problem.
     """
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -189,41 +225,6 @@ def _columns(top: int) -> list[str]:
     return [f"{column}_{place}" for place in range(2, top + 1) for column in ("label", "probability")]
 
 
-def predict_to_csv(settings: Predict) -> Path:
-    """Label the images that the settings name, and return the CSV file.
-
-    Raises:
-        UsageError: the run has no head, or there are no images.
-    """
-    started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
-    device = select_device(settings.device)
-    configure_torch(device.type)
-    run = settings.run or ""
-    loaded = load_backbone(run)
-    if not loaded.classes or loaded.mean is None or loaded.std is None:
-        raise UsageError(
-            f"run={run} has no head and no class names, so it cannot label images: fine-tune it first, "
-            f"python -m sslvision.finetune run={run} data=..."
-        )
-    source = open_images(settings.images or "", channels=loaded.backbone.channels)
-    output = Path(settings.output or _beside(run))
-    rows = predict(
-        loaded.backbone.to(device),
-        Normalize(loaded.mean, loaded.std).to(device),
-        loaded.classes,
-        source,
-        batch_size=settings.batch_size,
-        workers=available_workers() if settings.workers is None else settings.workers,
-        top=settings.top,
-    )
-    images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
-    console.print(
-        f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
-        f"`problem`): {output.absolute()}"
-    )
-    return output
-
-
-def _beside(run: str) -> Path:
+def _default_output(run: str) -> Path:
     folder = Path(run)
     return (folder.parent if folder.name == "export" else folder) / "predictions.csv"

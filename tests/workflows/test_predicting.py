@@ -114,16 +114,16 @@ def test_a_folder_without_images_and_one_that_is_not_there_are_refused(tmp_path)
     (tmp_path / "notes.txt").write_text("")
     with pytest.raises(DataError, match=r"No images in .*1 \.txt.*Check images\."):
         open_images(tmp_path, channels=3)
-    with pytest.raises(DataError, match=r"does not exist\. Give images the folder"):
+    with pytest.raises(DataError, match=r"does not exist\. (Give images|Set images to) the folder"):
         open_images(tmp_path / "missing", channels=3)
 
 
 def test_a_network_without_this_many_classes_is_refused_before_anything_is_read(classifier, folder):
     source = open_images(folder, channels=3)
     bare = build_backbone("vit_tiny_patch16_224", image_size=16, **VIT)
-    with pytest.raises(UsageError, match="tells 0 classes apart, not 4: only a fine-tuned one"):
+    with pytest.raises(UsageError, match="has 0 classes, not 4: only a fine-tuned one"):
         predict(bare, NORMALIZE, CLASSES, source)
-    with pytest.raises(UsageError, match="tells 4 classes apart, not 2"):
+    with pytest.raises(UsageError, match="has 4 classes, not 2"):
         predict(classifier, NORMALIZE, CLASSES[:2], source)
     with pytest.raises(UsageError, match="top=0"):
         predict(classifier, NORMALIZE, CLASSES, source, top=0)

@@ -208,7 +208,7 @@ def test_the_progress_bar_says_nothing_of_a_tenth(clock):
         (2, False, 1, "images; raise data.workers (2 now, 16 cores here) or set data.cache=ram."),
         (2, True, 1, "images; raise data.workers (2 now, 16 cores here)."),
         (8, False, 2, "images; set data.cache=ram."),
-        (16, True, 1, "take all 16 cores, and images are decoded already: more cores, or fewer or smaller crops"),
+        (16, True, 1, "use all 16 cores, and images are already decoded: use more cores, or fewer or smaller crops"),
     ],
 )
 def test_the_advice_is_one_that_can_be_followed(clock, monkeypatch, workers, cached, devices, advice):
@@ -217,7 +217,7 @@ def test_the_advice_is_one_that_can_be_followed(clock, monkeypatch, workers, cac
     fit(Tiny(clock, read=3), waits)
     waits.devices = devices
     assert waits.summary().startswith("Data-bound: 75 % of the time was spent waiting for images; ")
-    assert advice in waits.summary().replace("went into waiting for images", "images")
+    assert advice in waits.summary()
 
 
 def test_a_run_on_a_slow_disk_is_told_that_it_is_data_bound(tmp_path, run_tiny, monkeypatch):
