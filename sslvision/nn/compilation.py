@@ -80,6 +80,3 @@ def share_graphs(model: nn.Module) -> None:
             rate: Any = getattr(child, "drop_prob", 0)
             if type(child) is timm.layers.DropPath and 0 < rate < 1 and child.scale_by_keep:
                 setattr(module, name, DropPath(rate).to(next(model.parameters()).device).train(child.training))
-
-
-eagerly = force_eager  # renamed; the callers follow
