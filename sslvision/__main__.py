@@ -16,6 +16,8 @@ def run() -> None:
     if name not in ABOUT:
         print(f"sslvision {name}: there is no such command. The commands are:\n\n{known}", file=sys.stderr)
         sys.exit(2)
+    if "" not in sys.path:  # methods and sources of one's own are found in the current folder, as by `python -m`
+        sys.path.insert(0, "")
     main(name, sys.argv[2:])
 
 
