@@ -336,7 +336,7 @@ def test_the_wrapper_knows_its_grid():
     assert (backbone.stride, backbone.grid, backbone.num_prefix, backbone.channels) == (32, (4, 6), 0, 3)
     assert backbone.embed_dim == 24 * 8
     small = build(image_size=32, patch_size=2, depths=(2, 2, 2), num_heads=(2, 4, 8))
-    assert (small.stride, small.grid, small.width) == (8, (4, 4), 24 * 4)
+    assert (small.stride, small.grid, small.embed_dim) == (8, (4, 4), 24 * 4)
 
 
 def test_windows_are_not_larger_than_the_map_and_only_smaller_ones_are_shifted():
@@ -398,7 +398,7 @@ def test_what_depends_on_no_mask_is_computed_once():
 def test_what_validation_has_computed_serves_training():
     backbone, images = build(TINY, 224, 7), torch.randn(2, 3, 128, 160, dtype=torch.float64)
     windows.all_windows.cache_clear()
-    windows.geometry_of.cache_clear()
+    windows.window_geometry.cache_clear()
     with torch.inference_mode():
         right = backbone.encode(images)
     encoded = backbone.encode(images)

@@ -84,7 +84,7 @@ def test_a_released_checkpoint_with_them_is_refused(tmp_path):
 def test_many_of_them_are_told_in_part_and_counted():
     module = torch.nn.ModuleDict({f"layer{n}": torch.nn.Linear(2, 2, bias=False) for n in range(8)})
     state = {name: torch.full_like(value, torch.nan) for name, value in module.state_dict().items()}
-    with pytest.raises(UsageError, match=r"4 of 4 in layer0.weight, .* in layer4.weight, and in 3 tensors more"):
+    with pytest.raises(UsageError, match=r"4 of 4 in layer0.weight, .* in layer4.weight, and in 3 more tensors"):
         load_fitting(module, state, "w.pth")
 
 

@@ -5,10 +5,11 @@ import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
-from sslvision.optim.groups import decay_groups, layer_groups
+from sslvision.optim.groups import apply_schedule, check_groups, decay_groups, layer_groups
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 
@@ -127,3 +128,18 @@ def test_timms_own_layer_wise_decay_differs_in_the_final_norm_alone():
     }
     ours = by_name(model, weight_decay=0.05, layer_decay=0.75)
     assert {name for name in ours if abs(ours[name][0] - theirs[name]) > 1e-9} == {"norm.weight", "norm.bias"}
+
+
+def test_a_schedule_reaches_the_groups_that_follow_it():
+    layer = nn.Linear(2, 2)
+    groups = decay_groups(layer, lr=0.5, constant_lr=True)
+    groups += [{"params": [], "lr_scale": 0.1}, {"params": [], "decayed": False, "weight_decay": 0.3}]
+    apply_schedule(groups, {"lr": 2.0, "weight_decay": 0.7})
+    assert [group["lr"] for group in groups] == [0.5, 0.5, 0.2, 2.0]
+    assert [group["weight_decay"] for group in groups] == [0.7, 0.0, 0.7, 0.3]
+
+
+def test_a_constant_learning_rate_of_zero_is_refused():
+    optimizer = torch.optim.SGD(decay_groups(nn.Linear(2, 2), constant_lr=True), lr=0.0)
+    with pytest.raises(UsageError, match=r"Parameter group 0 .* constant_lr=True and a learning rate of 0"):
+        check_groups(optimizer)
