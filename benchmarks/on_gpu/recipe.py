@@ -13,7 +13,7 @@ from benchmarks.on_gpu.findings import DRY, FILES, ROOT, attempt, note, set_up
 
 TRAINER = {"accelerator": "cpu" if DRY else "gpu", "devices": 1}
 TINY = ["backbone.depth=1", "backbone.embed_dim=48", "backbone.num_heads=3"]  # of a dry run
-SHORT = ["batch_size=2500", "epochs=1", "evaluate_images=500", "knn_every_epochs=0"]
+SHORT = ["batch_size=5000", "epochs=1", "evaluate_images=100", "knn_every_epochs=0"]
 SCORES = ("knn_top1", "linear_top1", "untrained_knn_top1", "training_seconds", "seconds", "findings")
 
 
