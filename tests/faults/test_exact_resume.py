@@ -169,14 +169,14 @@ def test_the_seed_of_an_update_is_a_number_of_its_own_for_each_process_and_accum
 
 VANISHING = """
 import os, sys
-from sslvision import pretrain
+from sslvision.cli.main import main
 from sslvision.workflows import pretraining
 sys.path.insert(0, os.environ["HERE"])
 from test_exact_resume import Cut
 
 build, cut = pretraining.pretraining_callbacks, int(os.environ["CUT"])
 pretraining.pretraining_callbacks = lambda *given: [*build(*given), Cut(cut, "an update", lambda: os._exit(9))]
-pretrain.main()
+main("pretrain")
 """
 
 
