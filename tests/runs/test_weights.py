@@ -83,5 +83,5 @@ def test_an_export_without_a_head_names_no_classes(tmp_path):
 def test_a_classifier_is_not_exported_without_the_names_of_its_classes(tmp_path):
     backbone = build_backbone("test_resnet", image_size=32)
     backbone.model.reset_classifier(3)
-    with pytest.raises(AssertionError, match="names of its classes"):
+    with pytest.raises(AssertionError, match="its class names"):
         export_backbone(backbone, tmp_path, mean=[0.5] * 3, std=[0.5] * 3, classes=["ant", "bee"])
