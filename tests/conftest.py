@@ -49,6 +49,8 @@ def pytest_cmdline_main(config):
     `-n` chooses otherwise. Without pytest-xdist, everything runs in one process.
     """
     option = config.option
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of the processes
+        return
     if getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
         everything = config.args_source is not config.ArgsSource.ARGS and option.markexpr != "gpu"
         option.numprocesses = min(4, len(os.sched_getaffinity(0))) if everything else 0
