@@ -54,6 +54,10 @@ def pytest_cmdline_main(config):
     if getattr(option, "numprocesses", 0) is None and not option.usepdb and not option.collectonly:
         everything = config.args_source is not config.ArgsSource.ARGS and option.markexpr != "gpu"
         option.numprocesses = min(4, len(os.sched_getaffinity(0))) if everything else 0
+        if everything and option.dist == "no":
+            option.dist = (
+                "worksteal"  # begins with a contiguous share for each: what the tests of a file share is made once
+            )
 
 
 def pytest_configure(config):
