@@ -18,7 +18,7 @@ from sslvision.methods.mae import MAE
 from sslvision.nn.compilation import compile_module
 from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.masking import random_keep
-from sslvision.optim.groups import decay_groups
+from sslvision.optim.param_groups import decay_groups
 from sslvision.training.trainer import configure_method
 
 CLOCK = Clock(step=20_000, steps=100_000, steps_per_epoch=1_000)  # past warm-up and frozen prototypes

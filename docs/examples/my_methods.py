@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sslvision import MAE, Clock
-from sslvision.optim.groups import decay_groups
+from sslvision.optim.param_groups import decay_groups
 
 
 class MAEWithRMSE(MAE):

@@ -13,11 +13,11 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
+from sslvision.cli.choose_folder import RUN_FOLDER, surroundings_restored
 from sslvision.cli.commands import work
 from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
-from sslvision.cli.run_folders import RUN_FOLDER, surroundings_restored
 from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.system.failures import explained

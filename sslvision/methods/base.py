@@ -21,7 +21,7 @@ from sslvision.methods.clock import Clock
 from sslvision.methods.lightning import LightningLoop
 from sslvision.nn.compilation import compile_module, compiled
 from sslvision.nn.normalize import Normalize
-from sslvision.optim.groups import decay_groups
+from sslvision.optim.param_groups import decay_groups
 
 __all__ = ["Clock", "Method"]
 

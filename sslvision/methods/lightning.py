@@ -17,8 +17,8 @@ from sslvision.augment.randomness import ImageRandom, derive_seed
 from sslvision.data.batch import Batch
 from sslvision.methods.clock import Clock
 from sslvision.nn.cuda_graphs import CapturedStep
-from sslvision.optim.groups import apply_schedule, check_groups
 from sslvision.optim.nonfinite import skip_nonfinite
+from sslvision.optim.param_groups import apply_schedule, check_groups
 
 
 class LightningLoop(L.LightningModule):

@@ -29,8 +29,8 @@ from sslvision.methods.base import Clock, Method
 from sslvision.nn.compilation import force_eager
 from sslvision.nn.freezing import eval_frozen, freeze_lowest, layers
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.optim.groups import layer_groups
 from sslvision.optim.optimizers import build_optimizer
+from sslvision.optim.param_groups import layer_groups
 from sslvision.optim.schedules import warmup_cosine
 
 

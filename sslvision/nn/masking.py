@@ -1,4 +1,4 @@
-"""Random masking of patches."""
+"""Random masking of patches. MAE.views draws the noise, MAE.losses uses the masks."""
 
 from torch import Tensor
 

@@ -188,7 +188,10 @@ def prepare_trainer(plan: TrainingPlan, labeled: LabeledData) -> tuple[L.Trainer
 
 
 def finetuning_callbacks(plan: TrainingPlan, labeled: LabeledData) -> list[Callback]:
-    """Return the callbacks of a run with a folder of its own: unreadable images, checkpoints, signals, progress."""
+    """Return the callbacks of a run with a folder: unreadable images, checkpoints, signals, progress.
+
+    Early stopping and the best weights belong to every training: see build_classifier_trainer.
+    """
     settings, folder, batch_size = plan.settings, plan.folder, plan.batch_size
     last = folder / "checkpoints" / "last.ckpt"
     callbacks: list[Callback] = [

@@ -28,7 +28,7 @@ from sslvision.evaluation.feature_cache import cached_features, cached_views
 from sslvision.evaluation.features import POOLED, Extraction, FeatureKind, dino_features, sample_indices
 from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_rankings
 from sslvision.evaluation.placement import place_for
-from sslvision.evaluation.protocols import PROTOCOLS, run_protocol
+from sslvision.evaluation.probe_protocols import PROTOCOLS, run_protocol
 from sslvision.evaluation.rankme import rankme
 from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.confusion import confusion_figure

@@ -13,7 +13,7 @@ from sslvision.augment.crops import Crop
 from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.backbone import Backbone
 from sslvision.data.batch import Batch
-from sslvision.optim.groups import decay_groups
+from sslvision.optim.param_groups import decay_groups
 
 
 class SimSiam(Method):

@@ -9,7 +9,7 @@ from torch import nn
 
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
-from sslvision.optim.groups import apply_schedule, check_groups, decay_groups, layer_groups
+from sslvision.optim.param_groups import apply_schedule, check_groups, decay_groups, layer_groups
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from sslvision.augment.randomness import permutation
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.linear_probe import linear_probe
-from sslvision.evaluation.protocols import (
+from sslvision.evaluation.probe_protocols import (
     DINO,
     FAST,
     MAE,
