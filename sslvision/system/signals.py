@@ -10,7 +10,7 @@ from types import FrameType
 # Launchers forward signals to processes that have already received them. A signal after this many seconds is a new one.
 SAME_REQUEST_S = 2.0
 FIRST_PROCESS = "SSLVISION_FIRST_PROCESS"  # environment variable: process id of the one that started the others
-NOT_REQUEUED = "The job is not requeued: its command needs resume=auto to continue."
+NOT_REQUEUED = "The job is not requeued: its command has no resume=auto, which it needs to continue."
 
 
 class Interrupted(BaseException):
