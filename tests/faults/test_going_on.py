@@ -279,7 +279,7 @@ def test_two_processes_do_not_go_on_with_one_run_at_once(finished, train_tiny, t
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         for word in ("resume=auto", "overwrite=true"):
-            with pytest.raises(UsageError, match="Another process is at work"):
+            with pytest.raises(UsageError, match="Another process is running in"):
                 train_tiny(tmp_path / "run", word, EVERY)
         other.kill()
     train_tiny(tmp_path / "run", "resume=auto", EVERY)

@@ -121,10 +121,10 @@ def test_an_export_cannot_have_timm_load_further_files(sent, key):
     config = json.loads((folder / "export" / "config.json").read_text())
     config["model_args"][key] = "https://example.org/evil.bin"
     (folder / "export" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=f"further files .{key}."):
+    with pytest.raises(UsageError, match=f"load other files .{key}."):
         load_backbone(folder)
     told = yaml.safe_load((folder / "config.yaml").read_text())
-    with pytest.raises(UsageError, match=f"further files .{key}."):
+    with pytest.raises(UsageError, match=f"load other files .{key}."):
         untrained_backbone(str(sent(backbone=told["backbone"] | {key: "https://example.org/evil.bin"})), seed=0)
 
 
