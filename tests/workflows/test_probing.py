@@ -101,7 +101,7 @@ def test_any_timm_model_is_probed_by_its_name(probe):
         (["run=test_vit", "data=digits", "pretrained=false", "views=3"], UsageError, "views are for protocol=mae"),
         (["run=test_vit", "data=digits", "k=[0]"], UsageError, r"k=\[0\]"),
         (["run=test_vit", "data=digits", "protocol=fats"], UsageError, "Did you mean fast"),
-        (["run=test_vit", "data=digits", "backbone.name=resnet18"], UsageError, "backbone.name has no place"),
+        (["run=test_vit", "data=digits", "backbone.name=resnet18"], UsageError, "backbone.name cannot be given"),
         (["run=test_vit", "data=digits", "protcol=mae"], UsageError, "Did you mean protocol"),
         (["run=test_vit", "data=digits", "device=cuda"], UsageError, "this machine has none"),
     ],
