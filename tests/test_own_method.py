@@ -53,9 +53,9 @@ def simsiam(monkeypatch):
     return build
 
 
-def test_a_method_and_a_source_of_ones_own_train_by_the_command_line(folder, command):
+def test_a_method_and_a_source_of_ones_own_train_by_the_command_line(folder, warm_command):
     files = ["recipe=simsiam.yaml", "data.file=images.csv", "data.test_file=images.csv"]
-    done = command(*files, *SMALL, "dry_run=true", cwd=folder, PYTHONPATH=str(folder))
+    done = warm_command(*files, *SMALL, "dry_run=true", cwd=folder, PYTHONPATH=str(folder))
     assert done.returncode == 0, done.stdout + done.stderr
     run = next(path for path in folder.iterdir() if path.name.startswith("run"))
     assert (run / "export" / "model.safetensors").is_file()
@@ -67,9 +67,9 @@ def test_a_method_and_a_source_of_ones_own_train_by_the_command_line(folder, com
         assert group["weight_decay"] == (1e-4 if group["decayed"] else 0)
 
 
-def test_a_typo_in_a_setting_of_ones_own_method_is_named(folder, command):
+def test_a_typo_in_a_setting_of_ones_own_method_is_named(folder, warm_command):
     wrong = [word.replace("predictor_hidden", "predictor_hiden") for word in SMALL]
-    done = command("recipe=simsiam.yaml", "data.file=images.csv", *wrong, cwd=folder, PYTHONPATH=str(folder))
+    done = warm_command("recipe=simsiam.yaml", "data.file=images.csv", *wrong, cwd=folder, PYTHONPATH=str(folder))
     assert done.returncode == 2
     assert "predictor_hiden" in done.stderr + done.stdout
     assert "Did you mean method.predictor_hidden?" in done.stderr + done.stdout

@@ -8,7 +8,12 @@ from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The server has one thread: it runs nothing, so that OpenMP may be used after a fork.
-CONTEXT.set_forkserver_preload(["sslvision.workflows.pretraining", "sslvision.workflows.comparison", "wandb"])
+CONTEXT.set_forkserver_preload(
+    [
+        *("sslvision.cli.main", "sslvision.workflows.comparison", "sslvision.workflows.predicting"),
+        *("sslvision.workflows.pretraining", "matplotlib.backends.backend_agg", "matplotlib.figure", "wandb"),
+    ]
+)
 
 
 def call_warm(name, words, *, cwd, log, timeout, environment):
@@ -31,6 +36,7 @@ def _main(name, words, cwd, streams, environment):
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [f"sslvision.{name}", *words]
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
 
     from sslvision.cli.main import main
 

@@ -13,7 +13,8 @@ def rankme(features: Tensor) -> float:
     features = features.double()
     if not features.isfinite().all():
         return float("nan")
-    squares = torch.linalg.eigvalsh(features.T @ features).clamp(min=0)  # of the singular values
+    products = features.T @ features if len(features) >= features.shape[1] else features @ features.T
+    squares = torch.linalg.eigvalsh(products).clamp(min=0)  # of the min(n, D) singular values
     singular = squares.sqrt()
     share = singular / singular.sum().clamp(min=1e-30) + 1e-7
     return float(torch.special.entr(share).sum().exp())

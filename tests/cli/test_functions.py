@@ -48,19 +48,26 @@ def test_the_public_names_are_sorted_and_each_has_a_home():
     assert set(sslvision.__all__) == set(sslvision._HOMES)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_commands_module_is_its_function_too(name):
+def test_a_commands_module_is_its_function_too():
     """`import sslvision.pretrain` puts the module where the function was."""
-    code = (
-        f"import sslvision, inspect; assert inspect.isfunction(sslvision.{name}); import sslvision.{name}; "
-        f"from sslvision import {name}\n"
-        f"for call in (sslvision.{name}, {name}):\n"
-        "    try: call('nothing', 'images') if call.__name__.endswith('predict') else call('nothing')\n"
-        "    except Exception as error: print(type(error).__name__)"
-    )
-    assert run_python(code).split() in (["UsageError"] * 2, ["DataError"] * 2)
-    module = importlib.import_module(f"sslvision.{name}")
-    assert isinstance(module, functions.CallableModule)
+    code = f"""
+import importlib, inspect, sslvision
+for name in {[*COMMANDS]}:
+    function = getattr(sslvision, name)
+    assert inspect.isfunction(function)
+    module = importlib.import_module(f"sslvision.{{name}}")
+    assert getattr(sslvision, name) is module is not function
+    for call in (function, module):
+        try:
+            call("nothing", "images") if name == "predict" else call("nothing")
+        except Exception as error:
+            print(name, type(error).__name__)
+"""
+    found = [line.split() for line in run_python(code).splitlines()]
+    assert [name for name, _ in found] == [name for name in COMMANDS for _ in range(2)]
+    assert {error for _, error in found} <= {"UsageError", "DataError"}
+    for name in COMMANDS:
+        assert isinstance(importlib.import_module(f"sslvision.{name}"), functions.CallableModule)
 
 
 def test_values_are_taken_as_they_are_and_sections_may_be_dictionaries(tmp_path):

@@ -102,6 +102,7 @@ def photos(tmp_path):
     ]
 
 
+@pytest.mark.e2e
 def test_a_sigterm_to_all_processes_of_a_run_leaves_the_loader_working_until_it_is_saved(start, photos):
     """Row 2, as schedulers and service managers send it."""
     run = start(*photos)

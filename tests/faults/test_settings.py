@@ -66,8 +66,8 @@ def test_fine_tuning_refuses_its_own_mistakes(settings_of, what):
         settings_of("finetune", "run=resnet18", "data=digits", what)
 
 
-def test_the_command_line_exits_with_2_and_one_line(command, tmp_path):
-    ended = command("recipe=mae", "mask_ration=0.5", "name=x", cwd=tmp_path)
+def test_the_command_line_exits_with_2_and_one_line(warm_command, tmp_path):
+    ended = warm_command("recipe=mae", "mask_ration=0.5", "name=x", cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: There is no setting mask_ration. Did you mean method.mask_ratio")
     assert ended.stderr.count("\n") == 1

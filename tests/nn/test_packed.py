@@ -35,6 +35,7 @@ for sizes, heads, d in (([2, 5, 3, 37], 2, 32), ([1, 50], 3, 64), ([1, 197], 1, 
 """
 
 
+@pytest.mark.e2e
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, which comes with torch for CUDA")
 def test_the_kernels_compute_attention_of_every_image_and_its_gradients():
     environment = os.environ | {"TRITON_INTERPRET": "1"}

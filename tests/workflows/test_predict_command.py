@@ -21,13 +21,13 @@ def finetuned(tiny_run, settings_of, tmp_path_factory):
     return folder
 
 
-def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_are_named(finetuned, command, tmp_path):
+def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_are_named(finetuned, warm_command, tmp_path):
     test = open_digits().test
     (tmp_path / "new" / "deep").mkdir(parents=True)
     for number in range(12):
         Image.fromarray(test.images[number, 0].numpy()).save(tmp_path / "new" / "deep" / f"{number:02d}.png")
     (tmp_path / "new" / "broken.jpg").write_bytes(b"no image")
-    done = command(f"run={finetuned}", f"images={tmp_path / 'new'}", "top=2", of="predict", cwd=tmp_path)
+    done = warm_command(f"run={finetuned}", f"images={tmp_path / 'new'}", "top=2", of="predict", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "13 images" in done.stdout
     assert "1 of them unreadable" in done.stdout

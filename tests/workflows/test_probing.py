@@ -55,7 +55,7 @@ def test_the_scores_are_those_of_the_frozen_features(probe, tiny_run, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["mae", "dino"])
 def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protocol, probe, tiny_run):
-    words = (f"run={tiny_run}", "data=digits", f"protocol={protocol}")
+    words = (f"run={tiny_run}", "data=digits", f"protocol={protocol}", "train_images=200")
     found = probe(*words)["linear"]
     assert found["protocol"] == protocol
     assert any("whole image once" in deviation for deviation in found["deviations"])
@@ -65,7 +65,7 @@ def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protoc
 
 
 def test_features_are_computed_once_and_batches_change_no_score(probe, tiny_run, monkeypatch):
-    words = (f"run={tiny_run}", "data=digits")
+    words = (f"run={tiny_run}", "data=digits", "train_images=300")
     first = probe(*words, "batch_size=64")
     from sslvision.backbones.vit import ViT
 
