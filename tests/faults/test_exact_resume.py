@@ -180,8 +180,7 @@ main("pretrain")
 """
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.e2e)])
 def test_processes_that_vanished_go_on_as_if_they_had_not(devices, tiny_settings, tmp_path):
     """os._exit: no handler, no flush, no goodbye."""
     (tmp_path / "run.py").write_text(VANISHING)

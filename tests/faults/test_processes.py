@@ -161,13 +161,12 @@ def test_a_signal_ends_a_whole_sweep(start):
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 
 
-@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("to", "signum", "exit_code"),
     [
-        ("first", signal.SIGTERM, 143),
-        ("second", signal.SIGTERM, 143),
-        ("all", signal.SIGINT, 130),
+        pytest.param("first", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("second", signal.SIGTERM, 143, marks=pytest.mark.e2e),
+        pytest.param("all", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_stop_together_whichever_of_them_is_told(start, to, signum, exit_code):
@@ -185,8 +184,9 @@ def test_two_processes_stop_together_whichever_of_them_is_told(start, to, signum
     assert f"saved at step {saved(run.folder)['global_step']:,} " in said
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("lost", ["first", "second"])
+@pytest.mark.parametrize(
+    "lost", [pytest.param("first", marks=pytest.mark.slow), pytest.param("second", marks=pytest.mark.e2e)]
+)
 def test_when_one_of_two_processes_dies_the_other_ends_too(start, lost):
     """Row 31: without this it would wait for ever."""
     run = start(*TWO)

@@ -63,8 +63,8 @@ def test_a_run_without_a_key_is_logged_in_its_folder_and_told_how_to_send_it(run
         assert f"wandb sync {folder}/wandb/offline-run-*" in text
 
 
+@pytest.mark.parametrize("status", [401, *(pytest.param(status, marks=pytest.mark.slow) for status in (200, 403))])
 @pytest.mark.e2e
-@pytest.mark.parametrize("status", [401, 200, 403])
 def test_a_key_that_is_rejected_costs_seconds_and_no_run(server, tmp_path, monkeypatch, caplog, status):
     server(status)
     monkeypatch.setenv("WANDB_API_KEY", KEY)

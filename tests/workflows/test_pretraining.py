@@ -321,8 +321,9 @@ def test_a_sweep_runs_every_point_in_a_folder_of_its_own(command, tiny_settings,
     assert ratios == [0.5, 0.75]
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("recipe", ["mae", "dino"])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("mae", marks=pytest.mark.slow), pytest.param("dino", marks=pytest.mark.e2e)]
+)
 def test_two_processes_and_two_accumulated_batches_train_as_one(recipe, command, tiny_settings, run_tiny, tmp_path):
     exact = "trainer.precision=64-true"
     run_tiny(tmp_path / "one", exact, recipe=recipe)
