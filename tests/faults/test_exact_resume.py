@@ -67,7 +67,7 @@ def run(monkeypatch, tiny_settings):
     def run(folder, *words, recipe="mae", cut=None, where="an update", how=raise_power):
         more = [] if cut is None else [Cut(cut, where, how)]
         monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *given: [*build(*given), *more])
-        settings = stage_one_settings(tiny_settings, recipe, words)
+        settings = pretraining_settings(tiny_settings, recipe, words)
         try:
             pretraining.pretrain(settings, Path(folder))
         except Power:
@@ -78,7 +78,7 @@ def run(monkeypatch, tiny_settings):
     return run
 
 
-def stage_one_settings(tiny_settings, recipe, words):
+def pretraining_settings(tiny_settings, recipe, words):
     from sslvision.cli.compose import compose_settings
 
     tiny = tiny_settings(recipe.removesuffix("_swin"))

@@ -154,7 +154,7 @@ def test_double_precision_is_resumed_to_the_last_bit(train_tiny, tmp_path):
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
 
-# Stage two.
+# Fine-tuning.
 
 
 @pytest.fixture(scope="module")

@@ -159,7 +159,7 @@ def test_the_same_signal_twice_in_a_moment_is_one_request(handlers, train_tiny, 
     "update", [4, pytest.param(5, marks=pytest.mark.e2e)]
 )  # a validation falls on every second one
 def test_fine_tuning_stops_and_goes_on_as_if_nothing_had_been(update, settings_of, tiny_run, tmp_path, monkeypatch):
-    """Rows 2 and 4, of stage two: no validation may be left out, for the best weights by these are kept."""
+    """Rows 2 and 4, of fine-tuning: no validation may be left out, for the best weights by these are kept."""
     words = [
         *(f"run={tiny_run}", "data=digits", "epochs=0", "min_updates=8", "evaluations=4", "scratch=false", "lr=0.01"),
         *("head_first=false", "trainer.accelerator=cpu", "trainer.precision=32-true", "trainer.log_every_n_steps=1"),

@@ -1,4 +1,4 @@
-"""Stage two from end to end: what is trained, what is kept still, what is kept, and what is said of it."""
+"""Fine-tuning from end to end: what is trained, what is kept still, what is kept, and what is said of it."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Stage one from end to end: what a run leaves behind, what it refuses, and how it goes on."""
+"""Pretraining from end to end: what a run leaves behind, what it refuses, and how it goes on."""
 
 import csv
 import json
