@@ -12,7 +12,8 @@ from sslvision.figures.maps import at_offsets, enlarged, heat, principal_compone
 def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
     """Return pictures, each as columns of (heading, images in 0..1).
 
-    "patch_features": The three principal components of the patch features of all images, as red, green and blue.
+    "patch_features": The three principal components of the patch features of all images, as red, green and blue. The mean of
+    each position over the images is subtracted: position is a large part of a ViT's features, and would be most of the picture.
     "attention": The attention of the class token in the last block, a column for each head (DINO, section 4.2.2), if the
     class token is the feature.
 
@@ -29,6 +30,8 @@ def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) ->
     features = (
         at_offsets(patch_features, images, stride).float().movedim(1, -1)
     )  # (N, rows, columns, D), finer than patches
+    if len(features) > 1:
+        features = features - features.mean(dim=0)
     colors = principal_components(features.flatten(0, 2), 3).view(*features.shape[:3], 3).movedim(-1, 1)
     pictures = {"patch_features": [("original", originals), ("patch features", enlarged(colors, images))]}
     if isinstance(backbone, ViT) and backbone.has_attention_maps:
