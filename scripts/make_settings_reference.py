@@ -53,7 +53,7 @@ SOURCES = {  # of data sources, whose docstrings are prose
     "size": "Side of an image in pixels.",
     "name": "Class name of a data set in torchvision.datasets, such as CIFAR10.",
     "download": "Download the data set if it is not in `root`.",
-    "follow_symlinks": "Follow symbolic links that lead out of `root`.",
+    "follow_symlinks": "Follow symbolic links that lead out of `root`; if false, they are left out, and named.",
     "at_least": "Decode large JPEGs at a fraction of their size, with at least this short side in pixels (default: in full).",
     "max_pixels": "Images with more pixels are rejected by their header, before they are decoded.",
 }

@@ -120,9 +120,9 @@ def cached(
             raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
         return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
 
-    train, *held = (source if source is None else open_cached(source) for source in splits)
-    assert train is not None
-    return Splits(train, *held)
+    train = open_cached(splits.train)
+    test, validation = (source and open_cached(source) for source in (splits.test, splits.validation))
+    return Splits(train, test, validation, splits.remarks)
 
 
 def _cached(source: FileSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:

@@ -28,6 +28,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from sslvision.data.image_plugins import plugin_formats
 from sslvision.data.source import UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
@@ -94,7 +95,11 @@ def read_image(
 
 def image_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return height and width of the upright image from the header of its file. Raises UnreadableImage, as `read_image`."""
-    with reasons_in_words(), Image.open(path, formats=FORMATS) as image:
+    with (
+        reasons_in_words(),
+        open(path, "rb") as file,
+        Image.open(file, formats=(*FORMATS, *plugin_formats(file))) as image,
+    ):
         _refuse_bomb(image, max_pixels)
         width, height = image.size
         return (width, height) if _turn(image) in SIDEWAYS else (height, width)
@@ -104,7 +109,7 @@ def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max
     with reasons_in_words(), open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise UnreadableImage("the file is empty")
-        with Image.open(file, formats=FORMATS) as image:
+        with Image.open(file, formats=(*FORMATS, *plugin_formats(file))) as image:
             _refuse_bomb(image, max_pixels)
             full = image.size
             if at_least is not None:

@@ -27,6 +27,16 @@ def has_labels(splits: Splits) -> bool:
     return train.labels is not None and test is not None and test.labels is not None and int(train.labels.max()) > 0
 
 
+def why_not_evaluated(splits: Splits) -> str:
+    """Return why `has_labels` is False, as the beginning of a sentence."""
+    train = splits.train
+    if train.labels is None:
+        return f"{train.name} has no labels (class folders)"
+    if int(train.labels.max()) < 1:
+        return f"{train.name} has only one class"
+    return f"{train.name} has no labeled images that are held out (data.holdout, or a folder val/)"
+
+
 def evaluate_backbone(
     backbone: Backbone,
     normalize: Normalize,

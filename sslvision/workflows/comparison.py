@@ -49,7 +49,7 @@ from sslvision.workflows.classifier_training import (
     train_classifier,
     with_method,
 )
-from sslvision.workflows.console import print_comparison, print_configuration
+from sslvision.workflows.console import print_comparison, print_configuration, print_findings
 from sslvision.workflows.labeled_data import (
     Features,
     LabeledData,
@@ -111,6 +111,7 @@ def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list
         "folder": str(folder),
     }
     print_configuration(console, rows, title=settings.about or folder.name)
+    print_findings(console, labeled.remarks)
     for labels in settings.labels_per_class:
         cells += [comparison.cell(arm, labels) for arm in ARMS]
         write(cells, folder, labeled)

@@ -15,6 +15,7 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
+from sslvision.data.sources.scan import share
 from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.confusion import confusion_figure
 from sslvision.figures.curves import learning_curve_figure
@@ -101,7 +102,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
     plan = plan_finetuning(settings, labeled, folder)
     method = build_classifier(plan.tuned, labeled)
     trainer, resume = prepare_trainer(plan.tuned, labeled)
-    findings = resume.findings if resume is not None else []
+    findings = [*labeled.remarks, *(resume.findings if resume is not None else [])]
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
         run_folder.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
@@ -124,7 +125,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
     if not trainer.is_global_zero:
         return {}
     report(plan, labeled, method, scores, console)
-    findings += (found := findings_of(trainer))
+    findings += (found := findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"]))
     print_findings(console, found)
     print_conclusions(labeled, scores, best, console)
     results = results_of(plan, labeled, scores, best)
@@ -278,8 +279,6 @@ def report(
     )
     tested = int(tuned.confusion.sum())
     print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
-    if tested < len(labeled.test):
-        console.print(f"[yellow]{len(labeled.test) - tested:,} test images cannot be read, and are not counted.[/]")
     figures = folder / "figures"
     confusion_figure(tuned.confusion, labeled.classes, title="Confusion matrix, fine-tuned").savefig(
         figures / "confusion.png"
@@ -288,6 +287,14 @@ def report(
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
             figure.savefig(figures / f"learning_curve_{key_of(name)}.png")
+
+
+def unreadable_test_images(labeled: LabeledData, scores: Scores) -> list[str]:
+    """Return in a sentence how many test images could not be read, if any."""
+    missing = len(labeled.test) - int(scores.confusion.sum())
+    return (
+        [f"{share(missing, len(labeled.test), 'test images')} cannot be read, and are not counted."] if missing else []
+    )
 
 
 def print_conclusions(

@@ -12,6 +12,7 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import Loaded, load_backbone, refuse_loading
 from sslvision.data.datamodule import available_workers, pixel_statistics
 from sslvision.data.source import Source, Splits
+from sslvision.data.sources.scan import share
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.features import Extraction, extract_features
@@ -36,6 +37,7 @@ class LabeledData:
         workers: Number of loader processes.
         base_lr: Learning rate of pretraining per 256 images.
         weights: Where the pretrained weights come from, for the user.
+        remarks: What was left out of the images or guessed, in sentences, for the user.
     """
 
     train: Source
@@ -47,6 +49,7 @@ class LabeledData:
     workers: int
     base_lr: float
     weights: str
+    remarks: tuple[str, ...] = ()
 
 
 class Features(NamedTuple):
@@ -69,7 +72,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
     """
     loaded = load_backbone(settings.run or "", head=False, **settings.backbone)
     splits = open_splits({**settings.data, "channels": loaded.backbone.channels})
-    train, validation, test = labeled_sources(splits, settings, validate_on=validate_on)
+    train, validation, test, remarks = labeled_sources(splits, settings, validate_on=validate_on)
     mean, std = statistics_of(loaded, train, settings.data)
     workers = settings.data.get("workers")
     assert splits.train.labels is not None
@@ -83,6 +86,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         workers=available_workers() if workers is None else workers,
         base_lr=pretraining_base_lr(settings.run or ""),
         weights=loaded.weights,
+        remarks=remarks,
     )
 
 
@@ -115,26 +119,42 @@ def untrained_backbone(run: str, *, seed: int, **options: Any) -> Backbone | Non
         raise UsageError(f"{file} was not written by sslvision, or was edited: {error}.") from error
 
 
-def labeled_sources(splits: Splits, settings: Finetune, *, validate_on: int) -> tuple[Source, Source | None, Source]:
-    """Return training, validation and test images; `labels_per_class` limits the first two together.
+def labeled_sources(
+    splits: Splits, settings: Finetune, *, validate_on: int
+) -> tuple[Source, Source | None, Source, tuple[str, ...]]:
+    """Return training, validation and test images, and remarks on them; `labels_per_class` limits the first two together.
+
+    Without labeled test images, some of the training images are set aside for testing: never those that the weights are
+    chosen by.
 
     Raises:
-        DataError: There are no labels, or no labeled test images.
+        DataError: There are no labels, or no labeled test images and `holdout` is 0.
     """
-    train, validation, test = splits.train, splits.validation, splits.test
+    train, test, validation, remarks = splits
     if train.labels is None or int(train.labels.max()) < 1:
-        raise DataError(f"{train.name} has no labels to learn: it needs two or more classes, each a folder of images.")
+        why = "".join(f" {remark}" for remark in remarks)
+        raise DataError(
+            f"{train.name} has no labels to learn: it needs two or more classes, each a folder of images.{why}"
+        )
+    if test is None or test.labels is None:
+        if not settings.holdout:
+            raise DataError(
+                f"{train.name} has no labeled images for testing: put some into val/, or set data.holdout=0.1."
+            )
+        given, unlabeled = (
+            len(train),
+            "" if test is None else f", only {len(test):,} without labels, which are not used",
+        )
+        train, test = split_off(train, fraction=settings.holdout, at_most=validate_on, seed=settings.seed)
+        aside = f"{share(len(test), given, 'training images')}, drawn class by class, are set aside for testing"
+        remarks += (f"There are no labeled test images{unlabeled}: {aside} (holdout={settings.holdout}).",)
     if settings.labels_per_class is not None and not settings.compare:
         train = Subset(train, draw_per_class(train.labels, settings.labels_per_class, seed=settings.seed))
     if validation is None and settings.holdout:
         train, validation = split_off(train, fraction=settings.holdout, at_most=validate_on, seed=settings.seed)
     if validation is not None and (validation.labels is None or not len(validation)):
         validation = None
-    if test is None or test.labels is None:
-        test = validation
-    if test is None:
-        raise DataError(f"{train.name} has no labeled images for testing: put some into val/, or set data.holdout=0.1.")
-    return train, validation, test
+    return train, validation, test, remarks
 
 
 def pretraining_base_lr(run: str) -> float:

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from sslvision.data.datamodule import available_workers
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.scan import scan
-from sslvision.errors import DataError, UsageError
+from sslvision.errors import StorageError, UsageError
 from sslvision.nn.normalize import Normalize
 from sslvision.settings import Predict
 from sslvision.system.files import written_whole
 from sslvision.training.trainer import configure_torch, select_device
+from sslvision.workflows.console import print_findings
 
 
 class Prediction(NamedTuple):
@@ -38,8 +40,9 @@ def predict_to_csv(settings: Predict) -> Path:
     """Classify the images that the settings name, and return the path of the CSV file.
 
     Raises:
-        UsageError: The run has no head.
+        UsageError: The run has no head, or `output` is not a file.
         DataError: There are no images.
+        StorageError: The CSV file cannot be written. All are raised before any image is read.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
     device = select_device(settings.device)
@@ -51,8 +54,11 @@ def predict_to_csv(settings: Predict) -> Path:
             f"run={run} has no head and no class names, so it cannot classify images: fine-tune it first, "
             f"python -m sslvision.finetune run={run} data=..."
         )
-    source = open_images(settings.images or "", channels=loaded.backbone.channels)
-    output = Path(settings.output or _default_output(run))
+    remarks: list[str] = []
+    source = open_images(settings.images or "", channels=loaded.backbone.channels, remarks=remarks)
+    output = Path(os.path.expanduser(settings.output or _default_output(run)))
+    check_output(output)
+    print_findings(console, remarks)
     rows = predict(
         loaded.backbone.to(device),
         Normalize(loaded.mean, loaded.std).to(device),
@@ -70,23 +76,50 @@ def predict_to_csv(settings: Predict) -> Path:
     return output
 
 
-def open_images(path: str | Path, *, channels: int) -> FileSource:
+def open_images(path: str | Path, *, channels: int, remarks: list[str] | None = None) -> FileSource:
     """Return all images under a folder, at any depth, sorted by relative path; or the one image that `path` names.
 
-    Folders named train/ and val/ are like all others. Hidden files and folders are skipped.
+    Folders named train/ and val/ are like all others. Links are followed. Hidden files and folders are skipped. What was left
+    out is added to `remarks`, in sentences.
 
     Raises:
+        UsageError: `path` is empty.
         DataError: There is nothing of that name, or there are no images.
     """
+    if not str(path):
+        raise UsageError("images is empty: say images=photos, a folder of images or one image.")
     root = os.path.abspath(os.path.expanduser(path))
     if os.path.isfile(root):
         root, images = os.path.dirname(root), [os.path.basename(root)]
     else:
-        try:
-            images = sorted(scan(root, follow_symlinks=False).images)
-        except DataError as error:  # its message is about training
-            raise DataError(str(error).replace("data.root", "images")) from None
+        found = scan(root, setting="images")
+        images = sorted(found.images)
+        if remarks is not None:
+            remarks += found.remarks()
     return FileSource(str(path), channels, None, None, root, *joined(images))
+
+
+def check_output(file: Path) -> None:
+    """Make the folder of the CSV file, and try to write there.
+
+    Raises:
+        UsageError: There is something else of that name.
+        StorageError: The folder cannot be made, or nothing can be written to it.
+    """
+    if os.path.exists(file) and not os.path.isfile(file):
+        what = (
+            f"a folder: say output={file / 'predictions.csv'}" if file.is_dir() else "a device: give the path of a file"
+        )
+        raise UsageError(f"output={file} is {what}.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"{file.absolute()} cannot be written: {error.strerror}. Give the path of a CSV file in a folder that is "
+            "writable: output=..."
+        ) from error
 
 
 def predict(

@@ -15,7 +15,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.cache import cached
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits
-from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels
+from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
 from sslvision.figures.curves import health_figure, learning_curve_figure
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
@@ -91,6 +91,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are fewer images than a batch has
     if resume is not None:
         check_same(resume, checkpoints.record)
+    findings = [*data.splits.remarks, *(resume.findings if resume is not None else [])]
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
         rewind_metrics(trainer.loggers, resume)
@@ -100,14 +101,14 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
             "run folder": str(folder),
         }
         print_configuration(console, rows, title=settings.about or folder.name)
-        print_findings(console, resume.findings if resume is not None else [])
+        print_findings(console, findings)
 
     fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
         return {}
     training_seconds = time.perf_counter() - started
-    findings = (resume.findings if resume is not None else []) + findings_of(trainer)
+    findings += findings_of(trainer)
     print_findings(console, findings)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
@@ -287,7 +288,7 @@ def export_and_evaluate(
         for logger in trainer.loggers:
             logger.log_metrics(scores, step=trainer.global_step)
     else:
-        console.print(f"{splits.train.name} has no labels (class folders), so the features are not scored.")
+        console.print(f"{why_not_evaluated(splits)}, so the features are not scored.")
     metrics = read_metrics(folder / "metrics.csv")
     figure = learning_curve_figure(
         metrics, title=settings.about or folder.name, untrained_knn=scores.get("untrained_knn_top1")

@@ -8,7 +8,7 @@ import atexit
 import dataclasses
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from sslvision.augment.crops import Crop
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.data.datamodule import available_workers
 from sslvision.data.source import Source, Splits
+from sslvision.data.sources.scan import share
 from sslvision.errors import DataError, UsageError
-from sslvision.evaluation.evaluate import evaluate_pixels, has_labels
+from sslvision.evaluation.evaluate import evaluate_pixels, has_labels, why_not_evaluated
 from sslvision.evaluation.feature_cache import cached_features, cached_views
 from sslvision.evaluation.features import POOLED, Extraction, FeatureKind, dino_features, sample_indices
 from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_rankings
@@ -36,7 +37,7 @@ from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_folder
 from sslvision.settings import Probe
 from sslvision.training.trainer import configure_torch, select_device
-from sslvision.workflows.console import print_classifiers, print_configuration
+from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import open_splits
 
@@ -108,8 +109,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     splits = open_splits({**settings.data, "channels": loaded.backbone.channels})
     if not has_labels(splits):
         raise DataError(
-            f"{splits.train.name} has no labels to measure by: a folder needs a sub-folder for each class, and val/ or "
-            "data.holdout above 0."
+            f"{why_not_evaluated(splits)}, so there is nothing to measure by: a folder needs a sub-folder for each class, and "
+            f"val/ or data.holdout above 0.{''.join(f' {remark}' for remark in splits.remarks)}"
         )
     mean, std = statistics_of(loaded, splits.train, settings.data)
     loaded = loaded._replace(mean=mean, std=std)
@@ -117,6 +118,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         print_configuration(
             console, effective_configuration(settings, loaded, splits, process.device), title=folder.name
         )
+        print_findings(console, splits.remarks)
     assert splits.train.labels is not None
     assert splits.test is not None
     indices = sample_indices(splits.train, settings.train_images or len(splits.train), seed=settings.seed)
@@ -129,6 +131,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     print_classifiers(console, scores, title=f"Frozen features, accuracy on {len(test.labels):,} test images")
     pixels = score_pixels(settings, splits, len(indices), process.device, console) if settings.pixels else {}
     linear = scores[LINEAR.format(settings.protocol)]
+    unreadable = unreadable_among(training=(indices, train), test=(splits.test, test))
+    findings = [*splits.remarks, *unreadable]
     results = {
         "linear": facts | as_json(linear, classes),
         "knn": {str(k): as_json(scores[KNN.format(k)], classes) for k in settings.k},
@@ -137,6 +141,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         "weights": loaded.weights,
         "train_images": len(train.labels),
         "test_images": len(test.labels),
+        "findings": findings,
         "seconds": round(time.perf_counter() - started, 1),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +149,9 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     run_folder.write_json(folder / "results.json", results)
     title = f"Confusion matrix of the linear probe, protocol {protocol.name}"
     confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
-    print_omissions(console, facts, training=len(indices) - len(train.labels), test=len(splits.test) - len(test.labels))
+    print_findings(console, unreadable)
+    for deviation in facts.get("deviations", []):
+        console.print(f"[dim]Deviation from the paper: {deviation}.[/]")
     console.print(
         f"Finished in {results['seconds']:.0f} s. Results are in {folder}, features in {settings.features_dir}."
     )
@@ -273,10 +280,10 @@ def score_pixels(
     return pixels
 
 
-def print_omissions(console: Console, facts: Mapping[str, Any], **unreadable: int) -> None:
-    """Print how many images could not be read, and how the probe deviates from the paper."""
-    for what, count in unreadable.items():
-        if count:
-            console.print(f"[yellow]{count:,} {what} images cannot be read, and were left out.[/]")
-    for deviation in facts.get("deviations", []):
-        console.print(f"[dim]Deviation from the paper: {deviation}.[/]")
+def unreadable_among(**read: tuple[Sized, LabeledFeatures]) -> list[str]:
+    """Return in sentences how many images could not be read. A keyword is their name, and has them and their features."""
+    return [
+        f"{share(missing, len(images), f'{name} images')} cannot be read, and were left out."
+        for name, (images, features) in read.items()
+        if (missing := len(images) - len(features.labels))
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from safetensors.torch import load_file
 
 from sslvision.cli.recipes import FINETUNE
 from sslvision.data.sources.digits import open_digits
+from sslvision.data.sources.folder import open_folder
 from sslvision.errors import DataError, UsageError
 from sslvision.methods.supervised import Supervised
 from sslvision.runs.metrics import read_metrics
 from sslvision.workflows import finetuning
+from sslvision.workflows.labeled_data import labeled_sources
 
 # Eight updates, the largest part of which is not training.
 SHORT = (
@@ -282,6 +285,56 @@ def test_a_folder_with_broken_images_is_learnt_and_they_are_named(finetune, tmp_
     results = finetune(tmp_path / "run", *words, "min_updates=20", "scratch=false")
     assert results["fine_tuned"]["top1"] == 100
     assert "broken.png" in (tmp_path / "run" / "unreadable.csv").read_text()
+
+
+def two_classes(root, *folders, each=10):
+    """Write dark and light images into the class folders of each of the folders."""
+    for folder in folders:
+        for name, level in (("dark", 40), ("light", 200)):
+            (root / folder / name).mkdir(parents=True)
+            for number in range(each):
+                noise = np.random.default_rng(number).integers(-30, 30, (32, 32))
+                Image.fromarray((level + noise).astype(np.uint8)).save(root / folder / name / f"{number}.png")
+
+
+def test_without_labeled_test_images_some_are_set_aside_and_never_chosen_by(finetune, tmp_path):
+    two_classes(tmp_path / "photos", "")
+    splits = open_folder(tmp_path / "photos", channels=1, holdout=0)
+    unlabeled = open_folder(tmp_path / "photos" / "dark", channels=1, holdout=0).train
+    for test, told in ((None, ""), (unlabeled, ", only 10 without labels, which are not used")):
+        settings = settings_for_labels(holdout=0.2)
+        given = splits._replace(test=test)
+        train, validation, tested, remarks = labeled_sources(given, settings, validate_on=100)
+        files = [{source.describe(index) for index in range(len(source))} for source in (train, validation, tested)]
+        assert [len(names) for names in files] == [12, 4, 4]
+        assert len(set.union(*files)) == 20
+        assert remarks == (
+            f"There are no labeled test images{told}: 4 of 20 training images (20 %), drawn class by class, are set aside for "
+            "testing (holdout=0.2).",
+        )
+    with pytest.raises(DataError, match="no labeled images for testing"):
+        labeled_sources(splits, settings_for_labels(holdout=0.0), validate_on=100)
+
+
+def settings_for_labels(holdout):
+    return SimpleNamespace(holdout=holdout, seed=0, labels_per_class=None, compare=False)
+
+
+def test_what_was_left_out_stands_in_the_findings(finetune, tmp_path, capsys):
+    root = tmp_path / "photos"
+    two_classes(root, "train", each=20)
+    two_classes(tmp_path / "more", "")
+    (root / "val").symlink_to(tmp_path / "more" / "dark")  # flat
+    (tmp_path / "more" / "dark" / "notes.txt").touch()
+    words = ("data=folder", f"data.root={root}", "data.workers=0", "min_updates=2", "scratch=false", "data.holdout=0.2")
+    results = finetune(tmp_path / "run", *words)
+    assert results["findings"] == [
+        "Left out: 1 of 51 files (1.96 %), not being images that can be read: 1 .txt.",
+        "10 of 50 images (20 %) in val/ have no labels, for want of class folders, and are not used. Scores are measured on "
+        "8 of 40 images (20 %) of train/, held out from training (data.holdout).",
+    ]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(printed.index(finding) < printed.index("Linear head") for finding in results["findings"])
 
 
 def test_a_used_folder_is_refused(finished, finetune, tmp_path):

@@ -1,6 +1,8 @@
 """Labeling new images from the command line."""
 
 import csv
+import os
+import re
 
 import numpy as np
 import pytest
@@ -49,12 +51,63 @@ def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_a
         np.testing.assert_allclose(given, best.values[number].numpy(), atol=1e-4)
 
 
+def test_linked_folders_and_images_are_labeled_and_what_is_left_out_is_said_first(finetuned, warm_command, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "new").mkdir()
+    picture = Image.fromarray(open_digits().test.images[0, 0].numpy())
+    for name in ("a.png", "b.png"):
+        picture.save(tmp_path / "elsewhere" / name)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "new")
+    (tmp_path / "new" / "linked").symlink_to("../elsewhere")
+    (tmp_path / "new" / "c.png").symlink_to(tmp_path / "elsewhere" / "a.png")
+    (tmp_path / "new" / "d.png").symlink_to("nowhere.png")
+    (tmp_path / "new" / "e.dcm").touch()
+    (tmp_path / "new" / "f.txt").touch()
+    done = warm_command(f"run={finetuned}", "images=new", "output=out/labels.csv", of="predict", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    with open(tmp_path / "out" / "labels.csv", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == ["c.png", "linked/a.png", "linked/b.png"]
+    said = [
+        "Left out: 1 of 4 images (25 %), 1 .dcm. DICOM is not read",
+        "Left out: 1 of 5 files (20 %), not being images that can be read: 1 .txt.",
+        "Left out: links that lead nowhere or in a circle, and special files (2): d.png, linked/back.",
+    ]
+    assert all(done.stdout.index(one) < done.stdout.index("3 images in") for one in said)
+
+
+@pytest.mark.parametrize(
+    ("output", "code", "message"),
+    [
+        (
+            "file/labels.csv",
+            5,
+            r"file/labels\.csv cannot be written: (Not a directory|File exists)\. Give the path of a CSV",
+        ),
+        ("new", 2, r"output=new is a folder: say output=new/predictions\.csv"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_image_is_read(
+    output, code, message, finetuned, warm_command, tmp_path
+):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "file").touch()
+    Image.new("L", (32, 32)).save(tmp_path / "new" / "a.png")
+    done = warm_command(f"run={finetuned}", "images=new", f"output={output}", of="predict", cwd=tmp_path)
+    assert done.returncode == code, done.stderr
+    assert re.search(message, done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+    assert " images in " not in done.stdout
+    assert sorted(os.listdir(tmp_path)) == ["file", "new"]
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
         (["images=."], 2, "run is not given"),
         (["run={finetuned}"], 2, "images is not given"),
-        (["run={finetuned}", "images=nowhere"], 3, "nowhere"),
+        (["run={finetuned}", "images=nowhere"], 3, r"nowhere does not exist\. Set images to the folder"),
+        (["run={finetuned}", "images="], 2, "images is (empty|not given)"),
+        (["run={finetuned}", "images=."], 3, r"No images in .*Nothing is there.*Check images\."),
         (["run={tiny_run}", "images=."], 2, "no head.*sslvision.finetune"),
         (["run={finetuned}", "images=.", "topp=3"], 2, "Did you mean top"),
     ],
@@ -64,6 +117,4 @@ def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, warm_c
     done = warm_command(*words, of="predict", cwd=tmp_path)
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
-    import re
-
     assert re.search(message, done.stderr)

@@ -1,5 +1,6 @@
 import csv
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ from PIL import Image
 from sslvision.augment.crops import center_crop
 from sslvision.backbones.build import build_backbone
 from sslvision.data.decode import read_image
-from sslvision.errors import DataError, UsageError
+from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.nn.normalize import Normalize
-from sslvision.workflows.predicting import Prediction, open_images, predict, write_csv
+from sslvision.workflows import predicting
+from sslvision.workflows.predicting import Prediction, check_output, open_images, predict, write_csv
 
 CLASSES = ("ant", "bee", "cat", "dog")
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -127,6 +129,41 @@ def test_a_network_without_this_many_classes_is_refused_before_anything_is_read(
         predict(classifier, NORMALIZE, CLASSES[:2], source)
     with pytest.raises(UsageError, match="top=0"):
         predict(classifier, NORMALIZE, CLASSES, source, top=0)
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        ("file/deep/labels.csv", StorageError, r"labels\.csv cannot be written: Not a directory\. Give the path"),
+        ("/proc/labels.csv", StorageError, "cannot be written: No such file or directory"),
+        (f"{'x' * 300}/labels.csv", StorageError, "cannot be written: File name too long"),
+        (".", UsageError, r"output=\. is a folder: say output=predictions\.csv"),
+        ("/dev/null", UsageError, "output=/dev/null is a device: give the path of a file"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused(output, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(error, match=message):
+        check_output(Path(output))
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_folder_without_permission_is_named_with_what_to_do(tmp_path, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(predicting.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(StorageError, match=r"cannot be written: Permission denied\. Give .*output="):
+        check_output(tmp_path / "labels.csv")
+
+
+def test_an_output_in_a_new_folder_or_over_an_old_file_is_fine(tmp_path):
+    check_output(tmp_path / "new" / "labels.csv")
+    assert os.listdir(tmp_path / "new") == []
+    (tmp_path / "old.csv").write_text("old")
+    check_output(tmp_path / "old.csv")
+    assert (tmp_path / "old.csv").read_text() == "old"
 
 
 ROWS = [

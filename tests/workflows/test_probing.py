@@ -38,7 +38,7 @@ def test_the_scores_are_those_of_the_frozen_features(probe, tiny_run, tmp_path):
     from sslvision.nn.normalize import Normalize
 
     found = probe(f"run={tiny_run}", "data=digits", "k=[10,20]")
-    loaded, (train, test, _) = load_backbone(tiny_run), open_digits()
+    loaded, (train, test, *_) = load_backbone(tiny_run), open_digits()
     normalize = Normalize(loaded.mean, loaded.std)
     features = [extract_features(loaded.backbone, normalize, source, range(len(source)))[1] for source in (train, test)]
     labeled = (features[0], train.labels, features[1], test.labels)
@@ -121,7 +121,7 @@ def test_images_without_labels_are_refused(probe, tiny_run, tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(20):
         Image.new("L", (32, 32), number).save(tmp_path / "flat" / f"{number}.png")
-    with pytest.raises(DataError, match="no labels to measure by"):
+    with pytest.raises(DataError, match="has no labels \\(class folders\\), so there is nothing to measure by"):
         probe(f"run={tiny_run}", "data=folder", f"data.root={tmp_path / 'flat'}")
 
 

@@ -1,15 +1,15 @@
 """Any folder of images as a data set: flat or nested, with or without classes, with or without train/ and val/.
 
-- Splits: train/ with test/ (or testing/) or val/ (or valid/, validation/) next to it. Scores are measured on test/, or on
-  val/ if there is no test/; with both, val/ is for choices during training. Without either, a fraction of the files is
+- Splits: train/ with test/ or val/ next to it, or folders of similar names (see layout.py). Scores are measured on test/, or
+  on val/ if there is no test/; with both, val/ is for choices during training. Without either, a fraction of the files is
   held out, chosen by a hash of their relative paths: the same files on every machine, and nearly the same ones when files
-  are added.
-- Classes: if all images are in two or more subfolders, those of the first level are the classes. Otherwise the images
-  have no labels.
+  are added. Where train/ has classes, held-out folders without any are not used.
+- Classes: if images are in two or more subfolders, those of the first level are the classes; a few images outside of them
+  are left out. With many outside, or fewer folders, the images have no labels.
 - Order: sorted by relative path.
+- What is left out or guessed is said in the splits' `remarks`.
 """
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,15 +21,13 @@ from torch import Tensor
 
 from sslvision.data.decode import MAX_PIXELS, read_image
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
-from sslvision.data.sources.scan import Found, scan
-from sslvision.errors import DataError, UsageError
+from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
+from sslvision.data.sources.scan import Found, scan, share, some
+from sslvision.errors import UsageError
 
-TRAIN = ("train", "training")
-VALIDATION = ("val", "valid", "validation")
-TEST = ("test", "testing")
 MOST_HELD_OUT = 5000
 
-log = logging.getLogger(__name__)
+Split = tuple[str, list[str], tuple[str, ...] | None]  # a folder, its images relative to it, its classes
 
 
 @dataclass(eq=False)
@@ -87,15 +85,15 @@ def open_folder(
     *,
     channels: int = 3,
     holdout: float = 0.05,
-    follow_symlinks: bool = False,
+    follow_symlinks: bool = True,
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Splits:
     """Return the images in `root`, as described at the top of this module.
 
-    Files ending in .jpg, .jpeg, .png, .webp, .tif, .tiff, .bmp or .gif count as images, in either case. Hidden files
-    and folders (leading dot, __MACOSX) are skipped, and so are symbolic links to files outside `root`, unless
-    `follow_symlinks`. Everything else that is skipped is logged as a warning.
+    Files count as images by their endings, in either case: scan.EXTENSIONS. Hidden files and folders (leading dot, __MACOSX)
+    are skipped. Symbolic links are followed, those to files outside `root` only with `follow_symlinks`. Whatever is skipped,
+    except for hidden files of the system, is named in `remarks`.
 
     `holdout`: Fraction of the images to hold out if there is no split: at least one image, at most 5,000; 0 holds out
     none (test is None). `at_least` and `max_pixels` are passed to `read_image`.
@@ -106,20 +104,15 @@ def open_folder(
     check_holdout(holdout)
     if channels < 1:
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
+    if not os.fspath(root):
+        raise UsageError("data.root is empty: set it to the folder of the images.")
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
-    train_folder, held_folders = _split_folders(root, found)
-    train, classes = _images_and_classes(found, train_folder)
-    splits = [(train_folder, train, classes)]  # folder, images, classes: train, then validation and test
-    for folder in held_folders:
-        held, names = _images_and_classes(found, folder, at_least_classes=1)
-        _check_classes(root, (train_folder, classes), (folder, names))
-        splits.append((folder, held, names and classes))
-    if not held_folders:
-        held_out = hold_out(train, holdout)
-        sides = ([path for path, held in zip(train, held_out, strict=True) if held == side] for side in (False, True))
-        splits = [(train_folder, images, classes) for images in sides if images]
-    name = f"{os.path.basename(root) or root} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
+    remarks = found.remarks()
+    top, found = unwrapped(found, remarks)
+    title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
+    splits = _splits(root, found, remarks, title=title, holdout=holdout)
+    name = f"{title} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
 
     def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
         labels = _labels(images, classes) if classes else None
@@ -128,7 +121,40 @@ def open_folder(
 
     first, *held_sources = [source(*split) for split in splits]
     test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
-    return Splits(first, test, validation)
+    return Splits(first, test, validation, tuple(remarks))
+
+
+def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout: float) -> list[Split]:
+    """Return the training images, and then those of validation and test, as far as there are any."""
+    folder, held_folders = split_folders(root, found, remarks)
+    train, classes = images_and_classes(found, folder, remarks, name=f"{folder}/" if folder else title)
+    splits: list[Split] = [(folder, train, classes)]
+    unlabeled = []
+    for held_folder in held_folders:
+        held, names = images_and_classes(found, held_folder, remarks, name=f"{held_folder}/", at_least_classes=1)
+        if classes and names:
+            check_classes(root, (folder, classes), (held_folder, names))
+        if classes and not names:
+            unlabeled.append(f"{share(len(held), len(found.images), 'images')} in {held_folder}/")
+            continue
+        if names and not classes:
+            remarks.append(
+                f"{folder}/ has no two class folders: the labels of {held_folder}/ ({some(names)}) are not used."
+            )
+        splits.append((held_folder, held, names and classes))
+    where = f"on {splits[-1][0]}/"
+    if len(splits) == 1:
+        held_out = hold_out(train, holdout)
+        sides = ([path for path, held in zip(train, held_out, strict=True) if held == side] for side in (False, True))
+        splits = [(folder, images, classes) for images in sides if images]
+        where = (
+            f"on {share(int(held_out.sum()), len(train), 'images')} of {folder}/, held out from training (data.holdout)"
+        )
+    if unlabeled:
+        scored = f"Scores are measured {where}" if len(splits) > 1 else "No image is held out, so nothing is scored"
+        why = "have no labels, for want of class folders, and are not used"
+        remarks.append(f"{' and '.join(unlabeled)} {why}. {scored}.")
+    return splits
 
 
 def check_holdout(holdout: float) -> None:
@@ -149,71 +175,6 @@ def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
     return held_out
 
 
-def _split_folders(root: str, found: Found) -> tuple[str, list[str]]:
-    """Return the folder of the training images, and the existing ones of validation and test images.
-
-    They are relative to the root; "" is the root itself.
-    """
-    tops = {path.partition("/")[0] for path in found.images if "/" in path}
-    flat = sum("/" not in path for path in found.images)
-    train = _first_named(TRAIN, tops)
-    held = [folder for names in (VALIDATION, TEST) if (folder := _first_named(names, tops))]
-    empty = _first_named(TRAIN, found.folders - tops)
-    if held and empty and not train:
-        raise DataError(
-            f"{os.path.join(root, empty)} holds no images, and {held[0]}/ beside it does. Put the training images there, "
-            f"or give {os.path.join(root, held[0])} as data.root to train on those."
-        )
-    if train and (held or (tops == {train} and not flat)):
-        used = tuple(f"{folder}/" for folder in (train, *held))
-        if unused := sum(not path.startswith(used) for path in found.images):
-            *others, last = used
-            within = f"{', '.join(others)} and {last}" if others else last
-            log.warning("%s: %s images outside %s are not used.", root, f"{unused:,}", within)
-        return train, held
-    return "", []
-
-
-def _first_named(names: Sequence[str], folders: set[str]) -> str | None:
-    return next((folder for name in names for folder in sorted(folders) if folder.lower() == name), None)
-
-
-def _images_and_classes(
-    found: Found, folder: str, at_least_classes: int = 2
-) -> tuple[list[str], tuple[str, ...] | None]:
-    """Return the sorted paths of a folder's images, relative to it, and its classes."""
-    prefix = f"{folder}/" if folder else ""
-    images = sorted(path.removeprefix(prefix) for path in found.images if path.startswith(prefix))
-    classes = {path.partition("/")[0] for path in images}
-    split_words = {name.lower() for name in classes} <= {*TRAIN, *VALIDATION, *TEST}  # these are not classes
-    if any("/" not in path for path in images) or len(classes) < at_least_classes or split_words:
-        return images, None
-    folders = {path.removeprefix(prefix) for path in found.folders if path.startswith(prefix)}
-    if empty := sorted(name for name in folders - classes if "/" not in name):
-        log.warning("%s: class folders without images are ignored: %s.", folder or ".", _some(empty))
-    return images, tuple(sorted(classes))
-
-
-def _check_classes(
-    root: str, train: tuple[str, tuple[str, ...] | None], test: tuple[str, tuple[str, ...] | None]
-) -> None:
-    (train_folder, train_names), (test_folder, test_names) = train, test
-    if not train_names or not test_names:
-        if train_names:
-            log.warning("%s: %s/ has no class folders: its images have no labels.", root, test_folder)
-        return
-    if unknown := sorted(set(test_names) - set(train_names)):
-        raise DataError(
-            f"{os.path.join(root, test_folder)} has classes that {train_folder}/ has not: {_some(unknown)} "
-            f"({train_folder}/ has {_some(train_names)}). Class folders must have the same names in both."
-        )
-
-
 def _labels(images: Sequence[str], classes: tuple[str, ...]) -> Tensor:
     indices = {name: place for place, name in enumerate(classes)}
     return torch.tensor([indices[path.partition("/")[0]] for path in images], dtype=torch.int64)
-
-
-def _some(names: Sequence[str], most: int = 10) -> str:
-    more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -1,22 +1,41 @@
-"""Listing the images in a folder, a million files in seconds."""
+"""Listing the images in a folder, a million files in seconds, and what else is there."""
 
-import logging
 import os
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from sslvision.data.image_plugins import BY_SUFFIX, EXTRA_FORMATS, unread_format
 from sslvision.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+EXTENSIONS = (
+    *(
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".apng",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".bmp",
+        ".gif",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+    ),
+    *(".npy", ".npz"),
+    *(suffix for one in EXTRA_FORMATS if one.pil is not None for suffix in one.suffixes),
+)
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
-log = logging.getLogger(__name__)
-
-
+# Why paths are left out, by kind.
 LEFT_OUT = {
-    "hidden": "hidden files and folders",
-    "outside": "links that lead outside the folder (data.follow_symlinks=true follows them)",
+    "outside": "links that lead outside the folder, as data.follow_symlinks=false asks",
     "lost": "links that lead nowhere or in a circle, and special files",
+    "hidden": "hidden images and folders, whose names begin with a dot",
+    "closed": "folders that cannot be read",
 }
 
 
@@ -25,28 +44,68 @@ class Found:
     """The images in a folder, and what else was found. Paths are relative, with "/" on every system."""
 
     images: list[str] = field(default_factory=list)  # unordered
-    folders: set[str] = field(default_factory=set)  # of the first two levels, to report empty classes
+    folders: set[str] = field(default_factory=set)  # of the first three levels, to report empty classes
+    unread: Counter[str] = field(default_factory=Counter)  # images in formats that are not read, by extension
     other: Counter[str] = field(default_factory=Counter)  # files that are not images, by extension
-    left_out: Counter[str] = field(default_factory=Counter)  # by the keys of LEFT_OUT
-    closed: list[str] = field(default_factory=list)  # folders that could not be listed, with the reason
+    left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by the keys of LEFT_OUT
 
-    def remarks(self, kinds: Iterable[str]) -> str:
-        """Return in words what was found besides images, of the given kinds of LEFT_OUT."""
-        others = ", ".join(f"{count:,} {extension}" for extension, count in self.other.most_common(8))
-        remarks = [f"files that are not images: {others}"] if others else []
-        remarks += [f"{LEFT_OUT[kind]}: {self.left_out[kind]:,}" for kind in kinds if self.left_out[kind]]
-        remarks += [f"folders that cannot be read: {', '.join(self.closed[:8])}"] if self.closed else []
-        return "; ".join(remarks)
+    def remarks(self) -> list[str]:
+        """Return in sentences what was found besides images: how many files, which share of all, and what to do."""
+        unread = sum(self.unread.values())
+        remarks = [
+            f"Left out: {share(sum(counts.values()), len(self.images) + unread, 'images')}, {_listed(counts)}. {reason}."
+            for reason, counts in self._unread_by_reason().items()
+        ]
+        if others := sum(self.other.values()):
+            total = len(self.images) + unread + others
+            hint = " Unpack the archives to use what is in them." if set(self.other) & {*ARCHIVES} else ""
+            what = (
+                f"Left out: {share(others, total, 'files')}, not being images that can be read: {_listed(self.other)}."
+            )
+            remarks.append(what + hint)
+        for kind, words in LEFT_OUT.items():
+            if paths := sorted(self.left_out[kind]):
+                remarks.append(f"Left out: {words} ({len(paths):,}): {some(paths)}.")
+        return remarks
+
+    def _unread_by_reason(self) -> dict[str, Counter[str]]:
+        reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        for extension, count in self.unread.items():
+            reasons[BY_SUFFIX[extension].reason][extension] += count
+        return reasons
 
 
-def scan(root: str, *, follow_symlinks: bool) -> Found:
-    """Return what is in `root`. Raises DataError if it is not a folder or has no images.
+def share(part: int, whole: int, what: str) -> str:
+    """Return a count with its share: "16 of 20 images (80 %)"."""
+    return f"{part:,} of {whole:,} {what} ({100 * part / whole:.3g} %)"
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Return the first names of a list, and how many there are besides."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _listed(counts: Counter[str], most: int = 8) -> str:
+    return some([f"{count:,} {extension}" for extension, count in counts.most_common()], most)
+
+
+def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root") -> Found:
+    """Return what is in `root`.
 
     Links within `root` are always followed: an image with two paths counts twice.
+
+    Args:
+        root: A folder.
+        follow_symlinks: Follow links that lead out of it.
+        setting: Setting that names the folder, for messages.
+
+    Raises:
+        DataError: It is not a folder, or has no images.
     """
     if not os.path.isdir(root):
         what = "is a file, not a folder: unpack it if it is an archive" if os.path.exists(root) else "does not exist"
-        raise DataError(f"{root} {what}. Set data.root to the folder of the images.")
+        raise DataError(f"{root} {what}. Set {setting} to the folder of the images.")
     found = Found()
     real_root = os.path.realpath(root)
     waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, with the real folders that links to them left
@@ -56,7 +115,7 @@ def scan(root: str, *, follow_symlinks: bool) -> Found:
             with os.scandir(os.path.join(root, folder)) as listing:
                 entries = list(listing)
         except OSError as error:
-            found.closed.append(f"{folder or root} ({error.strerror})")
+            found.left_out["closed"].append(f"{folder or root} ({error.strerror})")
             continue
         for entry in entries:
             path = folder + entry.name
@@ -66,21 +125,20 @@ def scan(root: str, *, follow_symlinks: bool) -> Found:
                 kind, links = "lost", left
             if kind == "folder":
                 waiting.append((f"{path}/", links))
-                if path.count("/") < 2:
+                if path.count("/") < 3:
                     found.folders.add(path)
             elif kind == "image":
                 found.images.append(path)
-            elif kind == "other":
-                found.other[os.path.splitext(path)[1].lower() or "without an extension"] += 1
-            else:
-                found.left_out[kind] += 1
+            elif kind in ("unread", "other"):
+                extension = os.path.splitext(path)[1].lower() or "without an extension"
+                (found.unread if kind == "unread" else found.other)[extension] += 1
+            elif kind in LEFT_OUT:
+                found.left_out[kind].append(path)
     if not found.images:
         raise DataError(
-            f"No images in {root}. Found there: {found.remarks(LEFT_OUT) or 'nothing'}. Expected files ending in "
-            f"{', '.join(EXTENSIONS)}, at any depth. Check data.root."
+            f"No images in {root}. {' '.join(found.remarks()) or 'Nothing is there.'} Expected files ending in "
+            f"{', '.join(EXTENSIONS)}, at any depth. Check {setting}."
         )
-    if remarks := found.remarks(("outside", "lost")):  # hidden files are common and deliberately skipped
-        log.warning("%s: left out: %s.", root, remarks)
     return found
 
 
@@ -88,9 +146,12 @@ def _kind(
     entry: os.DirEntry[str], left: tuple[str, ...], real_root: str, follow_symlinks: bool
 ) -> tuple[str, tuple[str, ...]]:
     """Return the kind of an entry, and for a folder the real folders that links on its path have left."""
-    if entry.name.startswith(".") or entry.name == "__MACOSX":
-        return "hidden", left
+    name = entry.name.lower()
+    if name.startswith("._") or name in ("__macosx", ".ds_store"):  # what macOS adds to archives and disks
+        return "of the system", left
     is_folder = entry.is_dir()
+    if name.startswith("."):
+        return ("hidden" if is_folder or name.endswith(EXTENSIONS) else "of the system"), left
     if entry.is_symlink() and (is_folder or not follow_symlinks):
         target = os.path.realpath(entry.path)
         if not follow_symlinks and not _is_inside(target, real_root):
@@ -102,7 +163,9 @@ def _kind(
         return "folder", left
     if not entry.is_file():
         return "lost", left
-    return ("image" if entry.name.lower().endswith(EXTENSIONS) else "other"), left
+    if unread_format(name) is not None:
+        return "unread", left
+    return ("image" if name.endswith(EXTENSIONS) else "other"), left
 
 
 def _is_inside(path: str, folder: str) -> bool:

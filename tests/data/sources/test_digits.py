@@ -44,7 +44,7 @@ def scikit_learn(monkeypatch):
 
 
 def test_the_digits_are_1198_and_599_of_32_by_32(splits):
-    train, test, validation = splits
+    train, test, validation, _ = splits
     assert train.images.shape == (1198, 1, 32, 32)
     assert test.images.shape == (599, 1, 32, 32)
     assert train.images.dtype == torch.uint8

@@ -74,7 +74,7 @@ def tiny(monkeypatch):
 
 
 def test_mnist_is_in_memory_with_the_authors_pixels_labels_and_classes(mnist):
-    train, test, _ = open_torchvision("MNIST", mnist, channels=1)
+    train, test, *_ = open_torchvision("MNIST", mnist, channels=1)
     assert np.array_equal(train.images[:, 0].numpy(), noise(12, 28, 28, seed=12))
     assert np.array_equal(test.images[:, 0].numpy(), noise(5, 28, 28, seed=5))
     assert train.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
@@ -94,7 +94,7 @@ def test_gray_sets_are_repeated_to_three_channels(mnist):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_cifar_in_memory_is_what_torchvision_hands_out(cifar, channels):
-    train, test, _ = open_torchvision("CIFAR10", cifar, channels=channels)
+    train, test, *_ = open_torchvision("CIFAR10", cifar, channels=channels)
     assert (len(train), len(test)) == (50, 10)
     assert train.images.shape == (50, channels, 32, 32)
     for split, source in ((True, train), (False, test)):
@@ -114,7 +114,7 @@ def test_stl10_in_memory_is_what_torchvision_hands_out(tmp_path, monkeypatch, ch
         noise(count, 3, 96, 96).tofile(folder / f"{split}_X.bin")
         np.arange(1, count + 1, dtype=np.uint8).tofile(folder / f"{split}_y.bin")
     monkeypatch.setattr(datasets.STL10, "_check_integrity", lambda self: True)
-    train, test, _ = open_torchvision("STL10", tmp_path, channels=channels)
+    train, test, *_ = open_torchvision("STL10", tmp_path, channels=channels)
     theirs = datasets.STL10(tmp_path)
     assert torch.equal(train.images[3], from_pil(theirs[3][0], channels))
     assert test.labels.tolist() == [0, 1, 2]
@@ -140,7 +140,7 @@ def test_emnist_is_its_balanced_split_of_47_classes(tmp_path):
         stem = f"EMNIST/raw/emnist-balanced-{split}"
         write_idx(tmp_path / f"{stem}-images-idx3-ubyte", noise(count, 28, 28))
         write_idx(tmp_path / f"{stem}-labels-idx1-ubyte", np.arange(count, dtype=np.uint8))
-    train, test, _ = open_torchvision("EMNIST", tmp_path, channels=1)
+    train, test, *_ = open_torchvision("EMNIST", tmp_path, channels=1)
     assert (len(train), len(test), len(train.classes)) == (6, 3, 47)
 
 
@@ -169,7 +169,7 @@ def food(tmp_path):
 
 
 def test_a_set_of_files_is_read_as_files_sorted_by_path(food):
-    train, test, _ = open_torchvision("Food101", food)
+    train, test, *_ = open_torchvision("Food101", food)
     folder = food / "food-101" / "images"
     assert [train.describe(n) for n in range(4)] == [
         str(folder / name) for name in ("cake/1.jpg", "cake/3.jpg", "soup/1.jpg", "soup/3.jpg")
@@ -197,7 +197,7 @@ def test_a_set_without_splits_holds_out_the_same_files_wherever_it_lies(tmp_path
         for name in ("Forest", "River"):
             for n in range(20):
                 write_image(tmp_path / place / "eurosat/2750" / name / f"{n}.jpg")
-        train, test, _ = open_torchvision("EuroSAT", tmp_path / place, holdout=0.1)
+        train, test, *_ = open_torchvision("EuroSAT", tmp_path / place, holdout=0.1)
         assert (len(train), len(test)) == (36, 4)
         held_out.append([test.describe(n).split("2750")[1] for n in range(4)])
         assert test.labels.tolist() == ["River" in test.describe(n) for n in range(4)]
@@ -210,7 +210,7 @@ def test_caltech101_is_read_without_scipy(tmp_path):
         for n in (1, 2):
             write_image(tmp_path / f"caltech101/101_ObjectCategories/{name}/image_{n:04}.jpg")
     (tmp_path / "caltech101/Annotations").mkdir()
-    train, test, _ = open_torchvision("Caltech101", tmp_path, holdout=0)
+    train, test, *_ = open_torchvision("Caltech101", tmp_path, holdout=0)
     assert test is None
     assert train.classes == ("ant", "bee")
     assert train.labels.tolist() == [0, 0, 1, 1]
@@ -232,7 +232,7 @@ def test_inaturalist_has_the_species_as_classes(tmp_path):
     for version in ("2021_train", "2021_valid"):
         for name in species:
             write_image(tmp_path / version / name / "x.jpg")
-    train, test, _ = open_torchvision("INaturalist", tmp_path)
+    train, test, *_ = open_torchvision("INaturalist", tmp_path)
     assert test.classes == tuple(species)
     assert test.labels.tolist() == [0, 1]
     assert "2021_valid" in test.describe(1)
@@ -243,7 +243,7 @@ def test_inaturalist_has_the_species_as_classes(tmp_path):
 
 
 def test_a_set_that_only_gives_images_is_asked_for_them(tiny):
-    train, test, _ = open_torchvision("FakeData", "unused", holdout=0.25)
+    train, test, *_ = open_torchvision("FakeData", "unused", holdout=0.25)
     assert (len(train), len(test)) == (15, 5)
     assert train.images is None
     indices = [int(test.describe(n).rsplit(" ", 1)[1]) for n in range(5)]
@@ -282,7 +282,7 @@ def test_pcam_labels_are_read_without_decoding_and_it_can_be_sent_to_a_worker(tm
     decoded = []
     getitem = datasets.PCAM.__getitem__
     monkeypatch.setattr(datasets.PCAM, "__getitem__", lambda self, n: decoded.append(n) or getitem(self, n))
-    train, test, _ = open_torchvision("PCAM", tmp_path)
+    train, test, *_ = open_torchvision("PCAM", tmp_path)
     assert train.labels.tolist() == [0, 1, 0, 1, 0]
     assert test.classes == ("0", "1")
     assert decoded == []
@@ -312,7 +312,7 @@ def test_labels_that_were_never_published_are_none(cifar, monkeypatch):
         self.targets = self.targets if self.train else [None] * len(self.targets)
 
     monkeypatch.setattr(datasets.CIFAR10, "_load_meta", forget)
-    train, test, _ = open_torchvision("CIFAR10", cifar)
+    train, test, *_ = open_torchvision("CIFAR10", cifar)
     assert test.labels is None
     assert test.classes is None
     assert len(train.classes) == 10
