@@ -9,29 +9,36 @@ is decoded by torchvision, to the same bytes in three quarters of the time, and 
   stay comparable. Floats within 0..1: value * 255; floats beyond 1 but within 0..65535: as 16-bit. Values outside
   0..65535 have no standard range: such an image is scaled from its minimum and maximum. NaN and infinity are rejected.
   PIL returns the high bytes of 16-bit color.
-- The EXIF orientation is applied; ICC profiles are not. Of several pages or frames the first is read, except below.
+- The EXIF orientation is applied; ICC profiles are not. Damaged or oversized metadata are ignored. Of several pages or
+  frames the first is read, except below.
+- `channels` other than 1: a TIFF with exactly that many pages of one band and one size is a stack of channels.
 - `channels` other than 1 and 3: a file with exactly that many bands (their values as they are: alpha is a band like
-  any other), or with exactly that many pages of one band and one size, such as a TIFF stack. PIL opens no file of
-  more than four bands.
+  any other), or pages as above, in any format. PIL opens no file of more than four bands.
 """
 
 import errno
+import io
 import os
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import IO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from sslvision.data.metadata import without_metadata
 from sslvision.data.source import UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 MAX_PIXELS = 100_000_000
+
+Result = TypeVar("Result")
 
 # Transient errors of network file systems and failing disks: the file is read again after WAITS seconds.
 PASSING = {
@@ -61,6 +68,7 @@ UPRIGHT = {  # EXIF orientation -> the operation that undoes it
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
+IMAGE_WIDTH, IMAGE_LENGTH = 256, 257  # TIFF tags
 SIDEWAYS = (Transpose.TRANSPOSE, Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
 
 
@@ -75,8 +83,7 @@ def read_image(
     1/2, 1/4 or 1/8 of its size, with a short side of no less than `at_least`. This saves most of the decoding time, and
     results in a slightly different (box-filtered) image. Other formats are always decoded in full.
 
-    `max_pixels` rejects decompression bombs by their header. PIL's own limit, twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (179 million), also applies.
+    `max_pixels` rejects decompression bombs by their header; PIL's own limit does not apply.
 
     After a transient error of the disk or the network, the file is read again, twice within a second.
 
@@ -94,28 +101,73 @@ def read_image(
 
 def image_size(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return height and width of the upright image from the header of its file. Raises UnreadableImage, as `read_image`."""
-    with reasons_in_words(), Image.open(path, formats=FORMATS) as image:
+
+    def size(image: ImageFile.ImageFile, _: IO[bytes]) -> tuple[int, int]:
         _refuse_bomb(image, max_pixels)
-        width, height = image.size
-        return (width, height) if _turn(image) in SIDEWAYS else (height, width)
+        turned = _turn(image) in SIDEWAYS
+        # Versions of PIL differ in whether the size of a TIFF that lies on its side is that of the upright image.
+        tags = getattr(image, "tag_v2", None)
+        width, height = (tags[IMAGE_WIDTH], tags[IMAGE_LENGTH]) if image.format == "TIFF" and tags else image.size
+        return (width, height) if turned else (height, width)
+
+    return _with_image(path, size)
 
 
 def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max_pixels: int) -> Tensor:
-    with reasons_in_words(), open(path, "rb") as file:
+    def pixels(image: ImageFile.ImageFile, file: IO[bytes]) -> Tensor:
+        _refuse_bomb(image, max_pixels)
+        full = image.size
+        if at_least is not None:
+            image.draft(image.mode, (at_least, at_least))
+        if (image.format, image.mode, image.size, channels) == ("JPEG", "RGB", full, 3) and _turn(image) is None:
+            file.seek(0)
+            with suppress(
+                RuntimeError
+            ):  # PIL reads some damaged files that torchvision does not, or reports the reason
+                return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
+        return from_pil(image, channels, max_pixels=max_pixels)
+
+    return _with_image(path, pixels)
+
+
+def _with_image(path: str | os.PathLike[str], use: Callable[[ImageFile.ImageFile, IO[bytes]], Result]) -> Result:
+    """Return `use` of the opened image and its file. Metadata that PIL rejects is left out: it says nothing of the pixels."""
+
+    def opened(file: IO[bytes]) -> Result:
+        with Image.open(file, formats=FORMATS) as image:
+            return use(image, file)
+
+    with reasons_in_words(), _pils_limit_lifted(), open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size == 0:
             raise UnreadableImage("the file is empty")
-        with Image.open(file, formats=FORMATS) as image:
-            _refuse_bomb(image, max_pixels)
-            full = image.size
-            if at_least is not None:
-                image.draft(image.mode, (at_least, at_least))
-            if (image.format, image.mode, image.size, channels) == ("JPEG", "RGB", full, 3) and _turn(image) is None:
-                file.seek(0)
-                with suppress(
-                    RuntimeError
-                ):  # PIL reads some damaged files that torchvision does not, or reports the reason
-                    return decode_jpeg(torch.frombuffer(bytearray(file.read()), dtype=torch.uint8))
-            return from_pil(image, channels, max_pixels=max_pixels)
+        try:
+            return opened(file)
+        except UnreadableImage:
+            raise
+        except Exception:
+            file.seek(0)
+            if (plain := without_metadata(file.read())) is None:
+                raise
+            return opened(io.BytesIO(plain))
+
+
+_lifted = threading.Lock()
+_lifts: list[int | None] = []  # PIL's limit, once for each thread that has lifted it
+
+
+@contextmanager
+def _pils_limit_lifted() -> Iterator[None]:
+    """Leave the limit of pixels to `max_pixels`: PIL's own, a global variable, is put back when the last thread is done."""
+    with _lifted:
+        _lifts.append(_lifts[0] if _lifts else Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
+    try:
+        yield
+    finally:
+        with _lifted:
+            limit = _lifts.pop()
+            if not _lifts:
+                Image.MAX_IMAGE_PIXELS = limit
 
 
 def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -123,9 +175,9 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS)
 
     Raises UnreadableImage if the image does not have the required bands, and PIL's own errors: see `reasons_in_words`.
     """
-    if channels in (1, 3):
-        return _tensor(_gray_or_color(_upright(image), channels))
     bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
+    if channels in (1, 3) and not (channels == pages == 3 and _is_gray_stack(image)):
+        return _tensor(_gray_or_color(_upright(image), channels))
     if bands == channels and pages == 1:
         return _tensor(np.array(_upright(image)))
     if bands == 1 and pages == channels:
@@ -157,7 +209,7 @@ def _reason(error: Exception) -> str:
             return "no permission to read the file"
         case UnidentifiedImageError():
             return f"the content is not an image in a known format ({', '.join(FORMATS)})"
-        case Image.DecompressionBombError():
+        case Image.DecompressionBombError():  # only where others open the image, as torchvision's data sets do
             return f"too many pixels for PIL.Image.MAX_IMAGE_PIXELS: {error}"
         case MemoryError():
             return "not enough memory to decode it"
@@ -171,7 +223,7 @@ def _refuse_bomb(image: Image.Image, max_pixels: int, pages: int = 1) -> None:
     width, height = image.size
     if width * height * pages > max_pixels:
         each = f" on each of {pages} pages" if pages > 1 else ""
-        raise UnreadableImage(f"{width} x {height} pixels{each}, more than the limit of {max_pixels:,}")
+        raise UnreadableImage(f"{width} x {height} pixels{each}, more than the limit data.max_pixels={max_pixels}")
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -200,6 +252,18 @@ def _gray_or_color(image: Image.Image, channels: int) -> np.ndarray:
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
     return np.array(image.convert("L" if channels == 1 else "RGB"))
+
+
+def _is_gray_stack(image: Image.Image) -> bool:
+    """Return whether all pages of a TIFF are gray and of one size. Frames of an animation are no channels, nor are previews."""
+    if image.format != "TIFF":
+        return False
+    pages = set[tuple[bool, tuple[int, int]]]()
+    for page in range(getattr(image, "n_frames", 1)):
+        image.seek(page)
+        pages.add((len(image.getbands()) == 1 and image.mode != "P", image.size))
+    image.seek(0)
+    return len(pages) == 1 and pages.pop()[0]
 
 
 def _stack(image: Image.Image, pages: int) -> np.ndarray:
