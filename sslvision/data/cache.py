@@ -41,7 +41,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # Part of the key: increment it when the same files and settings result in other pixels, here or in decode.py.
-VERSION = 1
+VERSION = 2
 INDEX, PIXELS = "index.npz", "pixels"
 
 log = logging.getLogger(__name__)

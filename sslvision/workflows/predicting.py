@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import available_workers
+from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.scan import scan
@@ -51,7 +52,7 @@ def predict_to_csv(settings: Predict) -> Path:
             f"run={run} has no head and no class names, so it cannot classify images: fine-tune it first, "
             f"python -m sslvision.finetune run={run} data=..."
         )
-    source = open_images(settings.images or "", channels=loaded.backbone.channels)
+    source = open_images(settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels)
     output = Path(settings.output or _default_output(run))
     rows = predict(
         loaded.backbone.to(device),
@@ -70,7 +71,7 @@ def predict_to_csv(settings: Predict) -> Path:
     return output
 
 
-def open_images(path: str | Path, *, channels: int) -> FileSource:
+def open_images(path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS) -> FileSource:
     """Return all images under a folder, at any depth, sorted by relative path; or the one image that `path` names.
 
     Folders named train/ and val/ are like all others. Hidden files and folders are skipped.
@@ -86,7 +87,7 @@ def open_images(path: str | Path, *, channels: int) -> FileSource:
             images = sorted(scan(root, follow_symlinks=False).images)
         except DataError as error:  # its message is about training
             raise DataError(str(error).replace("data.root", "images")) from None
-    return FileSource(str(path), channels, None, None, root, *joined(images))
+    return FileSource(str(path), channels, None, None, root, *joined(images), max_pixels=max_pixels)
 
 
 def predict(
@@ -180,7 +181,9 @@ def _readable_and_not(
     return (
         [place for place, image, _ in items if image is not None],
         torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
-        [(place, why) for place, image, why in items if image is None],
+        [
+            (place, why.replace("data.", "")) for place, image, why in items if image is None
+        ],  # the settings of pretraining
     )
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sslvision.backbones.build import build_backbone
 from sslvision.data.cache import cached
+from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits
 from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels
@@ -190,6 +191,7 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     loader = ("workers", "normalize", "max_unreadable", *cache)  # arguments that the source does not get
     target = locate("data", data["_target_"])
     splits = target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
+    check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
 
