@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sslvision.data.source import Source, Splits, UnreadableImage
+from sslvision.data.source import Source, UnreadableImage
 from sslvision.errors import SSLVisionError, UsageError
 
 ATTRIBUTES = ("name", "channels", "classes", "labels", "images", "read", "describe", "__len__")
@@ -25,7 +25,8 @@ def check_contract(splits: Any) -> None:
             f"The data source returned {_kind(splits)}, not sslvision.Splits: return Splits(train, test), where test may be "
             "None (docs/extending.md)."
         )
-    for name, source in zip(Splits._fields, splits, strict=False):
+    for name in ("train", "test", "validation"):
+        source = getattr(splits, name, None)
         if source is not None and not type(source).__module__.startswith("sslvision."):
             _check_source(source, name)
 

@@ -83,8 +83,10 @@ class Splits(NamedTuple):
         train: Images to train on.
         test: Images that scores are measured on; None if there are none.
         validation: Images that choices during training are based on; None if there are none.
+        remarks: What was left out or guessed, in sentences with counts: printed before training, and kept in results.json.
     """
 
     train: Source
     test: Source | None
     validation: Source | None = None
+    remarks: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.settings import Finetune
-from sslvision.workflows.pretraining import build_method, open_splits
+from sslvision.workflows.pretraining import build_method, decided_from, open_splits, read_as_in_training
 
 ASSUMED_BASE_LR = 1e-3  # per 256 images, where the pretraining is unknown
 VALIDATE_ON = 5_000  # images at most, where they are split off the training images
@@ -36,6 +36,7 @@ class LabeledData:
         workers: Number of loader processes.
         base_lr: Learning rate of pretraining per 256 images.
         weights: Where the pretrained weights come from, for the user.
+        value_range: The setting data.value_range, as it was given or decided.
     """
 
     train: Source
@@ -47,6 +48,7 @@ class LabeledData:
     workers: int
     base_lr: float
     weights: str
+    value_range: Any = None
 
 
 class Features(NamedTuple):
@@ -68,7 +70,9 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         UsageError, DataError: There are no such weights or images, or the images have no labels.
     """
     loaded = load_backbone(settings.run or "", head=False, **settings.backbone)
-    splits = open_splits({**settings.data, "channels": loaded.backbone.channels})
+    data = read_as_in_training(settings.data, settings.run or "")
+    splits = open_splits({**data, "channels": loaded.backbone.channels})
+    settings.data |= decided_from(splits)
     train, validation, test = labeled_sources(splits, settings, validate_on=validate_on)
     mean, std = statistics_of(loaded, train, settings.data)
     workers = settings.data.get("workers")
@@ -83,6 +87,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         workers=available_workers() if workers is None else workers,
         base_lr=pretraining_base_lr(settings.run or ""),
         weights=loaded.weights,
+        value_range=settings.data.get("value_range"),
     )
 
 

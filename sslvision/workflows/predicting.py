@@ -16,11 +16,13 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import available_workers
 from sslvision.data.decode import MAX_PIXELS
+from sslvision.data.eight_bits import value_range_from
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.scan import scan
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import Normalize
+from sslvision.runs.weights import recorded_value_range
 from sslvision.settings import Predict
 from sslvision.system.files import written_whole
 from sslvision.training.trainer import configure_torch, select_device
@@ -53,6 +55,7 @@ def predict_to_csv(settings: Predict) -> Path:
             f"python -m sslvision.finetune run={run} data=..."
         )
     source = open_images(settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels)
+    source.value_range = value_range_from(recorded_value_range(run))
     output = Path(settings.output or _default_output(run))
     rows = predict(
         loaded.backbone.to(device),

@@ -11,7 +11,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from sslvision.data.decode import MAX_PIXELS, read_image
+from sslvision.data.eight_bits import ValueRange, value_range_from
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
 from sslvision.data.sources.scan import Found, scan
+from sslvision.data.value_range import look_at
 from sslvision.errors import DataError, UsageError
 
 TRAIN = ("train", "training")
@@ -46,6 +48,7 @@ class FileSource:
     at_least: int | None = None  # see decode.read_image
     max_pixels: int = MAX_PIXELS
     images: Tensor | None = None
+    value_range: ValueRange | None = None  # of images of more than 8 bits
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -53,7 +56,13 @@ class FileSource:
     def read(self, index: int) -> Tensor:
         path = self.describe(index)
         try:
-            return read_image(path, self.channels, at_least=self.at_least, max_pixels=self.max_pixels)
+            return read_image(
+                path,
+                self.channels,
+                at_least=self.at_least,
+                max_pixels=self.max_pixels,
+                value_range=self.value_range,
+            )
         except UnreadableImage as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
                 raise SourceGone(
@@ -90,6 +99,7 @@ def open_folder(
     follow_symlinks: bool = False,
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    value_range: str | Sequence[float] | Mapping[str, Sequence[float]] = "auto",
 ) -> Splits:
     """Return the images in `root`, as described at the top of this module.
 
@@ -100,12 +110,16 @@ def open_folder(
     `holdout`: Fraction of the images to hold out if there is no split: at least one image, at most 5,000; 0 holds out
     none (test is None). `at_least` and `max_pixels` are passed to `read_image`.
 
+    `value_range`: For images of more than 8 bits, the values that become black and white in all of them, [low, high];
+    "auto": from a sample of the training images (data/value_range.py).
+
     Raises UsageError for settings out of range, DataError if there are no images, or if the classes of val/ or test/ differ
     from those of train/.
     """
     check_holdout(holdout)
     if channels < 1:
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
+    given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
     train_folder, held_folders = _split_folders(root, found)
@@ -127,8 +141,11 @@ def open_folder(
         return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
 
     first, *held_sources = [source(*split) for split in splits]
+    decided, remarks = look_at(first, given)
+    for one in (first, *held_sources):
+        one.value_range = decided
     test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
-    return Splits(first, test, validation)
+    return Splits(first, test, validation, remarks)
 
 
 def check_holdout(holdout: float) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from sslvision.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy", ".npz")
 
 log = logging.getLogger(__name__)
 
