@@ -287,10 +287,11 @@ class Predict:
     top: int = _option(5, "number of most likely classes to list for each image")
     batch_size: int = _option(256, "images per forward pass")
     workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")
+    max_pixels: int = _option(100_000_000, "images with more pixels are not read; the row says so")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device to run on")
 
     def __post_init__(self) -> None:
-        _at_least(self, top=1, batch_size=1)
+        _at_least(self, top=1, batch_size=1, max_pixels=1)
         for key, example in (("run", "run=outputs/<name>"), ("images", "images=photos")):
             if getattr(self, key) is None:
                 raise UsageError(f"{key} is not given: say {example}.")

@@ -19,6 +19,8 @@ from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
+LONGEST = 4  # long side over short side, above which an evaluated image is cut before it is resized
+MARGIN = 8  # pixels that the bicubic filter may reach beyond the central square, with room to spare
 ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
@@ -238,6 +240,20 @@ def center_crop(image: Tensor, size: int) -> Tensor:
         return image
     short = max(size, round(size * 8 / 7))
     factor = short / min(height, width)
+    if max(height, width) > LONGEST * min(height, width):  # resized as a whole, 30,000 x 1 pixels would need gigabytes
+        image = _central(image, 2 * min(height, width) + MARGIN, factor)
+        height, width = image.shape[1:]
     image = resize(image, (max(short, round(height * factor)), max(short, round(width * factor))))
     top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
     return image[:, top : top + size, left : left + size]
+
+
+def _central(image: Tensor, side: int, factor: float) -> Tensor:
+    """Return at least the central `side` pixels of each axis, such that the center stays where it is when resized."""
+    for axis in (1, 2):
+        length = image.shape[axis]
+        odd = round(length * factor) % 2  # half a pixel of the result
+        fitting = (kept for kept in range(side + (length - side) % 2, length, 2) if round(kept * factor) % 2 == odd)
+        kept = next(fitting, length)
+        image = image.narrow(axis, (length - kept) // 2, kept)
+    return image

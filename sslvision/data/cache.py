@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from sslvision.data.cache_build import build, shrunk
+from sslvision.data.eight_bits import ValueRange
 from sslvision.data.source import Source, Splits, UnreadableImage
 from sslvision.data.sources.folder import FileSource
 from sslvision.errors import DataError, StorageError, UsageError
@@ -41,7 +42,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 # Part of the key: increment it when the same files and settings result in other pixels, here or in decode.py.
-VERSION = 1
+VERSION = 2
 INDEX, PIXELS = "index.npz", "pixels"
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,11 @@ class CachedSource:
     def describe(self, index: int) -> str:
         return self.source.describe(index)
 
+    @property
+    def value_range(self) -> ValueRange | None:
+        """Return the value range of the files."""
+        return self.source.value_range
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"pixels": None}  # a worker process that is not forked maps the file itself
 
@@ -120,9 +126,8 @@ def cached(
             raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
         return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
 
-    train = open_cached(splits.train)
-    test, validation = (source and open_cached(source) for source in (splits.test, splits.validation))
-    return Splits(train, test, validation, splits.remarks)
+    held = (source if source is None else open_cached(source) for source in (splits.test, splits.validation))
+    return Splits(open_cached(splits.train), *held, splits.remarks)
 
 
 def _cached(source: FileSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:
@@ -174,7 +179,7 @@ def _mapped(file: Path) -> Tensor:
 
 def _key(source: FileSource, side: int) -> str:
     """Return a hash of everything the pixels depend on, except the contents of the files."""
-    settings = (VERSION, source.channels, side, source.at_least, source.max_pixels)
+    settings = (VERSION, source.channels, side, source.at_least, source.max_pixels, source.value_range)
     digest = blake2b(repr(settings).encode(), digest_size=12)
     for index in range(len(source)):
         path = source.describe(index)

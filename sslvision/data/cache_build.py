@@ -96,7 +96,8 @@ class _Headers(Dataset[tuple[int, int]]):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         try:
-            return image_size(self.source.describe(index), max_pixels=self.source.max_pixels)
+            path, channels = self.source.describe(index), self.source.channels
+            return image_size(path, channels, max_pixels=self.source.max_pixels)
         except UnreadableImage:
             return 0, 0
 

@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 CGROUP = Path("/sys/fs/cgroup/cpu.max")  # "200000 100000": microseconds of CPU time per period in microseconds
+COUNTED = 1 << 22  # pixels counted at a time: torch turns them into integers of 8 bytes
 MOST_WORKERS = 32  # each holds batches in memory; more are not needed to keep a device busy
 
 
@@ -158,12 +160,7 @@ def pixel_statistics(
         DataError: No image could be read.
     """
     if normalize == "computed":
-        pixels = _pixels_per_channel(source, seed)  # float64 tensors (C, n)
-        count = sum(p.shape[1] for p in pixels)
-        mean = torch.stack([p.sum(1) for p in pixels]).sum(0) / count
-        square = torch.stack([p.square().sum(1) for p in pixels]).sum(0) / count
-        std = (square - mean**2).clamp(min=0).sqrt().clamp(min=1 / 255)  # no division by zero for constant channels
-        return mean.tolist(), std.tolist()
+        return _computed_statistics(source, seed)
     if isinstance(normalize, str):
         if normalize != "imagenet":
             raise UsageError(
@@ -182,16 +179,26 @@ def pixel_statistics(
     return list(mean_std[0]), list(mean_std[1])
 
 
-def _pixels_per_channel(source: Source, seed: int) -> list[Tensor]:
-    """Return pixels as (C, n) tensors on the scale 0..1."""
-    if source.images is not None:
-        return [images.transpose(0, 1).flatten(1).double() / 255 for images in source.images.split(1000)]
-    pixels = []
-    for index in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
-        try:
-            pixels.append(source.read(index).flatten(1).double() / 255)
-        except UnreadableImage:
-            continue  # reported when training reads it
-    if not pixels:
+def _computed_statistics(source: Source, seed: int) -> tuple[list[float], list[float]]:
+    """Return mean and deviation per channel, from counts of every value: no image stays in memory."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(source.channels, 256, dtype=torch.float64)  # of each value, per channel
+    for pixels in _pixels_to_count(source, seed):  # (C, n) uint8
+        for part in pixels.split(COUNTED, dim=1):
+            counts += torch.stack([channel.bincount(minlength=256) for channel in part])
+    if not counts.any():
         raise DataError(f"None of the images drawn from {source.name} can be read; is it the right folder?")
-    return pixels
+    shares = counts / counts.sum(1, keepdim=True)
+    mean = shares @ levels  # (C,)
+    std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)  # no division by zero if constant
+    return mean.tolist(), std.tolist()
+
+
+def _pixels_to_count(source: Source, seed: int) -> Iterator[Tensor]:
+    """Yield pixels (C, n) uint8: of all images in memory, or of a random 1,000 of a folder."""
+    if source.images is not None:
+        yield from (images.transpose(0, 1).flatten(1) for images in source.images.split(1000))
+        return
+    for index in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
+        with suppress(UnreadableImage):  # reported when training reads it
+            yield source.read(index).flatten(1)

@@ -126,3 +126,20 @@ def find_weights(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise UsageError(f"{path} has no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
+
+
+def record_value_range(export: Path, value_range: Any) -> None:
+    """Keep the setting data.value_range in an export, so that later images are read as those of training; None: not at all."""
+    if value_range not in (None, "auto"):
+        file = export / "config.json"
+        config = json.loads(file.read_text()) | {"value_range": value_range}
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def recorded_value_range(run: str | Path) -> Any:
+    """Return the setting data.value_range of the images that weights were trained on, given a run or its export; or None."""
+    for file in (Path(run) / "export" / "config.json", Path(run) / "config.json"):
+        if file.is_file():
+            config = json.loads(file.read_text())
+            return config.get("value_range") if isinstance(config, dict) else None
+    return None

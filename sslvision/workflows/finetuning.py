@@ -25,7 +25,7 @@ from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
 from sslvision.runs.metrics import read_metrics
 from sslvision.runs.resume import Resume, check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
-from sslvision.runs.weights import export_backbone
+from sslvision.runs.weights import export_backbone, record_value_range
 from sslvision.settings import Finetune
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoints
@@ -277,6 +277,7 @@ def report(
     export_backbone(
         method.evaluated.cpu(), folder / "export", mean=labeled.mean, std=labeled.std, classes=labeled.classes
     )
+    record_value_range(folder / "export", labeled.value_range)
     tested = int(tuned.confusion.sum())
     print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
     figures = folder / "figures"

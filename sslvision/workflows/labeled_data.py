@@ -20,7 +20,7 @@ from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.settings import Finetune
-from sslvision.workflows.pretraining import build_method, open_splits
+from sslvision.workflows.pretraining import build_method, decided_from, open_splits, read_as_in_training
 
 ASSUMED_BASE_LR = 1e-3  # per 256 images, where the pretraining is unknown
 VALIDATE_ON = 5_000  # images at most, where they are split off the training images
@@ -38,6 +38,7 @@ class LabeledData:
         base_lr: Learning rate of pretraining per 256 images.
         weights: Where the pretrained weights come from, for the user.
         remarks: What was left out of the images or guessed, in sentences, for the user.
+        value_range: The setting data.value_range, as it was given or decided.
     """
 
     train: Source
@@ -50,6 +51,7 @@ class LabeledData:
     base_lr: float
     weights: str
     remarks: tuple[str, ...] = ()
+    value_range: Any = None
 
 
 class Features(NamedTuple):
@@ -71,7 +73,9 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         UsageError, DataError: There are no such weights or images, or the images have no labels.
     """
     loaded = load_backbone(settings.run or "", head=False, **settings.backbone)
-    splits = open_splits({**settings.data, "channels": loaded.backbone.channels})
+    data = read_as_in_training(settings.data, settings.run or "")
+    splits = open_splits({**data, "channels": loaded.backbone.channels})
+    settings.data |= decided_from(splits)
     train, validation, test, remarks = labeled_sources(splits, settings, validate_on=validate_on)
     mean, std = statistics_of(loaded, train, settings.data)
     workers = settings.data.get("workers")
@@ -87,6 +91,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         base_lr=pretraining_base_lr(settings.run or ""),
         weights=loaded.weights,
         remarks=remarks,
+        value_range=settings.data.get("value_range"),
     )
 
 

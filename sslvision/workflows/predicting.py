@@ -16,11 +16,14 @@ from torch.utils.data import DataLoader
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import available_workers
+from sslvision.data.decode import MAX_PIXELS
+from sslvision.data.eight_bits import value_range_from
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.scan import scan
 from sslvision.errors import StorageError, UsageError
 from sslvision.nn.normalize import Normalize
+from sslvision.runs.weights import recorded_value_range
 from sslvision.settings import Predict
 from sslvision.system.files import written_whole
 from sslvision.training.trainer import configure_torch, select_device
@@ -55,7 +58,10 @@ def predict_to_csv(settings: Predict) -> Path:
             f"python -m sslvision.finetune run={run} data=..."
         )
     remarks: list[str] = []
-    source = open_images(settings.images or "", channels=loaded.backbone.channels, remarks=remarks)
+    source = open_images(
+        settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels, remarks=remarks
+    )
+    source.value_range = value_range_from(recorded_value_range(run))
     output = Path(os.path.expanduser(settings.output or _default_output(run)))
     check_output(output)
     print_findings(console, remarks)
@@ -76,7 +82,9 @@ def predict_to_csv(settings: Predict) -> Path:
     return output
 
 
-def open_images(path: str | Path, *, channels: int, remarks: list[str] | None = None) -> FileSource:
+def open_images(
+    path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS, remarks: list[str] | None = None
+) -> FileSource:
     """Return all images under a folder, at any depth, sorted by relative path; or the one image that `path` names.
 
     Folders named train/ and val/ are like all others. Links are followed. Hidden files and folders are skipped. What was left
@@ -96,7 +104,7 @@ def open_images(path: str | Path, *, channels: int, remarks: list[str] | None = 
         images = sorted(found.images)
         if remarks is not None:
             remarks += found.remarks()
-    return FileSource(str(path), channels, None, None, root, *joined(images))
+    return FileSource(str(path), channels, None, None, root, *joined(images), max_pixels=max_pixels)
 
 
 def check_output(file: Path) -> None:
@@ -213,7 +221,9 @@ def _readable_and_not(
     return (
         [place for place, image, _ in items if image is not None],
         torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
-        [(place, why) for place, image, why in items if image is None],
+        [
+            (place, why.replace("data.", "")) for place, image, why in items if image is None
+        ],  # the settings of pretraining
     )
 
 

@@ -1,6 +1,7 @@
 """Pretraining: settings become a method, data and a trainer; training leaves a backbone, its scores and figures."""
 
 import dataclasses
+import inspect
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from sslvision.backbones.build import build_backbone
 from sslvision.data.cache import cached
+from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits
 from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
@@ -24,7 +26,7 @@ from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
 from sslvision.runs.metrics import read_metrics
 from sslvision.runs.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
-from sslvision.runs.weights import export_backbone, load_weights
+from sslvision.runs.weights import export_backbone, load_weights, record_value_range, recorded_value_range
 from sslvision.settings import Pretrain, locate
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health
@@ -172,6 +174,7 @@ def build_method(
 def open_data(settings: Pretrain, method: Method) -> ImageData:
     """Open the images as batches for the method, and give it the statistics of their pixels."""
     splits, normalize = open_splits(settings.data), settings.data.get("normalize", "computed")
+    settings.data |= decided_from(splits)
     method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
     return ImageData(
         splits, method.crops, batch_size=settings.batch_size, seed=settings.seed, workers=settings.data.get("workers")
@@ -191,8 +194,22 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     loader = ("workers", "normalize", "max_unreadable", *cache)  # arguments that the source does not get
     target = locate("data", data["_target_"])
     splits = target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
+    check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
+
+
+def decided_from(splits: Splits) -> dict[str, Any]:
+    """Return the settings of `data` that were decided from the images themselves; a run's files keep them."""
+    value_range = getattr(splits.train, "value_range", None)
+    return {} if value_range is None else {"value_range": value_range.setting}
+
+
+def read_as_in_training(data: Mapping[str, Any], run: str) -> dict[str, Any]:
+    """Return a `data` section with the value range of the images that a run was trained on, unless it has its own."""
+    takes_one = "value_range" in inspect.signature(locate("data", data["_target_"])).parameters
+    recorded = recorded_value_range(run) if takes_one and data.get("value_range", "auto") == "auto" else None
+    return {**data} if recorded is None else {**data, "value_range": recorded}
 
 
 def pretraining_callbacks(settings: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
@@ -276,6 +293,7 @@ def export_and_evaluate(
     method.load_state_dict(checkpoint["state_dict"])
     mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
     export_backbone(method.pretrained(), folder / "export", mean=mean, std=std)
+    record_value_range(folder / "export", settings.data.get("value_range"))
     method.to(device)
     if splits.test is not None:
         draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)

@@ -39,7 +39,7 @@ from sslvision.settings import Probe
 from sslvision.training.trainer import configure_torch, select_device
 from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
-from sslvision.workflows.pretraining import open_splits
+from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
 
 KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # names in the table
 PIXELS_OF = 10_000  # images at most, whose pixels are compared
@@ -106,7 +106,9 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     process = join_processes(settings)
     configure_torch(process.device.type)
     loaded = open_backbone(settings)
-    splits = open_splits({**settings.data, "channels": loaded.backbone.channels})
+    data = read_as_in_training(settings.data, settings.run or "")
+    splits = open_splits({**data, "channels": loaded.backbone.channels})
+    settings.data |= decided_from(splits)
     if not has_labels(splits):
         raise DataError(
             f"{why_not_evaluated(splits)}, so there is nothing to measure by: a folder needs a sub-folder for each class, and "

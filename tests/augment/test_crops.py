@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from sslvision.augment import crops
 from sslvision.augment.crops import (
     ATTEMPTS,
     MAX_CACHED,
@@ -199,6 +200,36 @@ def test_evaluation_sees_the_center_of_seven_eighths():
     assert (cut.int() - expected.int()).abs().max() <= 1
     assert center_crop(image[:, :32, :32], 32) is not None
     assert torch.equal(center_crop(image[:, :32, :32], 32), image[:, :32, :32])
+
+
+@pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1), (2, 20_000), (10, 20_000), (3, 3000), (1, 5), (1, 1)])
+def test_a_thin_image_is_cut_before_it_is_resized(shape, monkeypatch):
+    areas = []
+
+    def measured(image, size):
+        areas.append(size[0] * size[1])
+        return resize(image, size)
+
+    monkeypatch.setattr(crops, "resize", measured)
+    cut = center_crop(photograph(*shape), 224)
+    assert cut.shape == (3, 224, 224)
+    assert max(areas) <= 256 * 256 * 10
+
+
+@pytest.mark.parametrize(
+    "shape", [(41, 400), (400, 41), (100, 401), (300, 2001), (7, 64), (2, 300), (1, 100), (1, 101)]
+)
+def test_cutting_a_thin_image_first_gives_the_same_center(shape, monkeypatch):
+    image = photograph(*shape)
+    cut = center_crop(image, 32)
+    monkeypatch.setattr(crops, "LONGEST", 10_000)
+    whole = center_crop(image, 32)
+    assert (cut.int() - whole.int()).abs().max() <= 3
+
+
+def test_an_image_of_usual_proportions_is_never_cut_first(monkeypatch):
+    monkeypatch.setattr(crops, "_central", lambda *_: pytest.fail("it was cut"))
+    assert center_crop(photograph(100, 400), 32).shape == (3, 32, 32)
 
 
 def test_views_cut_together_are_those_cut_one_by_one():

@@ -14,7 +14,7 @@ from PIL import Image
 from sslvision.augment.crops import Crop, resize
 from sslvision.data import cache as cache_module
 from sslvision.data.cache import CachedSource, cached
-from sslvision.data.loader import training_loader
+from sslvision.data.loader import evaluation_loader, training_loader
 from sslvision.data.sampler import EpochBatches
 from sslvision.data.source import Splits, UnreadableImage
 from sslvision.data.sources.embedded import open_embedded
@@ -64,6 +64,27 @@ def test_five_channels_are_cached_as_they_are(tmp_path, cache_of):
     kept = cache_of(open_folder(tmp_path / "stacks", holdout=0, channels=5).train)
     assert kept.read(0).shape == (5, 48, 56)
     assert kept.read(0)[:, 3, 3].tolist() == [0, 40, 80, 120, 160]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("form", ["tif", "jpg", "png", "webp"])
+def test_an_image_on_its_side_is_cached_upright_and_not_squeezed(tmp_path, cache_of, orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "turned").mkdir()
+    Image.new("RGB", (400, 200), "red").save(tmp_path / "turned" / f"a.{form}", exif=exif)
+    kept = cache_of(open_folder(tmp_path / "turned", holdout=0).train, side=50)
+    assert kept.read(0).shape == ((3, 100, 50) if orientation >= 5 else (3, 50, 100))
+
+
+@pytest.mark.parametrize("size", [(30_000, 1), (1, 30_000), (20_000, 10), (1, 1)])
+def test_thin_images_are_cached_as_they_are(tmp_path, cache_of, size):
+    (tmp_path / "thin").mkdir()
+    Image.new("L", size, 9).save(tmp_path / "thin" / "a.png")
+    kept = cache_of(open_folder(tmp_path / "thin", holdout=0, channels=1).train)
+    assert kept.read(0).shape == (1, *reversed(size))
+    (_, images), *_ = evaluation_loader(kept, 32, [0])
+    assert images.unique().tolist() == [9]
 
 
 def test_a_jpeg_that_need_not_be_decoded_in_full_is_cached_as_it_was_decoded(tmp_path, cache_of):

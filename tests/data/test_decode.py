@@ -225,6 +225,27 @@ def test_five_pages_of_gray_are_five_channels(saved):
     assert np.array_equal(read_image(path, 5).numpy(), np.stack(pages))
 
 
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16, np.float32])
+def test_three_pages_of_gray_are_three_channels(saved, depth):
+    scale = {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[depth]
+    images = [Image.fromarray((np.full((4, 6), page) * scale).astype(depth)) for page in (10, 20, 30)]
+    path = saved(images[0], "a.tif", save_all=True, append_images=images[1:])
+    assert read_image(path, 3)[:, 0, 0].tolist() == [10, 20, 30]
+    assert read_image(path, 1).flatten().unique().tolist() == [10]
+
+
+def test_three_frames_of_an_animation_and_three_pages_that_do_not_fit_together_are_no_channels(saved):
+    gray = [Image.new("L", (4, 4), value) for value in (10, 20, 30)]
+    animation = saved(gray[0], "a.gif", save_all=True, append_images=gray[1:])
+    assert read_image(animation, 3)[:, 0, 0].tolist() == [10, 10, 10]
+    previews = [gray[0], *(image.resize((2, 2)) for image in gray[1:])]
+    path = saved(previews[0], "a.tif", save_all=True, append_images=previews[1:])
+    assert read_image(path, 3)[:, 0, 0].tolist() == [10, 10, 10]
+    colored = [Image.new("RGB", (4, 4), RED), *gray[1:]]
+    path = saved(colored[0], "b.tif", save_all=True, append_images=colored[1:])
+    assert color(read_image(path, 3)) == RED
+
+
 def test_sixteen_bit_pages_are_scaled_like_single_images(saved):
     images = [Image.fromarray(np.full((2, 2), 257 * page, np.uint16)) for page in range(6)]
     path = saved(images[0], "a.tif", save_all=True, append_images=images[1:])

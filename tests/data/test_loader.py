@@ -3,6 +3,7 @@
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import pytorch_lightning as L
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from sslvision.augment.crops import Crop, crop_one
 from sslvision.augment.randaugment import RandAugment
 from sslvision.augment.randomness import ImageRandom
+from sslvision.data import datamodule
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.loader import CHUNK, cut_crops, evaluation_loader, training_loader
 from sslvision.data.sampler import EpochBatches
@@ -300,6 +302,39 @@ def test_computed_statistics_are_those_of_the_pixels(in_memory):
     pixels = source.stack.transpose(0, 1).flatten(1).double() / 255
     assert torch.allclose(torch.tensor(mean, dtype=torch.float64), pixels.mean(1), atol=1e-6)
     assert torch.allclose(torch.tensor(std, dtype=torch.float64), pixels.std(1), atol=1e-5)
+
+
+def test_statistics_of_large_images_are_counted_in_pieces(monkeypatch):
+    source = Images(in_memory=False)
+    whole = pixel_statistics(source, "computed")
+    monkeypatch.setattr(datamodule, "COUNTED", 100)
+    assert pixel_statistics(source, "computed") == whole
+
+
+def test_statistics_keep_no_image_in_memory():
+    alive = weakref.WeakSet()
+
+    class Large(Images):
+        def read(self, index):
+            assert len(alive) <= 1, "earlier images are still in memory"
+            pixels = Pixels((3, 400, 300), dtype=np.uint8)
+            pixels[:] = index
+            alive.add(pixels)
+            return torch.from_numpy(pixels)
+
+    class Pixels(np.ndarray):
+        __hash__ = object.__hash__
+
+    mean, _ = pixel_statistics(Large(20, in_memory=False), "computed")
+    assert mean == pytest.approx([9.5 / 255] * 3)
+
+
+def test_statistics_of_one_gray_value_are_that_value():
+    source = Images(3)
+    source.images = torch.full((3, 3, 8, 8), 51, dtype=torch.uint8)
+    mean, std = pixel_statistics(source, "computed")
+    assert mean == pytest.approx([0.2] * 3)
+    assert std == [1 / 255] * 3
 
 
 def test_statistics_can_be_given_and_imagenets_fit_color_and_gray():

@@ -6,13 +6,14 @@ import pickle
 import struct
 import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from image_files import RED, color, noise, png_bytes
 from PIL import Image, ImageFile
 
-from sslvision.data.decode import read_image
+from sslvision.data.decode import image_size, read_image
 from sslvision.data.source import UnreadableImage
 
 
@@ -79,22 +80,37 @@ def test_a_decompression_bomb_is_refused_by_its_header(written, monkeypatch):
     content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     path = written(bytes(content))
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("the pixels were decoded"))
-    with pytest.raises(UnreadableImage, match="12000 x 9000 pixels, more than the limit of 100,000,000"):
+    with pytest.raises(UnreadableImage, match=r"12000 x 9000 pixels, more than the limit data\.max_pixels=100000000"):
         read_image(path, 3)
 
 
-def test_a_bomb_beyond_pils_own_limit_is_refused_in_words(written):
-    content = bytearray(png_bytes(Image.new("L", (1, 1))))
-    content[16:24] = struct.pack(">II", 50_000, 50_000)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    with pytest.raises(UnreadableImage, match="too many pixels"):
-        read_image(written(bytes(content)), 3, max_pixels=10**12)
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.gif", "a.webp", "a.jpg", "a.bmp", "a.ppm"])
+def test_the_setting_alone_decides_which_images_are_too_large(saved, name, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL refuses what has more than twice as many
+    path = saved(Image.new("RGB", (20, 10), RED), name)
+    assert read_image(path, 3, max_pixels=200).shape == (3, 10, 20)
+    assert image_size(path, max_pixels=200) == (10, 20)
+    for read in (lambda: read_image(path, 3, max_pixels=199), lambda: image_size(path, max_pixels=199)):
+        with pytest.raises(UnreadableImage, match=r"^20 x 10 pixels, more than the limit data.max_pixels=199$"):
+            read()
+    assert Image.MAX_IMAGE_PIXELS == 50
+    with pytest.raises(Image.DecompressionBombError):
+        Image.open(path)
+
+
+def test_pils_limit_is_put_back_when_the_last_of_several_threads_is_done(saved, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    path = saved(Image.new("RGB", (20, 10), RED), "a.png")
+    with ThreadPoolExecutor(4) as threads:
+        shapes = list(threads.map(lambda _: read_image(path, 3).shape, range(100)))
+    assert set(shapes) == {(3, 10, 20)}
+    assert Image.MAX_IMAGE_PIXELS == 50
 
 
 def test_the_limit_of_pixels_can_be_set_and_counts_all_pages_read(saved):
     path = saved(Image.new("RGB", (20, 10)), "a.png")
     assert read_image(path, 3, max_pixels=200).shape == (3, 10, 20)
-    with pytest.raises(UnreadableImage, match="20 x 10 pixels, more than the limit of 199"):
+    with pytest.raises(UnreadableImage, match=r"20 x 10 pixels, more than the limit data\.max_pixels=199"):
         read_image(path, 3, max_pixels=199)
     pages = [Image.new("L", (20, 10))] * 4
     path = saved(pages[0], "a.tif", save_all=True, append_images=pages[1:])

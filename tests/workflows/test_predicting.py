@@ -96,6 +96,14 @@ def test_workers_change_nothing_and_the_global_random_numbers_stay(classifier, f
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_largest_image_that_is_read_is_a_setting_and_named_as_it_is_written(classifier, tmp_path):
+    picture(tmp_path / "a.png", size=(24, 20))
+    (row,) = predict(classifier, NORMALIZE, CLASSES, open_images(tmp_path, channels=3, max_pixels=479))
+    assert row.problem == "24 x 20 pixels, more than the limit max_pixels=479"
+    (row,) = predict(classifier, NORMALIZE, CLASSES, open_images(tmp_path, channels=3, max_pixels=480))
+    assert not row.problem
+
+
 def test_a_single_file_is_predicted_and_a_relative_path_is_fine(classifier, folder, monkeypatch):
     monkeypatch.chdir(folder / "train")
     (row,) = predict(classifier, NORMALIZE, CLASSES, open_images("ant/1.jpg", channels=3), top=1)

@@ -11,7 +11,7 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from sslvision.data.decode import MAX_PIXELS, read_image
+from sslvision.data.eight_bits import ValueRange, value_range_from
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.scan import Found, scan, share, some
+from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 
 MOST_HELD_OUT = 5000
@@ -44,6 +46,7 @@ class FileSource:
     at_least: int | None = None  # see decode.read_image
     max_pixels: int = MAX_PIXELS
     images: Tensor | None = None
+    value_range: ValueRange | None = None  # of images of more than 8 bits
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -51,7 +54,13 @@ class FileSource:
     def read(self, index: int) -> Tensor:
         path = self.describe(index)
         try:
-            return read_image(path, self.channels, at_least=self.at_least, max_pixels=self.max_pixels)
+            return read_image(
+                path,
+                self.channels,
+                at_least=self.at_least,
+                max_pixels=self.max_pixels,
+                value_range=self.value_range,
+            )
         except UnreadableImage as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
                 raise SourceGone(
@@ -88,6 +97,7 @@ def open_folder(
     follow_symlinks: bool = True,
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    value_range: str | Sequence[float] | Mapping[str, Sequence[float]] = "auto",
 ) -> Splits:
     """Return the images in `root`, as described at the top of this module.
 
@@ -98,6 +108,9 @@ def open_folder(
     `holdout`: Fraction of the images to hold out if there is no split: at least one image, at most 5,000; 0 holds out
     none (test is None). `at_least` and `max_pixels` are passed to `read_image`.
 
+    `value_range`: For images of more than 8 bits, the values that become black and white in all of them, [low, high];
+    "auto": from a sample of the training images (data/value_range.py).
+
     Raises UsageError for settings out of range, DataError if there are no images, or if the classes of val/ or test/ differ
     from those of train/.
     """
@@ -106,6 +119,7 @@ def open_folder(
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
     if not os.fspath(root):
         raise UsageError("data.root is empty: set it to the folder of the images.")
+    given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
     remarks = found.remarks()
@@ -120,8 +134,11 @@ def open_folder(
         return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
 
     first, *held_sources = [source(*split) for split in splits]
+    decided, of_values = look_at(first, given)
+    for one in (first, *held_sources):
+        one.value_range = decided
     test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
-    return Splits(first, test, validation, tuple(remarks))
+    return Splits(first, test, validation, (*remarks, *of_values))
 
 
 def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout: float) -> list[Split]:

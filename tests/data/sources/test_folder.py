@@ -370,7 +370,7 @@ def test_settings_of_decoding_reach_the_decoder(plant):
     root = plant()
     Image.new("RGB", (64, 64)).save(root / "a.jpg")
     assert open_folder(root, holdout=0, at_least=16).train.read(0).shape == (3, 16, 16)
-    with pytest.raises(UnreadableImage, match="more than the limit of 4,000"):
+    with pytest.raises(UnreadableImage, match=r"more than the limit data\.max_pixels=4000"):
         open_folder(root, holdout=0, max_pixels=4000).train.read(0)
 
 
