@@ -283,7 +283,11 @@ class Predict:
 
     run: str | None = _option(None, "folder of a fine-tuned run, or its export/")
     images: str | None = _option(None, "a folder of images, with any subfolders, or one image")
-    output: str | None = _option(None, "path of the CSV file (default: predictions.csv in the run folder)")
+    output: str | None = _option(
+        None,
+        "path of the CSV file (default: predictions.csv in the run folder; predictions-2.csv if there is one, ...)",
+    )
+    overwrite: bool = _option(False, "replace the CSV file if it exists")
     top: int = _option(5, "number of most likely classes to list for each image")
     batch_size: int = _option(256, "images per forward pass")
     workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")

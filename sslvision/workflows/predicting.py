@@ -52,7 +52,9 @@ def predict_to_csv(settings: Predict) -> Path:
             f"python -m sslvision.finetune run={run} data=..."
         )
     source = open_images(settings.images or "", channels=loaded.backbone.channels)
-    output = Path(settings.output or _default_output(run))
+    output = _output(settings)
+    if settings.output is None and output.name != "predictions.csv":
+        console.print("predictions.csv of an earlier call is kept; overwrite=true would replace it.")
     rows = predict(
         loaded.backbone.to(device),
         Normalize(loaded.mean, loaded.std).to(device),
@@ -225,6 +227,19 @@ def _columns(top: int) -> list[str]:
     return [f"{column}_{place}" for place in range(2, top + 1) for column in ("label", "probability")]
 
 
-def _default_output(run: str) -> Path:
-    folder = Path(run)
-    return (folder.parent if folder.name == "export" else folder) / "predictions.csv"
+def _output(settings: Predict) -> Path:
+    """Return where to write: without overwrite=true, a file that does not exist.
+
+    Raises:
+        UsageError: The file that `output` names exists.
+    """
+    if settings.output is not None:
+        if Path(settings.output).exists() and not settings.overwrite:
+            raise UsageError(f"output={settings.output} exists: replace it with overwrite=true, or give another path.")
+        return Path(settings.output)
+    run = Path(settings.run or "")
+    output = first = (run.parent if run.name == "export" else run) / "predictions.csv"
+    number = 1
+    while output.exists() and not settings.overwrite:
+        output = first.with_name(f"predictions-{(number := number + 1)}.csv")
+    return output

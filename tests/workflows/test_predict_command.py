@@ -21,7 +21,9 @@ def finetuned(tiny_run, settings_of, tmp_path_factory):
     return folder
 
 
-def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_are_named(finetuned, warm_command, tmp_path):
+def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_are_named(
+    finetuned, warm_command, tmp_path
+):
     test = open_digits().test
     (tmp_path / "new" / "deep").mkdir(parents=True)
     for number in range(12):
