@@ -17,6 +17,7 @@ from pytorch_lightning.trainer.connectors.accelerator_connector import _Accelera
 from timm.layers import set_fused_attn
 
 from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.dense import Dense
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
@@ -135,6 +136,13 @@ def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, chec
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:
     """Return the dtype of matrix products under the trainer's precision."""
     return _dtype_of(trainer.precision)
+
+
+def precision_in_effect(trainer: L.Trainer, backbone: Backbone) -> str:
+    """Return the precision that a backbone and the rest are trained in, in words."""
+    if trainer.strategy.root_device.type == "cpu" and isinstance(backbone, Dense) and trainer.precision == "bf16-mixed":
+        return "32-true in the backbone (on a CPU all but ViT and Swin run so), bf16-mixed in the rest"
+    return str(trainer.precision)
 
 
 def _dtype_of(precision: Any) -> torch.dtype:
