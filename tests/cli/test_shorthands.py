@@ -131,3 +131,43 @@ def test_they_work_when_typed(warm_command, tmp_path):
     assert done.returncode == 3  # there are no images in it
     assert done.stderr.startswith("data.root=photos: data=folder is used, and not data=embedded")
     assert "photos" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "backbone.pretrained=true",
+            r"Instead of backbone.pretrained use init_from=PATH .*\(in probe and finetune: run=",
+        ),
+        ("backbone.checkpoint_path=x.pth", "backbone.checkpoint_path use init_from="),
+        ("backbone.cache_dir=x", "backbone.cache_dir use init_from="),
+        ("backbone.image_size=0", "backbone.image_size=0 must be a whole number of pixels from 1 to 16,384"),
+        ("backbone.image_size=-1", "backbone.image_size=-1 must be"),
+        ("backbone.image_size=1000000000", "backbone.image_size=1000000000 must be"),
+        ("backbone.image_size=31.5", "backbone.image_size=31.5 is not a whole number"),
+    ],
+)
+def test_every_command_refuses_what_is_no_option_of_a_model_before_it_loads_one(word, message, settings_of):
+    with pytest.raises(UsageError, match=message):
+        data_of(word)
+    for name in ("probe", "finetune"):
+        with pytest.raises(UsageError, match=message):
+            settings_of(name, "run=test_vit", "data=digits", word)
+
+
+def test_a_size_that_patches_do_not_divide_and_a_strategy_that_ends_are_one_line_when_typed(warm_command, tmp_path):
+    words = ("recipe=dino", "backbone=vit_small_patch16_224", "dry_run=true")
+    for word, message in (
+        ("backbone.image_size=31", "Images of 31x31 pixels cannot be divided into patches of 16x16"),
+        ("backbone.image_size=0", "backbone.image_size=0 must be a whole number"),
+        ("backbone.pretrained=true", "Instead of backbone.pretrained use init_from="),
+        ("trainer.strategy=ddp_fork", "use trainer.strategy=ddp, from the command line"),
+        ("trainer.strategy=dpp", "Did you mean trainer.strategy=ddp?"),
+        ("trainer.accelerator=abacus", "trainer.accelerator=abacus is unknown to Lightning"),
+    ):
+        done = warm_command(*words, word, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "outputs").exists()
