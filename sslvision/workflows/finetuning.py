@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.confusion import confusion_figure
+from sslvision.figures.confusion import save_confusion
 from sslvision.figures.curves import learning_curve_figure
 from sslvision.methods.supervised import Supervised
 from sslvision.runs import run_folder
@@ -286,9 +286,10 @@ def report(
     if tested < len(labeled.test):
         console.print(f"[yellow]{len(labeled.test) - tested:,} test images cannot be read, and are not counted.[/]")
     figures = folder / "figures"
-    confusion_figure(tuned.confusion, labeled.classes, title="Confusion matrix, fine-tuned").savefig(
-        figures / "confusion.png"
+    told = save_confusion(
+        tuned.confusion, labeled.classes, figures / "confusion.png", title="Confusion matrix, fine-tuned"
     )
+    print_findings(console, [told] if told else [])
     for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")

@@ -31,12 +31,12 @@ from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.probe_protocols import PROTOCOLS, run_protocol
 from sslvision.evaluation.rankme import rankme
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.confusion import confusion_figure
+from sslvision.figures.confusion import save_confusion
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_folder
 from sslvision.settings import Probe
 from sslvision.training.trainer import configure_torch, select_device
-from sslvision.workflows.console import print_classifiers, print_configuration
+from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import open_splits
 
@@ -143,7 +143,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     run_folder.describe(folder, dataclasses.asdict(settings), words, command="probe", contents=CONTENTS)
     run_folder.write_json(folder / "results.json", results)
     title = f"Confusion matrix of the linear probe, protocol {protocol.name}"
-    confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
+    told = save_confusion(linear.confusion, classes, folder / "confusion.png", title=title)
+    print_findings(console, [told] if told else [])
     print_omissions(console, facts, training=len(indices) - len(train.labels), test=len(splits.test) - len(test.labels))
     console.print(
         f"Finished in {results['seconds']:.0f} s. Results are in {folder}, features in {settings.features_dir}."
