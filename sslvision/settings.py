@@ -35,6 +35,51 @@ def _folder_name(name: str | None) -> None:
         raise UsageError(f"name={name} is not a plain folder name; output_dir=... sets a whole path.")
 
 
+# Arguments of timm's factory, which are not the model's, and what is used instead.
+_WEIGHTS = (
+    "init_from=PATH starts from weights (in probe and finetune: run=, which also takes pretrained models of timm)"
+)
+_FEATURES = "nothing: a backbone returns its last features"
+_EXPORT = "nothing: it is an option for deployment, which the exported model takes when it is loaded"
+FACTORY = {
+    **dict.fromkeys(("pretrained", "checkpoint_path", "cache_dir"), _WEIGHTS),
+    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _EXPORT),
+    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _FEATURES),
+    **dict.fromkeys(("model_cfg", "kwargs_filter"), "the model's own options"),
+    "model_name": "backbone.name",
+    "img_size": "backbone.image_size",
+    "in_chans": "data.channels",
+    "num_classes": "nothing: methods have heads of their own, and fine-tuning makes one for the classes of the data",
+}
+LARGEST_IMAGE = 16_384  # pixels per side
+
+
+def check_backbone(options: Mapping[str, Any]) -> None:
+    """Check the settings of a backbone that need no model to be checked.
+
+    Args:
+        options: `image_size`, and options of the timm model.
+
+    Raises:
+        UsageError: An argument of timm's factory, which would load weights or wrap the model; an impossible image size.
+    """
+    instead: dict[str, list[str]] = {}
+    for key in options:
+        if key in FACTORY or str(key).startswith("pretrained_"):
+            instead.setdefault(FACTORY.get(key, _WEIGHTS), []).append(f"backbone.{key}")
+    if instead:
+        shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
+        raise UsageError(
+            f"Not options of a model, but of timm's function that makes one, so they are refused. {shown}."
+        )
+    size = options.get("image_size")
+    for side in size if isinstance(size, list | tuple) else [] if size is None else [size]:
+        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
+            raise UsageError(
+                f"backbone.image_size={size} must be a whole number of pixels from 1 to {LARGEST_IMAGE:,}."
+            )
+
+
 _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run folder, an export/, an official MAE or DINO checkpoint, or a timm model (weights are downloaded)"
@@ -118,6 +163,7 @@ class Pretrain:
             raise UsageError(
                 "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
             )
+        check_backbone(self.backbone)
 
     @property
     def peak_lr(self) -> float:
@@ -283,7 +329,11 @@ class Predict:
 
     run: str | None = _option(None, "folder of a fine-tuned run, or its export/")
     images: str | None = _option(None, "a folder of images, with any subfolders, or one image")
-    output: str | None = _option(None, "path of the CSV file (default: predictions.csv in the run folder)")
+    output: str | None = _option(
+        None,
+        "path of the CSV file (default: predictions.csv in the run folder; predictions-2.csv if there is one, ...)",
+    )
+    overwrite: bool = _option(False, "replace the CSV file if it exists")
     top: int = _option(5, "number of most likely classes to list for each image")
     batch_size: int = _option(256, "images per forward pass")
     workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")
@@ -307,6 +357,7 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")
+    check_backbone(settings.backbone)
 
 
 def _labels(value: Any, *, several: bool) -> Any:

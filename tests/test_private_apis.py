@@ -129,6 +129,11 @@ def check_accelerator_connector():
     assert "_AcceleratorConnector(" in inspect.getsource(L.Trainer.__init__)
 
 
+def check_start_method():
+    for name, method in (("ddp", "popen"), ("ddp_fork", "fork"), ("ddp_spawn", "spawn"), ("ddp_notebook", "fork")):
+        assert L.strategies.StrategyRegistry.get(name)._start_method == method
+
+
 def check_signal_connector():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert callable(trainer._signal_connector.register_signal_handlers)
@@ -202,6 +207,12 @@ TABLE = [
         "training/trainer.py",
         "device, processes and precision are known before the Trainer is built",
         check_accelerator_connector,
+    ),
+    (
+        "pytorch_lightning.strategies.DDPStrategy._start_method",
+        "training/trainer.py",
+        "in a notebook Lightning chooses processes that end with training, before export and evaluation",
+        check_start_method,
     ),
     (
         "pytorch_lightning.loops._TrainingEpochLoop._broadcast_sigterm_tensor",

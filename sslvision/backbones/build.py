@@ -13,6 +13,7 @@ from sslvision.backbones.dense import Dense, options_for
 from sslvision.backbones.swin import Swin
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
+from sslvision.settings import check_backbone
 
 
 def build_backbone(
@@ -34,8 +35,10 @@ def build_backbone(
         timm_options: Further arguments of the timm model: patch_size, embed_dim, depth, num_heads, drop_path_rate, ...
 
     Raises:
-        UsageError: The name or an option is unknown to timm, or the model does not support this image size.
+        UsageError: The name or an option is unknown to timm, an option is one of timm's factory (pretrained, ...), or the
+            model does not support this image size.
     """
+    check_backbone({"image_size": image_size, **timm_options})
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise UsageError(
@@ -53,7 +56,7 @@ def build_backbone(
         options |= options_for(name, image_size)
     try:
         model = timm.create_model(name, **options, **timm_options)
-    except (TypeError, AssertionError) as error:  # timm's errors for unknown arguments and invalid values
+    except Exception as error:  # timm raises many types of errors for unknown arguments and invalid values
         raise UsageError(f"timm cannot build backbone.name={name} with {timm_options or options}: {error}") from error
     backbone = wrap(model, image_size)
     backbone.arguments = {key: value for key, value in {**options, **timm_options}.items() if key != "num_classes"}

@@ -35,7 +35,9 @@ def choose_run_folder(settings: Any, default: str, number: str, *, dated: bool =
             raise UsageError("resume=auto needs to know which run folder: give name=... or output_dir=...")
         name = f"{default}-{datetime.now():%Y%m%d-%H%M%S}" if dated else default
     folder = Path(settings.output_dir) if settings.output_dir else Path("outputs") / str(name)
-    suffix = ("-dry-run" if getattr(settings, "dry_run", False) else "") + number
+    # The message of an interrupted dry run names its folder: name=a-dry-run resume=auto.
+    is_dry = getattr(settings, "dry_run", False) and "-dry-run" not in folder.name
+    suffix = ("-dry-run" if is_dry else "") + number
     folder = folder.with_name(folder.name + suffix).absolute()
     os.environ[RUN_FOLDER] = str(folder)
     return folder

@@ -21,6 +21,10 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
+    if not isinstance(settings, Probe):
+        from sslvision.training.trainer import check_options
+
+        check_options(settings.trainer)
     workflow, name, dated = _workflow(settings, run.recipe)
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 

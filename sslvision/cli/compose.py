@@ -14,11 +14,12 @@ from typing import Any, Generic, cast
 
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
 from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
 from sslvision.cli.schema import Settings, checked, known_keys
-from sslvision.cli.values import value_of
+from sslvision.cli.shorthands import ExistingFolder, implied_source, in_full, recipe_to_resume
+from sslvision.cli.values import is_text, is_text_list, value_of
 from sslvision.cli.words import Words, join_words, split_words
 from sslvision.errors import UsageError
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
@@ -72,7 +73,8 @@ def compose_texts(texts: Mapping[str, str | None], command: Command[Settings], s
     def read(key: str, text: Any, kind: Any) -> Any:
         if not isinstance(text, str):  # to be removed, or the value of an old name
             return text
-        return value_of(key, text, str if key in ("recipe", "data") and os.path.exists(text) else kind)
+        is_path = key in ("recipe", "data") and os.path.exists(os.path.expanduser(text))
+        return value_of(key, text, str if is_path else kind)
 
     given = {key: _REMOVED if text is None else text for key, text in texts.items()}
     settings, recipe = _compose(given, command, read)
@@ -96,29 +98,63 @@ def compose_values(values: Mapping[str, Any], command: Command[Settings]) -> Run
 
 def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -> tuple[Settings, str]:
     """Compose the recipe, set what is given in it, and check the whole; return the settings and the recipe's name."""
-    choices = {
+    sections, texts = command.kind.sections, ("recipe", "resume", "name", "output_dir")
+    words = {
         key: read(key, value, Any)
         for key, value in given.items()
-        if (key == "recipe" and command.recipes) or (key == "data" and "data" in command.kind.sections)
+        if key in sections or (key == "recipe" and command.recipes)
     }
+    given = in_full({**given, **{key: value for key, value in words.items() if value is not _REMOVED}}, command)
+    choices = {key: given[key] for key in ("recipe", "data") if key in words}
     for key, value in choices.items():
         if not isinstance(value, str):
             raise UsageError(f"{key} is chosen by name: {key}=NAME.")
+    recipe = choices.get("recipe") or recipe_to_resume(
+        {key: value for key, value in given.items() if value is not _REMOVED},
+        lambda key: read(key, given[key], str if key in texts else bool),
+        command,
+    )
     try:
-        tree, recipe = compose_recipe(command, choices.get("recipe"), choices.get("data"))
+        composed = compose_recipe(command, recipe, choices.get("data"))
+        if "data" in sections and "data._target_" not in given:
+            target = _target_of_data(composed.tree, read("run", given.get("run"), str))
+            if (source := implied_source(given, target, chosen="data" in choices)) is not None:
+                composed = compose_recipe(command, recipe, source)
         where = f"recipe={choices.get('recipe')}"
-        tree = OmegaConf.create(renamed(_plain_tree(tree, resolve=False), where, trusted=True))
-        _set_all(tree, {key: value for key, value in given.items() if key not in choices}, command, read)
+        tree = OmegaConf.create(renamed(_plain_tree(composed.tree, resolve=False), where, trusted=True))
+        rest = {key: value for key, value in given.items() if key not in choices}
+        _set_all(tree, rest, composed.texts, command, read)
         settings = _plain_tree(tree, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(str(error).strip().splitlines()[0]) from error
+        raise UsageError(_told(error)) from error
     for key in _redacted(settings):
         raise UsageError(f"{key} is not kept in the files of a run, as it is a secret: give it again, {key}=...")
-    return checked(settings, command.kind), recipe
+    return checked(settings, command.kind), composed.name
 
 
-def _set_all(tree: DictConfig, given: Mapping[str, Any], command: Command[Settings], read: Read) -> None:
-    """Set what is given in the composed tree, under full and current keys, as values of the declared types."""
+def _target_of_data(tree: DictConfig, run: Any) -> str | None:
+    """Return the data source of a recipe, or of a run, if the recipe has none."""
+    target = (tree.get("data") or {}).get("_target_")
+    run = tree.get("run") if run is None else run
+    return target if target is not None or run in (None, _REMOVED) else data_of(run).get("_target_")
+
+
+def _told(error: Exception) -> str:
+    """Return the first line of an error of Hydra or OmegaConf, with how to write what it took for a reference."""
+    first = str(error).strip().splitlines()[0]
+    if isinstance(error, InterpolationResolutionError | GrammarParseError):
+        where = f"{error.full_key}: " if error.full_key else ""
+        return f"{where}{first}. In a value ${{...}} is a reference to another setting; to mean the characters, write \\${{."
+    return first
+
+
+def _set_all(
+    tree: DictConfig, given: Mapping[str, Any], texts: Mapping[str, Any], command: Command[Settings], read: Read
+) -> None:
+    """Set what is given in the composed tree, under full and current keys, as values of the declared types.
+
+    Strings of the recipe become what is written there: `texts`, by key.
+    """
     full: dict[str, Any] = {}
     for short, value in given.items():
         if (key := _full_key(short, command)) in full:
@@ -136,12 +172,18 @@ def _set_all(tree: DictConfig, given: Mapping[str, Any], command: Command[Settin
     if command is PRETRAIN and "backbone.name" in full:
         _drop_options_of_another_backbone(tree, read("backbone.name", full["backbone.name"], str))
     known = known_keys(_plain_tree(tree, resolve=False), command.kind)
+    for key, written in texts.items():
+        section, _, name = key.rpartition(".")
+        kind = known.get(section, {}).get(name, Any)
+        if OmegaConf.select(tree, key) is not None and (is_text_list if isinstance(written, list) else is_text)(kind):
+            OmegaConf.update(tree, key, written, merge=False)
     for key, value in full.items():
         if value is _REMOVED:
             _remove(tree, key)
             continue
         section, _, name = key.rpartition(".")
-        value = read(key, value, known.get(section, {}).get(name, Any))
+        kind = known.get(section, {}).get(name, Any)
+        value = _plain(key, str(value)) if isinstance(value, ExistingFolder) else read(key, value, kind)
         OmegaConf.update(tree, key, value, merge=True, force_add=True)
 
 

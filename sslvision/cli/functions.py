@@ -24,11 +24,12 @@ from sslvision.cli.recipes import FINETUNE, PREDICT, PRETRAIN, PROBE, Command
 from sslvision.system.failures import explained
 
 
-def pretrain(recipe: str | Path, **settings: Any) -> dict[str, Any]:
+def pretrain(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Pretrain a backbone on unlabeled images.
 
     Args:
-        recipe: Name of an included recipe, such as "mae" or "dino", or the path of a .yaml file.
+        recipe: Name of an included recipe, such as "mae" or "dino", or the path of a .yaml file, also the config.yaml of a
+            run. Not needed to resume a run: pretrain(resume="auto", name="first").
         settings: Any settings of `python -m sslvision.pretrain --help`.
 
     Returns:
@@ -37,7 +38,7 @@ def pretrain(recipe: str | Path, **settings: Any) -> dict[str, Any]:
     Raises:
         UsageError, DataError, Diverged, StorageError: See sslvision.errors.
     """
-    return dict(_call(PRETRAIN, {"recipe": recipe, **settings}))
+    return dict(_call(PRETRAIN, _with(settings, recipe=recipe)))
 
 
 def probe(run: str | Path, **settings: Any) -> dict[str, Any]:
@@ -56,11 +57,12 @@ def probe(run: str | Path, **settings: Any) -> dict[str, Any]:
     return dict(_call(PROBE, {"run": run, **settings}))
 
 
-def finetune(run: str | Path, **settings: Any) -> Any:
+def finetune(run: str | Path | None = None, **settings: Any) -> Any:
     """Fine-tune a backbone on labeled images.
 
     Args:
-        run: Folder of a run, or any other weights that `python -m sslvision.finetune run=...` takes.
+        run: Folder of a run, or any other weights that `python -m sslvision.finetune run=...` takes. Not needed to resume a
+            run: finetune(resume="auto", name="first").
         settings: Any settings of `python -m sslvision.finetune --help`.
 
     Returns:
@@ -69,7 +71,7 @@ def finetune(run: str | Path, **settings: Any) -> Any:
     Raises:
         UsageError, DataError, Diverged, StorageError: See sslvision.errors.
     """
-    return _call(FINETUNE, {"run": run, **settings})
+    return _call(FINETUNE, _with(settings, run=run))
 
 
 def predict(run: str | Path, images: str | Path, **settings: Any) -> Path:
@@ -95,6 +97,11 @@ class CallableModule(types.ModuleType):
     def __call__(self, *arguments: Any, **settings: Any) -> Any:
         """Call the function of the same name."""
         return globals()[self.__name__.rpartition(".")[2]](*arguments, **settings)
+
+
+def _with(settings: Mapping[str, Any], **first: Any) -> dict[str, Any]:
+    """Return settings with those given by position, except None."""
+    return {**{key: value for key, value in first.items() if value is not None}, **settings}
 
 
 def _call(command: Command[Any], settings: Mapping[str, Any]) -> Any:

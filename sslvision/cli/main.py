@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -21,6 +22,7 @@ from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.system.failures import explained
+from sslvision.system.resuming import words_to_resume
 from sslvision.system.signals import (
     NOT_REQUEUED,
     Interrupted,
@@ -74,6 +76,8 @@ def _run_all(command: Command[Any], words: list[str]) -> int:
         with _command_line(run, words) if line.sweep else contextlib.nullcontext():
             try:
                 work(run, words)()
+            except Interrupted as interrupted:
+                return _complain(_interrupted(interrupted.signum, command, words, run.settings))
             except Exception as error:
                 told = explained(error, os.environ.get(RUN_FOLDER))
                 if told is None:
@@ -96,10 +100,29 @@ def _command_line(run: Run[Any], words: Sequence[str]) -> Iterator[None]:
         sys.argv[:] = argv
 
 
-def _interrupted(signum: int, command: Command[Any], words: Sequence[str]) -> Stopped:
-    """Return the message for a signal outside of training."""
-    resumes = any(field.name == "resume" for field in dataclasses.fields(command.kind))
-    left = " The last checkpoint, if there is one, is intact: resume=auto continues from it." if resumes else ""
+def _interrupted(signum: int, command: Command[Any], words: Sequence[str], settings: Any = None) -> Stopped:
+    """Return the message for a signal outside of training: what is left, and how to go on.
+
+    Args:
+        signum: The signal.
+        command: The command.
+        words: Its command line.
+        settings: The settings of the run that was interrupted, if one had begun.
+    """
+    left = ""
+    if getattr(settings, "compare", False):
+        starts_anew = [f"{key}=true" for key in ("overwrite", "dry_run") if getattr(settings, key)]
+        but = f", but without {' and '.join(starts_anew)}, which would delete them" if starts_anew else ""
+        left = f" The trainings that have ended are kept: the same command again{but} goes on with the others."
+    elif hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
+        if any(Path(folder).glob("checkpoints/*.ckpt")):
+            again = f"python -m sslvision.{command.name} {words_to_resume(folder)}"
+            left = f" The last checkpoint is intact; resume with: {again}"
+        else:
+            in_use = settings.resume is None and not settings.overwrite and (Path(folder) / "config.yaml").is_file()
+            named = settings.name is not None or settings.output_dir is not None
+            add = ", with overwrite=true, as its folder is in use" if in_use and named else ""
+            left = f" No checkpoint was saved before: start it again{add}."
     if signal.Signals(signum).name == "SIGUSR1":
         signum = signal.SIGTERM
         left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in words else f" {NOT_REQUEUED}"

@@ -2,8 +2,7 @@
 
 import difflib
 import functools
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -15,12 +14,14 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from sslvision.cli.schema import Settings
+from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
+from sslvision.cli.schema import Settings, parameters
 from sslvision.errors import UsageError
-from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
 RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / "recipes"  # the latter in a checkout
+GIVEN = "given"  # where Hydra finds a recipe of one's own
 SOURCES = sorted(file.stem for file in (RECIPES / "data").glob("*.yaml"))
 
 
@@ -51,19 +52,34 @@ PREDICT = Command("predict", Predict)
 COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PRETRAIN, PROBE, FINETUNE, PREDICT)}
 
 
-def compose_recipe(command: Command[Any], recipe: str | None, data: str | None) -> tuple[DictConfig, str]:
-    """Return a command's default settings with those of a recipe and a data source, and the recipe's name.
+@dataclass(frozen=True)
+class Composed:
+    """A recipe with a data source.
+
+    Attributes:
+        tree: Settings.
+        name: The recipe's name.
+        texts: See RecipeFile; empty for an included recipe.
+    """
+
+    tree: DictConfig
+    name: str
+    texts: Mapping[str, str | list[str]]
+
+
+def compose_recipe(command: Command[Any], recipe: str | RecipeFile | None, data: str | None) -> Composed:
+    """Return a command's default settings with those of a recipe and a data source.
 
     Args:
         command: Command to compose for.
-        recipe: Name of an included recipe or path of a .yaml file; None for the command's default.
-        data: Name of a data source; None for the recipe's.
+        recipe: Name of an included recipe, path of a .yaml file, or its content; None for the command's default.
+        data: Name of a data source, which replaces the recipe's; None for the recipe's.
 
     Raises:
         UsageError: No such recipe or data source, or a file that is not a recipe.
         HydraException: The recipe's defaults cannot be composed.
     """
-    choices, name = [], command.name
+    choices, name, own, kept = [], command.name, None, {}
     with _hydra() as store:
         if command.recipes:
             recipe = recipe or command.recipe
@@ -72,8 +88,15 @@ def compose_recipe(command: Command[Any], recipe: str | None, data: str | None) 
                 raise UsageError(f"No recipe: say recipe=NAME, one of {known}, or the path of your own .yaml file.")
             for one, file in command.recipes.items():
                 store.store(group="recipe", name=one, package="_global_", node=_read(file))
-            name = _choose_recipe(recipe, command, store)
-            choices.append(f"recipe={name}")
+            if isinstance(recipe, str) and not _is_path(recipe):
+                name = _check_choice("recipe", recipe, list(command.recipes))
+            else:
+                own = recipe if isinstance(recipe, RecipeFile) else _own_recipe(recipe, command)
+                if data is not None:
+                    own, kept = _without_source(own, data)
+                name = f"{own.name}_" if own.name in command.recipes else own.name  # one's own mae.yaml is another
+                store.store(group="recipe", name=GIVEN, package="_global_", node=own.settings)
+            choices.append(f"recipe={name if own is None else GIVEN}")
         if data is not None:
             _check_choice("data", data, SOURCES)
             choices.append(f"data={data}")
@@ -85,7 +108,9 @@ def compose_recipe(command: Command[Any], recipe: str | None, data: str | None) 
                 raise
             composed = compose(command.name, overrides=[*choices[:-1], f"+data={data}"])  # the recipe names no source
     OmegaConf.set_struct(composed, False)
-    return composed, name
+    if kept:
+        composed.data = OmegaConf.merge(composed.data, kept)
+    return Composed(composed, name, own.texts if own else {})
 
 
 def _defaults(command: Command[Any]) -> DictConfig:
@@ -122,27 +147,62 @@ def _hydra() -> Iterator[ConfigStore]:
 
 @functools.cache
 def _read(file: Path) -> DictConfig:
-    """Return an included recipe."""
+    """Return an included recipe or data source."""
     return cast(DictConfig, OmegaConf.load(file))
 
 
-def _choose_recipe(recipe: str, command: Command[Any], store: ConfigStore) -> str:
-    """Return the name of a recipe in the store, after adding it if it is given by its path."""
-    if not recipe.endswith((".yaml", ".yml")) and "/" not in recipe:
-        return _check_choice("recipe", recipe, list(command.recipes))
+def _is_path(recipe: str) -> bool:
+    return recipe.endswith((".yaml", ".yml")) or "/" in recipe
+
+
+def _own_recipe(recipe: str, command: Command[Any]) -> RecipeFile:
+    """Return a recipe given by its path."""
     file = Path(recipe).expanduser()
+    if file.is_dir() and (file / "config.yaml").is_file():
+        raise UsageError(
+            f"recipe={recipe} is a folder: the settings of that run are recipe={recipe.rstrip('/')}/config.yaml."
+        )
     if not file.is_file():
         raise UsageError(f"recipe={recipe}: there is no such file. Included recipes: {', '.join(command.recipes)}.")
-    try:
-        node = OmegaConf.load(file)
-    except Exception as error:
-        raise UsageError(f"recipe={recipe} is not valid YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(node, DictConfig):
-        raise UsageError(f"recipe={recipe} is not a recipe: it must hold settings, one `key: value` a line.")
-    name = re.sub(r"\W", "_", file.stem)
-    name += "_" if name in command.recipes else ""  # the user's own mae.yaml is not the included one
-    store.store(group="recipe", name=name, package="_global_", node=node)
-    return name
+    own = read_recipe(file, recipe)
+    for other in COMMANDS.values():
+        theirs, ours = ({f.name for f in fields(one.kind)} - {*OF_A_RUN} for one in (other, command))
+        if theirs - set(own.settings) == set() != ours - set(own.settings):
+            raise UsageError(
+                f"recipe={recipe} holds the settings of {other.name}, not of {command.name}: use it with "
+                f"python -m sslvision.{other.name}."
+            )
+    return own
+
+
+def source_target(source: str) -> str:
+    """Return the `_target_` of a data source."""
+    return str(_read(RECIPES / "data" / f"{source}.yaml")._target_)
+
+
+def _without_source(own: RecipeFile, data: str) -> tuple[RecipeFile, DictConfig]:
+    """Return a recipe without the data source that it holds, since `data` names one; and what stays in effect.
+
+    That is what any source can have (workers, cache, ...), and of the same source all.
+    """
+    section = own.settings.get("data")
+    if not isinstance(section, DictConfig) or "_target_" not in section or data not in SOURCES:
+        return own, OmegaConf.create()
+    same = section._target_ == source_target(data)
+    of_source = {"_target_"} if same else {"_target_", *parameters(locate("data", section._target_))}
+    plain = cast(dict[str, Any], OmegaConf.to_container(own.settings, resolve=False))
+    default = next(
+        (_read(RECIPES / "data" / f"{one}.yaml") for one in SOURCES if source_target(one) == section._target_), {}
+    )
+    kept = {
+        key: value
+        for key, value in plain.pop("data").items()
+        if key not in of_source and (same or value != default.get(key))
+    }
+    texts = {
+        key: text for key, text in own.texts.items() if key.removeprefix("data.") in kept or not key.startswith("data.")
+    }
+    return RecipeFile(own.name, OmegaConf.create(plain), texts), OmegaConf.create(kept)
 
 
 def _check_choice(group: str, name: str, names: list[str]) -> str:

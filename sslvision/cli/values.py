@@ -27,9 +27,9 @@ def value_of(key: str, text: str, kind: Any) -> Any:
     Raises:
         UsageError: The text cannot be read, or gives several values, which only a sweep has.
     """
-    if _is_text(kind):
+    if is_text(kind):
         return literal(text)
-    if _is_text_list(kind) and text.startswith("[") and text.endswith("]"):
+    if is_text_list(kind) and text.startswith("[") and text.endswith("]"):
         return [literal(one) for one in split_at_commas(text[1:-1])]
     found = _parse(text)
     if isinstance(found, Override):
@@ -114,7 +114,7 @@ def _members(kind: Any) -> list[Any]:
     return [one for one in typing.get_args(kind) if one is not NoneType] if union else [kind]
 
 
-def _is_text(kind: Any) -> bool:
+def is_text(kind: Any) -> bool:
     """Return whether a type is that of strings or paths, or one of several given strings."""
     return all(
         one in (str, Path)
@@ -124,7 +124,8 @@ def _is_text(kind: Any) -> bool:
     )
 
 
-def _is_text_list(kind: Any) -> bool:
+def is_text_list(kind: Any) -> bool:
+    """Return whether a type is that of lists of strings."""
     return all(
         typing.get_origin(one) in (list, tuple) and all(part in (str, Ellipsis) for part in typing.get_args(one))
         for one in _members(kind)

@@ -1,6 +1,8 @@
 """The confusion matrix of a classifier. Returns a matplotlib `Figure` built without pyplot."""
 
+import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,11 +13,41 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from sslvision.figures.curves import BLUE, INK, MUTED, ORANGE, RULE, WIDTH, style
+from sslvision.figures.fonts import drawable, escaped, families_for
 
 CORRECT = LinearSegmentedColormap.from_list("correct", ["#e3ecf5", BLUE])
 MISTAKEN = LinearSegmentedColormap.from_list("mistaken", ["#ffffff", ORANGE])
 EMPTY = "#eeeeee"  # rows of classes without test images
+LONGEST_NAME = 24  # letters; half as many of Chinese, Japanese and Korean, which are twice as wide
 NUMBERED, NAMED = 20, 40  # up to so many classes have percentages in their cells, and names on the axes
+
+
+def save_confusion(confusion: Tensor, class_names: Sequence[str], file: Path, *, title: str) -> str:
+    """Save the figure, and return what the user should know about it: usually nothing.
+
+    Where no installed font has the letters of a name, the figure has its number instead, and a text file beside it has the
+    names by number.
+    """
+    confusion_figure(confusion, class_names, title=title).savefig(file)
+    legend, undrawable = file.with_suffix(".txt"), undrawable_names(class_names)
+    if not undrawable:
+        legend.unlink(missing_ok=True)  # of an earlier figure
+        return ""
+    lines = [f"#{number} {escaped(name)}\n" for number, name in enumerate(class_names)]
+    legend.write_text("".join(lines), encoding="utf-8")
+    letters = " ".join(sorted(set().union(*undrawable.values()))[:10])
+    return (
+        f"No installed font can draw {len(undrawable)} of {len(class_names)} class names ({letters}), so {file.name} has "
+        f"numbers for them; {legend.name} has the names. With a font for them, such as Noto Sans, the figure has the names."
+    )
+
+
+def undrawable_names(class_names: Sequence[str]) -> dict[int, set[str]]:
+    """Return the numbers of the classes whose names no installed font can draw, and the letters in question."""
+    if len(class_names) > NAMED:
+        return {}
+    _, missing = families_for(escaped(name) for name in class_names)
+    return {number: letters for number, name in enumerate(class_names) if (letters := missing & set(escaped(name)))}
 
 
 def confusion_figure(confusion: Tensor, class_names: Sequence[str], *, title: str) -> Figure:
@@ -27,19 +59,21 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str], *, title: st
 
     Args:
         confusion: Counts, (C, C).
-        class_names: C names. Long ones are shortened in the middle.
+        class_names: C names. Long ones are shortened in the middle; "#3" stands for one that no installed font can draw.
         title: Title of the figure.
     """
     C = len(confusion)
     counts = confusion.double().cpu().numpy()
     images = counts.sum(1, keepdims=True)
     percent = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
-    names = [name if len(name) <= 24 else f"{name[:13].rstrip()}…{name[-10:].lstrip()}" for name in class_names]
+    undrawable = undrawable_names(class_names)
+    names = [f"#{at}" if at in undrawable else _shortened(escaped(name)) for at, name in enumerate(class_names)]
 
     height = 2.6 + 0.4 * min(C, 10)  # inches
     # At least two pixels per cell, so that no mistake is lost.
     figure = Figure(figsize=(WIDTH, height), dpi=max(150, C / 1.8), layout="constrained", facecolor="white")
-    figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False)
+    title, families = drawable(title)
+    figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False, family=families)
     with_bars = C > NUMBERED
     axes, *bars = figure.subplots(
         1, 1 + with_bars, sharey=True, squeeze=False, width_ratios=[6, 1] if with_bars else None
@@ -65,6 +99,18 @@ def confusion_figure(confusion: Tensor, class_names: Sequence[str], *, title: st
     return figure
 
 
+def _shortened(name: str) -> str:
+    longest = LONGEST_NAME // 2 if _columns(name) > len(name) else LONGEST_NAME
+    if len(name) <= longest:
+        return name
+    return f"{name[: longest // 2 + 1].rstrip()}…{name[-(longest // 2 - 2) :].lstrip()}"
+
+
+def _columns(name: str) -> int:
+    """Return the width of a name in Latin letters."""
+    return sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in name)
+
+
 def _paint(axes: Axes, percent: np.ndarray) -> PowerNorm:
     """Color the cells; return the scale of the mistakes: a square root, so that small ones are visible."""
     diagonal = np.eye(len(percent), dtype=bool)
@@ -84,9 +130,11 @@ def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     axes.set_xticks(range(C), names)
     axes.set_yticks(range(C), names)
     axes.tick_params(colors=INK, labelsize=8 if C <= NUMBERED else 6.5, length=0)
+    families, _ = families_for(names)
     for label in (*axes.get_xticklabels(), *axes.get_yticklabels()):
         label.set_parse_math(False)
-    if C * max(map(len, names)) > 60:  # characters that fit into a line
+        label.set_fontfamily(families)
+    if C * max(map(_columns, names)) > 60:  # characters that fit into a line
         angle = 45 if C <= NUMBERED else 90
         for label in axes.get_xticklabels():
             label.set(rotation=angle, ha="right", va="top" if angle < 90 else "center", rotation_mode="anchor")

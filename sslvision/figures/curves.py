@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sslvision.figures.fonts import drawable
+
 INK, MUTED, RULE = "#222222", "#6b6b6b", "#d9d9d9"
 BLUE, ORANGE, GREEN = "#2c6fab", "#c8641b", "#3d8256"
 WIDTH = 7.0  # inches: the text width of a page
@@ -53,7 +55,8 @@ def learning_curve_figure(
         _reference(panel["knn_top1"], untrained_knn, "untrained {:.1f}", curves["knn_top1"][1])
     if "lr" in panel:
         _plot_learning_rate(panel["lr"], *curves["lr"])
-    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
+    title, families = drawable(title)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False, family=families)
     panels[-1].set_xlabel("epoch")
     figure.align_ylabels(panels)
     return figure
@@ -80,7 +83,8 @@ def health_figure(metrics: dict[str, list[float | None]], *, title: str) -> Figu
         axes.set_ylabel(name.replace("_", " ").replace(" ", "\n", 1))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         _annotate_last(axes, y, "{:.3g}", BLUE)
-    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False)
+    title, families = drawable(title)
+    panels[0].set_title(title, loc="left", size=10, color=INK, weight="bold", pad=8, parse_math=False, family=families)
     panels[-1].set_xlabel("epoch")
     figure.align_ylabels(panels)
     return figure

@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import ScaledTranslation
 
 from sslvision.figures.curves import BLUE, GREEN, INK, MUTED, ORANGE, WIDTH, style
+from sslvision.figures.fonts import drawable
 
 ARMS = {"from scratch": MUTED, "frozen features": GREEN, "partial": ORANGE, "full": BLUE}
 TICK_DISTANCE = 0.07  # of the axis, that labels of ticks need
@@ -50,7 +51,8 @@ def label_efficiency_figure(cells: Sequence[Cell], *, title: str, classes: int) 
         lines.setdefault(cell["arm"], []).append(_point(cell, classes))
     lines = {arm: sorted(line) for arm, line in lines.items() if line}
     figure = Figure(figsize=(WIDTH, 4.4), dpi=150, layout="constrained", facecolor="white")
-    figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False)
+    title, families = drawable(title)
+    figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False, family=families)
     axes = figure.subplots()
     most = max(line[-1].x for line in lines.values())
     axes.set_title(_about_seeds(cells), loc="left", size=8, color=MUTED)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sslvision.errors import Diverged, StorageError, UsageError
 from sslvision.runs.torch_files import load_plain, load_verified, save
 from sslvision.system.files import free_bytes, written_whole
+from sslvision.system.resuming import words_to_resume
 
 RECORD = "sslvision"  # the key of a run's own settings in its checkpoints
 
@@ -174,8 +175,10 @@ def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> Sto
         for _, tensor in _tensors(checkpoint)
         for storage in [tensor.untyped_storage()]
     }
+    run = path.parent.parent
+    run = run.parent if run.name == "scratch" else run  # of a fine-tuning run
     left = f"the previous {path.name} is intact" if path.is_file() else "no checkpoint was saved before"
     return StorageError(
         f"{path} cannot be written: {error.strerror or error}. It needs about {sum(storages.values()):,} bytes, and "
-        f"{free_bytes(path):,} are free there; {left}. Make room, then resume with resume=auto."
+        f"{free_bytes(path):,} are free there; {left}. Make room, then resume with {words_to_resume(run)}."
     )

@@ -95,6 +95,8 @@ def describe(
 ) -> None:
     """Write README.md, config.yaml and environment.json, without the secrets in them.
 
+    The command that made the run stays in them when it is resumed without its recipe.
+
     Args:
         folder: Folder of the run.
         config: All settings, as plain containers.
@@ -103,9 +105,20 @@ def describe(
         contents: Template of README.md, with {name}, {folder} and {command}.
     """
     command = shlex.join(["python", "-m", f"sslvision.{command}", *redact(list(words))])
+    if any(word.startswith("resume=") for word in words) and not any(word.startswith("recipe=") for word in words):
+        command = _first_command(folder / "environment.json") or command
     (folder / "README.md").write_text(contents.format(name=folder.name, folder=folder, command=command))
     (folder / "config.yaml").write_text(yaml.safe_dump(redact(config), sort_keys=False, allow_unicode=True))
     write_json(folder / "environment.json", environment(command))
+
+
+def _first_command(file: Path) -> str | None:
+    """Return the command in a run's environment.json; None if there is none."""
+    try:
+        command = json.loads(file.read_text())["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return command if isinstance(command, str) else None
 
 
 def environment(command: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Loading weights of any format, and the export that plain timm loads."""
 
 import json
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,8 @@ def export_backbone(
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes", None)  # chosen when loading
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    # safetensors writes for the owner alone; others shall read it as they can read every other file of the run.
+    (folder / "model.safetensors").chmod(stat.S_IMODE((folder / "config.json").stat().st_mode))
 
 
 def _part_tensors(module: Any, state: dict[str, Tensor], *_: Any) -> None:

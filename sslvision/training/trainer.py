@@ -1,9 +1,10 @@
 """The Lightning trainer and the kernels it trains with. Every option can be set; what is not set follows the machine."""
 
+import difflib
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any, Literal
 
 import pytorch_lightning as L
 import torch
+from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from timm.layers import set_fused_attn
 
 from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.dense import Dense
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
@@ -24,6 +28,8 @@ from sslvision.nn.cpu import use_cpu_kernels
 from sslvision.nn.packed_attention import use_packed_attention
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.system.allocator import keep_freed_memory
+
+ENDING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # strategies whose processes are gone after training
 
 
 def build_trainer(
@@ -73,8 +79,42 @@ def build_trainer(
             use_distributed_sampler=False,
             **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
         )
+    if (
+        isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._start_method != "popen"
+    ):  # Lightning's in a notebook
+        _refuse_ending(f"ddp_{trainer.strategy._start_method}")
     checkpoints.record |= {"precision": str(trainer.precision), "accumulate": trainer.accumulate_grad_batches}
     return trainer
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the names of strategy and accelerator, before anything is loaded.
+
+    Raises:
+        UsageError: Lightning knows no such strategy or accelerator, or the strategy starts processes that end with training,
+            while export and evaluation come after it.
+    """
+    groups = {
+        "strategy": {"auto", *StrategyRegistry.available_strategies()},
+        "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
+    }
+    for key, names in groups.items():
+        name = options.get(key, "auto")
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, n=1)
+            known = ", ".join(sorted(one for one in names if not one.startswith(ENDING)))
+            told = f" Did you mean trainer.{key}={near[0]}?" if near and not near[0].startswith(ENDING) else ""
+            raise UsageError(f"trainer.{key}={name} is unknown to Lightning: it is one of {known}.{told}")
+    _refuse_ending(str(options.get("strategy", "auto")))
+
+
+def _refuse_ending(strategy: str) -> None:
+    if strategy.startswith(ENDING):
+        ddp = next(strategy.replace(one, "ddp") for one in ENDING if strategy.startswith(one))
+        raise UsageError(
+            f"trainer.strategy={strategy} starts processes that end with training, so that nothing would be exported and "
+            f"evaluated: use trainer.strategy={ddp}, from the command line; in a notebook, one device, trainer.devices=1."
+        )
 
 
 @dataclass(frozen=True)
@@ -122,7 +162,8 @@ def _rejections(options: dict[str, Any]) -> Iterator[None]:
         L.utilities.exceptions.MisconfigurationException,
     ) as error:
         shown = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
-        raise UsageError(f"Lightning rejects {shown or 'the trainer'}: {error}") from error
+        hint = " trainer.accelerator=auto takes what this machine has." if "accelerator" in options else ""
+        raise UsageError(f"Lightning rejects {shown or 'the trainer'}: {error}{hint}") from error
 
 
 def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, checkpoint: Path | None) -> None:
@@ -135,6 +176,13 @@ def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, chec
 def compute_dtype(trainer: L.Trainer) -> torch.dtype:
     """Return the dtype of matrix products under the trainer's precision."""
     return _dtype_of(trainer.precision)
+
+
+def precision_in_effect(trainer: L.Trainer, backbone: Backbone) -> str:
+    """Return the precision that a backbone and the rest are trained in, in words."""
+    if trainer.strategy.root_device.type == "cpu" and isinstance(backbone, Dense) and trainer.precision == "bf16-mixed":
+        return "32-true in the backbone (on a CPU all but ViT and Swin run so), bf16-mixed in the rest"
+    return str(trainer.precision)
 
 
 def _dtype_of(precision: Any) -> torch.dtype:

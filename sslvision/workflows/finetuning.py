@@ -17,7 +17,7 @@ from rich.console import Console
 
 from sslvision.data.sources.scan import share
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.confusion import confusion_figure
+from sslvision.figures.confusion import save_confusion
 from sslvision.figures.curves import learning_curve_figure
 from sslvision.methods.supervised import Supervised
 from sslvision.runs import run_folder
@@ -202,7 +202,12 @@ def finetuning_callbacks(plan: TrainingPlan, labeled: LabeledData) -> list[Callb
         else ModelCheckpoint(  # after each validation, so that it contains the best weights
             last.parent, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
         ),
-        StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=settings.resume == "auto"),
+        StopOnSignal(
+            last,
+            folder.parent if folder.name == "scratch" else folder,
+            requeues=settings.resume == "auto",
+            command="finetune",
+        ),
     ]
     waits = None
     if labeled.train.images is None or settings.randaugment:  # images in memory need no loader, except to augment them
@@ -281,9 +286,10 @@ def report(
     tested = int(tuned.confusion.sum())
     print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
     figures = folder / "figures"
-    confusion_figure(tuned.confusion, labeled.classes, title="Confusion matrix, fine-tuned").savefig(
-        figures / "confusion.png"
+    told = save_confusion(
+        tuned.confusion, labeled.classes, figures / "confusion.png", title="Confusion matrix, fine-tuned"
     )
+    print_findings(console, [told] if told else [])
     for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")

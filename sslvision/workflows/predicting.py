@@ -62,8 +62,10 @@ def predict_to_csv(settings: Predict) -> Path:
         settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels, remarks=remarks
     )
     source.value_range = value_range_from(recorded_value_range(run))
-    output = Path(os.path.expanduser(settings.output or _default_output(run)))
+    output = _output(settings)
     check_output(output)
+    if settings.output is None and output.name != "predictions.csv":
+        remarks.append("predictions.csv of an earlier call is kept; overwrite=true would replace it.")
     print_findings(console, remarks)
     rows = predict(
         loaded.backbone.to(device),
@@ -268,6 +270,19 @@ def _columns(top: int) -> list[str]:
     return [f"{column}_{place}" for place in range(2, top + 1) for column in ("label", "probability")]
 
 
-def _default_output(run: str) -> Path:
-    folder = Path(run)
-    return (folder.parent if folder.name == "export" else folder) / "predictions.csv"
+def _output(settings: Predict) -> Path:
+    """Return where to write: without overwrite=true, a file that does not exist.
+
+    Raises:
+        UsageError: The file that `output` names exists.
+    """
+    if settings.output is not None:
+        if Path(settings.output).exists() and not settings.overwrite:
+            raise UsageError(f"output={settings.output} exists: replace it with overwrite=true, or give another path.")
+        return Path(settings.output)
+    run = Path(settings.run or "")
+    output = first = (run.parent if run.name == "export" else run) / "predictions.csv"
+    number = 1
+    while output.exists() and not settings.overwrite:
+        output = first.with_name(f"predictions-{(number := number + 1)}.csv")
+    return output

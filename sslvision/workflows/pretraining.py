@@ -43,6 +43,7 @@ from sslvision.training.trainer import (
     configure_method,
     configure_torch,
     fit,
+    precision_in_effect,
     silence_lightning,
 )
 from sslvision.workflows.console import findings_of, print_configuration, print_findings, print_scores, waiting_of
@@ -262,6 +263,7 @@ def effective_configuration(
     gpu = (
         f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
     )
+    precision = precision_in_effect(trainer, method.pretrained())
     rows = {
         "method": f"{type(method).__name__} on {settings.backbone['name']}" + (f" with {options}" if options else ""),
         "parameters": f"{encoder:,} in the backbone, {trained:,} trained",
@@ -272,7 +274,7 @@ def effective_configuration(
         "steps": f"{steps:,} = {settings.epochs} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
-        "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
+        "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {precision}",
     }
     if should_compile(settings.compile, device):
         rows["kernels"] = (

@@ -32,7 +32,7 @@ from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.probe_protocols import PROTOCOLS, run_protocol
 from sslvision.evaluation.rankme import rankme
 from sslvision.evaluation.scores import Scores, as_json, score
-from sslvision.figures.confusion import confusion_figure
+from sslvision.figures.confusion import save_confusion
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_folder
 from sslvision.settings import Probe
@@ -150,8 +150,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     run_folder.describe(folder, dataclasses.asdict(settings), words, command="probe", contents=CONTENTS)
     run_folder.write_json(folder / "results.json", results)
     title = f"Confusion matrix of the linear probe, protocol {protocol.name}"
-    confusion_figure(linear.confusion, classes, title=title).savefig(folder / "confusion.png")
-    print_findings(console, unreadable)
+    told = save_confusion(linear.confusion, classes, folder / "confusion.png", title=title)
+    print_findings(console, [*unreadable, *([told] if told else [])])
     for deviation in facts.get("deviations", []):
         console.print(f"[dim]Deviation from the paper: {deviation}.[/]")
     console.print(

@@ -111,7 +111,10 @@ def test_a_sigterm_to_all_processes_of_a_run_leaves_the_loader_working_until_it_
     code, said = run.end()
     assert code == 143, said
     assert "Traceback" not in said
-    told = re.search(r"SIGTERM: saved at step ([\d,]+) in (\S+last.ckpt); resume with resume=auto name=run", said)
+    told = re.search(
+        r"SIGTERM: saved at step ([\d,]+) in (\S+last.ckpt); resume with: python -m sslvision.pretrain resume=auto name=run",
+        said,
+    )
     assert saved(run.folder)["global_step"] == int(told[1].replace(",", ""))
     assert str(run.folder / "checkpoints" / "last.ckpt") == told[2]
 

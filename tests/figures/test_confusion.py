@@ -1,14 +1,22 @@
+import warnings
+from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from drawings import assert_texts_stand_apart, drawn
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.axes import Axes
+from matplotlib.font_manager import fontManager
 from torch import Tensor
 
-from sslvision.figures.confusion import confusion_figure
+from sslvision.figures import fonts
+from sslvision.figures.confusion import confusion_figure, save_confusion
+from sslvision.figures.curves import learning_curve_figure
 
 CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 
@@ -144,3 +152,86 @@ def test_drawing_leaves_no_global_state() -> None:
     before = dict(matplotlib.rcParams)
     confusion_figure(confusion(3), ["a", "b", "c"], title="")
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.fixture
+def han_font(tmp_path: Path) -> Iterator[None]:
+    """Install a font with one Chinese letter, as a black square."""
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "cat"])
+    builder.setupCharacterMap({ord("猫"): "cat"})
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "cat": pen.glyph()})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "cat": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Square Han", "styleName": "Regular"})
+    builder.setupOS2(usWeightClass=400)
+    builder.setupPost()
+    builder.save(tmp_path / "han.ttf")
+    before = list(fontManager.ttflist)
+    fontManager.addfont(tmp_path / "han.ttf")
+    yield
+    fontManager.ttflist[:] = before
+
+
+def test_names_that_no_font_can_draw_are_numbers_in_the_figure_and_names_in_a_file_beside_it(tmp_path: Path) -> None:
+    names = ["cat", "猫", "बिल्ली", "кошка", "chat é"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no font is missing a glyph
+        told = save_confusion(confusion(5), names, tmp_path / "confusion.png", title="猫 as drawn by me")
+    assert told.startswith("No installed font can draw 2 of 5 class names (")
+    assert "confusion.txt has the names" in told
+    lines = (tmp_path / "confusion.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == ["#0 cat", "#1 猫", "#2 बिल्ली", "#3 кошка", "#4 chat é"]
+    axes = confusion_figure(confusion(5), names, title="").axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "#1", "#2", "кошка", "chat é"]
+    assert save_confusion(confusion(5), CLOTHES[:5], tmp_path / "confusion.png", title="") == ""
+    assert not (tmp_path / "confusion.txt").exists()
+
+
+@pytest.mark.usefixtures("han_font")
+def test_an_installed_font_that_has_the_letters_draws_them(tmp_path: Path) -> None:
+    names = ["cat", "猫", "猫 cat"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = save_confusion(confusion(3), names, tmp_path / "confusion.png", title="猫")
+    assert told == ""
+    figure = confusion_figure(confusion(3), names, title="猫")
+    picture = drawn(figure)
+    label = figure.axes[0].get_yticklabels()[1]
+    assert label.get_text() == "猫"
+    box = label.get_window_extent()
+    inside = picture[picture.shape[0] - round(box.y1) : picture.shape[0] - round(box.y0), round(box.x0) : round(box.x1)]
+    assert (inside.mean(2) < 100).mean() > 0.5  # a filled square, and not the outline of a missing letter
+
+
+def test_names_with_control_characters_or_bytes_that_are_no_text_are_escaped(tmp_path: Path) -> None:
+    names = ["a\nb", "caf\udce9", "tab\there", "ok"]
+    assert save_confusion(confusion(4), names, tmp_path / "confusion.png", title="a\nb") == ""
+    labels = confusion_figure(confusion(4), names, title="").axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["a\\nb", "caf\\udce9", "tab\\there", "ok"]
+
+
+def test_scripts_that_need_shaping_are_drawn_only_by_a_matplotlib_that_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for shapes, drawn_as in ((True, ["قطة", "חתול", "cat"]), (False, ["#0", "#1", "cat"])):
+        monkeypatch.setattr(fonts, "SHAPES_TEXT", shapes)
+        labels = confusion_figure(confusion(3), ["قطة", "חתול", "cat"], title="").axes[0].get_yticklabels()
+        assert [label.get_text() for label in labels] == drawn_as
+
+
+def test_more_classes_than_are_named_need_no_font_and_long_wide_names_are_shortened(tmp_path: Path) -> None:
+    assert save_confusion(confusion(60), ["猫"] * 60, tmp_path / "confusion.png", title="") == ""
+    figure = confusion_figure(confusion(2), ["ж" * 30, "b"], title="")
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "ж" * 13 + "…" + "ж" * 10
+
+
+def test_the_title_of_another_figure_has_escapes_for_what_no_font_can_draw() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = learning_curve_figure({"step": [1, 2], "loss": [2.0, 1.0]}, title="run 猫 é")
+        drawn(figure)
+    assert figure.axes[0].get_title(loc="left") == "run \\u732b é"

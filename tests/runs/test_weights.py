@@ -1,4 +1,6 @@
 import json
+import os
+import stat
 
 import pytest
 import timm
@@ -85,3 +87,14 @@ def test_a_classifier_is_not_exported_without_the_names_of_its_classes(tmp_path)
     backbone.model.reset_classifier(3)
     with pytest.raises(AssertionError, match="its class names"):
         export_backbone(backbone, tmp_path, mean=[0.5] * 3, std=[0.5] * 3, classes=["ant", "bee"])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664), (0o077, 0o600)])
+def test_others_may_read_an_export_as_the_umask_has_it(umask, mode, tmp_path):
+    before = os.umask(umask)
+    try:
+        for _ in range(2):  # also where a file is replaced
+            export_backbone(build_backbone("test_resnet", image_size=32), tmp_path / "e", mean=[0.5] * 3, std=[0.5] * 3)
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "e").iterdir()} == {mode}

@@ -118,3 +118,37 @@ def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, warm_c
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr)
+
+
+def test_earlier_predictions_are_kept_unless_they_shall_be_replaced(finetuned, warm_command, tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "one.png")
+    kept = finetuned / "predictions.csv"
+    kept.write_text("earlier\n")
+
+    def predicted(*words):
+        return warm_command(f"run={finetuned}", "images=one.png", "workers=0", *words, of="predict", cwd=tmp_path)
+
+    for number in (2, 3):
+        done = predicted()
+        assert done.returncode == 0, done.stderr
+        assert "predictions.csv of an earlier call is kept; overwrite=true would replace it." in done.stdout
+        assert str(finetuned / f"predictions-{number}.csv") in done.stdout
+        assert (finetuned / f"predictions-{number}.csv").read_text().count("\n") == 2
+    assert kept.read_text() == "earlier\n"
+    assert predicted("overwrite=true").returncode == 0
+    assert kept.read_text().startswith("image,")
+    for file in finetuned.glob("predictions*.csv"):
+        file.unlink()
+
+
+def test_a_file_that_output_names_is_not_replaced_unasked(finetuned, warm_command, tmp_path):
+    Image.new("L", (32, 32)).save(tmp_path / "one.png")
+    (tmp_path / "mine.csv").write_text("mine\n")
+    words = (f"run={finetuned}", "images=one.png", "workers=0", "output=mine.csv")
+    done = warm_command(*words, of="predict", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "output=mine.csv exists: replace it with overwrite=true, or give another path." in done.stderr
+    assert (tmp_path / "mine.csv").read_text() == "mine\n"
+    done = warm_command(*words, "overwrite=true", of="predict", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mine.csv").read_text().startswith("image,")

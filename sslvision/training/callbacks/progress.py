@@ -22,10 +22,14 @@ from sslvision.training.callbacks.data_waits import WORTH_TELLING, DataWaits
 
 WINDOW = 120  # samples of the clock, at least SAMPLE_EVERY_S apart
 SAMPLE_EVERY_S = 0.25
+SHORTEST_BAR = 6  # characters
 
 
 class Progress(ProgressBar):
     """Show epoch, step, images per second, the method's metrics, the online k-NN accuracy and the remaining time.
+
+    Where a terminal is too narrow for all of them, the method's metrics but the first are left out, the last one first, then
+    RankMe, waiting for data, and k-NN accuracy.
 
     The method keeps its last metrics as detached tensors in `pl_module.latest`; those in `pl_module.shown` (default:
     "loss") are displayed with its labels. `knn_top1`, `rankme` and `val_top1` come from the trainer's callback metrics. They
@@ -81,7 +85,8 @@ class Progress(ProgressBar):
             epoch = TextColumn(
                 "{task.description}", table_column=Column(no_wrap=True, min_width=len(self._epoch(step)))
             )
-            columns = epoch, BarColumn(bar_width=None), TextColumn("{task.fields[text]}")
+            text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True))
+            columns = epoch, BarColumn(bar_width=None), text
             self._bar = Bar(*columns, console=self.console, auto_refresh=False, expand=True)
             self._bar.add_task(self._epoch(step), total=self.total_steps, completed=step, text="starting")
             self._bar.start()
@@ -131,25 +136,24 @@ class Progress(ProgressBar):
         self._stop()
 
     def _show(self, trainer: L.Trainer, pl_module: L.LightningModule, time: str) -> None:
-        step = trainer.global_step
-        parts = [f"{step:,}/{self.total_steps:,} steps"]
+        step, latest = trainer.global_step, getattr(pl_module, "latest", {})
+        ranked = [(0, f"{step:,}/{self.total_steps:,} steps")]  # (rank, text): a narrow terminal shows the lowest ranks
         if rate := self._steps_per_second():
-            parts.append(f"{rate * self.images_per_step:,.0f} img/s")
-        latest = getattr(pl_module, "latest", {})
-        parts += [
-            f"{label} {_number(latest[name])}"
-            for name, label in getattr(pl_module, "shown", {"loss": "loss"}).items()
-            if name in latest
-        ]
-        for name, label in (("knn_top1", "k-NN"), ("rankme", "RankMe"), ("val_top1", "validation")):
+            ranked.append((0, f"{rate * self.images_per_step:,.0f} img/s"))
+        shown = {name: label for name, label in getattr(pl_module, "shown", {"loss": "loss"}).items() if name in latest}
+        for rank, (name, label) in enumerate(shown.items()):
+            ranked.append((rank and rank + 3, f"{label} {_number(latest[name])}"))
+        for rank, name, label in ((1, "knn_top1", "k-NN"), (3, "rankme", "RankMe"), (1, "val_top1", "validation")):
             if (value := trainer.callback_metrics.get(name)) is not None:
-                parts.append(f"{label} {float(value):.1f}")
+                ranked.append((rank, f"{label} {float(value):.1f}"))
         if self.waits is not None and (share := self.waits.recent or 0) > WORTH_TELLING:
-            parts.append(f"waiting for data {share:.0f} %")
-        text = "  ".join([*parts, time])
+            ranked.append((2, f"waiting for data {share:.0f} %"))
+        ranked.append((0, time))
         if self._bar is None:
+            text = "  ".join(part for _, part in ranked)
             self.console.print(f"{self._epoch(step)}  {text}", soft_wrap=True, markup=False, highlight=False)
         else:
+            text = _fitting(ranked, self.console.width - len(self._epoch(self.total_steps)) - SHORTEST_BAR - 2)
             self._bar.update(self._bar.task_ids[0], description=self._epoch(step), completed=step, text=text)
             self._bar.refresh()
 
@@ -187,6 +191,18 @@ class Progress(ProgressBar):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def _fitting(ranked: list[tuple[int, str]], room: int) -> str:
+    """Return the texts in one line, without those of the highest ranks if it would have more than `room` characters."""
+    kept = list(ranked)
+    while len(text := "  ".join(part for _, part in kept)) > room and (last := max(rank for rank, _ in kept)) > 0:
+        if last == 1 and len(text.replace(" steps", "")) <= room:
+            break
+        kept.remove(next(one for one in reversed(kept) if one[0] == last))
+    if len(text) > room:
+        text = text.replace(" steps", "")
+    return text if len(text) <= room else text.replace("  ", " ")
 
 
 def _number(value: Any) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from sslvision.methods.dino import DINO
 from sslvision.training.callbacks import progress
 from sslvision.training.callbacks.progress import Progress
 
@@ -262,3 +263,46 @@ def test_only_the_first_process_shows_progress() -> None:
     bar = progress_to(StringIO())
     bar.setup(cast(L.Trainer, SimpleNamespace(is_global_zero=False)), cast(L.LightningModule, None), "fit")
     assert not bar.is_enabled
+
+
+def last_line(width: int, *, steps: int = 6240, epochs: int = 40, **metrics: float) -> str:
+    """Return the last line that the bar shows of DINO in a terminal of so many columns."""
+    file = StringIO()
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
+    bar = Progress(total_steps=steps, steps_per_epoch=steps // epochs, images_per_step=64, console=console)
+    method = SimpleNamespace(device=torch.device("cpu"), shown=DINO.shown, latest=dict.fromkeys(DINO.shown, 5.125))
+    trainer = SimpleNamespace(global_step=steps // 3, callback_metrics=metrics)
+    bar.on_train_start(cast(Any, trainer), cast(Any, method))
+    bar._resume()
+    bar._samples.append((bar._samples[0][0] + 1, trainer.global_step + 80))
+    bar._show(cast(Any, trainer), cast(Any, method), "ETA 1:04:33")
+    bar._stop()
+    lines = [
+        line for line in re.sub(r"\x1b\[\d*\w", "", file.getvalue()).replace("\r", "\n").split("\n") if "epoch" in line
+    ]
+    return lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("width", "steps", "epochs", "also"),
+    [
+        (80, 6240, 40, "k-NN 75.1"),
+        (80, 156_000, 40, "loss"),
+        (80, 1_251_200, 800, "loss"),
+        (100, 6240, 40, "RankMe 30.2"),
+    ],
+)
+def test_a_narrow_terminal_shows_the_most_important_of_dino_uncut(
+    width: int, steps: int, epochs: int, also: str
+) -> None:
+    line = last_line(width, steps=steps, epochs=epochs, knn_top1=75.1, rankme=30.2)
+    assert len(line) <= width
+    for part in (f"/{epochs} ", f"{steps // 3:,}/{steps:,}", "5,120 img/s", "loss 5.125", "ETA 1:04:33", also):
+        assert part in line, line
+    assert "…" not in line
+
+
+def test_a_wide_terminal_shows_all_of_it() -> None:
+    line = last_line(200, knn_top1=75.1, rankme=30.2)
+    for part in (*DINO.shown.values(), "k-NN 75.1", "RankMe 30.2", "2,080/6,240 steps"):
+        assert part in line
