@@ -19,6 +19,7 @@ from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
+CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models
 ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
@@ -228,16 +229,19 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the short side to 8/7 of `size` and crop the center, the usual evaluation of ImageNet models.
+def center_crop(image: Tensor, size: int, crop_pct: float | None = None) -> Tensor:
+    """Resize the short side to `size` / `crop_pct` and crop the center: sizes and offsets are those of timm's evaluation.
 
-    Images of exactly size x size are returned unchanged.
+    Args:
+        image: (C, H, W) uint8.
+        size: Side of the result in pixels.
+        crop_pct: Share of the short side that is kept, 0..1. None: 0.875, except that images of exactly size x size are
+            returned unchanged.
     """
     height, width = image.shape[1:]
-    if (height, width) == (size, size):
+    if crop_pct is None and (height, width) == (size, size):
         return image
-    short = max(size, round(size * 8 / 7))
-    factor = short / min(height, width)
-    image = resize(image, (max(short, round(height * factor)), max(short, round(width * factor))))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    short, least = math.floor(size / (crop_pct or CROP_PCT)), min(height, width)
+    image = resize(image, (int(short * height / least), int(short * width / least)))
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
     return image[:, top : top + size, left : left + size]

@@ -47,6 +47,7 @@ class _Source(NamedTuple):
     read: Callable[[], dict[str, Tensor]]
     classes: tuple[str, ...] = ()
     any_channels: bool = False
+    crop_pct: float | None = None
 
 
 def load_backbone(
@@ -95,7 +96,7 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         backbone = wrap(_create(source.name, num_classes=len(classes), **arguments), size)
-        backbone.arguments = arguments
+        backbone.arguments, backbone.crop_pct = arguments, source.crop_pct
         if pretrained:
             own, state = backbone.model.state_dict(), source.read()
             if source.classes and not head:
@@ -159,6 +160,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
         if isinstance(names, list):
             names = dict(enumerate(names))
         classes = tuple(str(names.get(index, names.get(str(index), index))) for index in range(count))
+        crop_pct = _crop_pct(known)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / 'config.json'} is not in timm's format ({type(error).__name__}: {error}): give a folder "
@@ -173,7 +175,19 @@ def _exported(folder: Path, where: str | Path) -> _Source:
     if not files:
         raise UsageError(f"{folder} has a config.json, but no weights: model.safetensors is missing.")
     weights, read = f"export of {where}", partial(read_released, files[0])
-    return _Source(name, arguments, size, channels, known.get("mean"), known.get("std"), weights, read, classes)
+    return _Source(
+        name, arguments, size, channels, known.get("mean"), known.get("std"), weights, read, classes, crop_pct=crop_pct
+    )
+
+
+def _crop_pct(known: Mapping[str, Any]) -> float | None:
+    """Return the central share of an image that an export says it was evaluated on; None if it is not known."""
+    if known.get("crop_pct") is None or (known.get("tag") == "sslvision" and "crop_mode" not in known):
+        return None  # exports of earlier versions: always 0.875, though images of exactly image_size were taken whole
+    crop_pct = float(known["crop_pct"])
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} is not a share of an image")
+    return crop_pct
 
 
 def _released(file: Path, heads: int | None) -> _Source:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 from torch import Tensor
 
+from sslvision.augment.crops import CROP_PCT
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.fitting import load_fitting
 from sslvision.errors import UsageError
@@ -26,7 +27,8 @@ def export_backbone(
         timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
         timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
     where name and model_args are in config.json. The file of a classifier contains its head; the first way loads it if
-    num_classes is omitted.
+    num_classes is omitted. timm.data.create_transform(**timm.data.resolve_model_data_config(model)) is how images were
+    evaluated: `backbone.crop_pct`, `mean` and `std`.
 
     Args:
         backbone: Pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
@@ -43,7 +45,8 @@ def export_backbone(
         "mean": mean,
         "std": std,
         "interpolation": "bicubic",
-        "crop_pct": 0.875,
+        "crop_pct": backbone.crop_pct or CROP_PCT,
+        "crop_mode": "center",  # exports without it were written when crop_pct was not yet recorded
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier"),
         "num_classes": len(names),

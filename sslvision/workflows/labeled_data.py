@@ -14,6 +14,7 @@ from sslvision.data.datamodule import available_workers, pixel_statistics
 from sslvision.data.source import Source, Splits
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
+from sslvision.evaluation.central_crop import choose_crop_pct
 from sslvision.evaluation.features import Extraction, extract_features
 from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
@@ -36,6 +37,7 @@ class LabeledData:
         workers: Number of loader processes.
         base_lr: Learning rate of pretraining per 256 images.
         weights: Where the pretrained weights come from, for the user.
+        crop_pct: Central share of every image that is evaluated.
     """
 
     train: Source
@@ -47,6 +49,7 @@ class LabeledData:
     workers: int
     base_lr: float
     weights: str
+    crop_pct: float
 
 
 class Features(NamedTuple):
@@ -83,6 +86,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         workers=available_workers() if workers is None else workers,
         base_lr=pretraining_base_lr(settings.run or ""),
         weights=loaded.weights,
+        crop_pct=choose_crop_pct([train, validation, test], loaded.backbone.image_size[0]),
     )
 
 

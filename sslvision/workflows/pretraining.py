@@ -11,10 +11,12 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.data.cache import cached
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits
+from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
 from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels
 from sslvision.figures.curves import health_figure, learning_curve_figure
 from sslvision.methods.base import Method
@@ -172,8 +174,17 @@ def open_data(settings: Pretrain, method: Method) -> ImageData:
     """Open the images as batches for the method, and give it the statistics of their pixels."""
     splits, normalize = open_splits(settings.data), settings.data.get("normalize", "computed")
     method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
+    crop_pct = choose_crop_pct([splits.train, splits.test], method.pretrained().image_size[0])
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.crop_pct = crop_pct
     return ImageData(
-        splits, method.crops, batch_size=settings.batch_size, seed=settings.seed, workers=settings.data.get("workers")
+        splits,
+        method.crops,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=settings.data.get("workers"),
+        crop_pct=crop_pct,
     )
 
 
@@ -254,6 +265,7 @@ def effective_configuration(
         "steps": f"{steps:,} = {settings.epochs} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
+        "evaluation": describe_crop(method.pretrained().crop_pct),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {trainer.precision}",
     }
     if should_compile(settings.compile, device):
@@ -273,6 +285,7 @@ def export_and_evaluate(
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     method = method_from_settings(settings)
     method.load_state_dict(checkpoint["state_dict"])
+    method.pretrained().crop_pct = data.crop_pct
     mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
     export_backbone(method.pretrained(), folder / "export", mean=mean, std=std)
     method.to(device)
@@ -308,6 +321,7 @@ def score_features(
         "workers": data.workers,
     }
     untrained = method_from_settings(settings).pretrained().to(method.device)
+    untrained.crop_pct = data.crop_pct
     rows = {
         name: evaluate_backbone(backbone, method.normalize, data.splits, precision=precision, **options)
         for name, backbone in (("pretrained", method.pretrained()), ("the same, untrained", untrained))
