@@ -16,7 +16,7 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
-from sslvision.backbones.released import read_released, released_vit
+from sslvision.backbones.released import read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -67,7 +67,7 @@ def load_backbone(
         where: One of the following, tried in this order:
             - a run folder that contains export/;
             - an export folder: config.json beside model.safetensors, as `export_backbone` or timm's `save_for_hf` writes;
-            - a .pth or .safetensors file as the authors of MAE or DINO released them (see `released_vit`);
+            - a .pth or .safetensors file as the authors of MAE, DINO, DINOv2 or SwAV released them (see `released_network`);
             - a timm model name, with or without a tag; its weights are downloaded, or taken from the cache.
         image_size: Side of the square images in pixels; by default that of the weights. For other sizes timm resamples position
             embeddings and bias tables.
@@ -109,7 +109,10 @@ def load_backbone(
     mean, std = (
         values if values and len(values) == backbone.channels else None for values in (source.mean, source.std)
     )
-    return Loaded(backbone, mean, std, classes or None, source.weights if pretrained else "random")
+    weights = source.weights + (
+        f", made for {source.image_size}x{source.image_size} pixels" if size != source.image_size else ""
+    )
+    return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
 
 
 def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
@@ -191,12 +194,11 @@ def _crop_pct(known: Mapping[str, Any]) -> float | None:
 
 
 def _released(file: Path, heads: int | None) -> _Source:
-    """Return the weights of a released MAE or DINO checkpoint. All of these were trained with ImageNet's pixel statistics."""
-    state, arguments = released_vit(file, heads=heads)
-    size, channels, mean, std = arguments["img_size"], arguments["in_chans"], list(IMAGENET_MEAN), list(IMAGENET_STD)
-    return _Source(
-        "vit_base_patch16_224", arguments, size, channels, mean, std, f"released checkpoint {file}", lambda: state
-    )
+    """Return the weights of a released checkpoint. All of these were trained with ImageNet's pixel statistics."""
+    name, state, arguments, words = released_network(file, heads=heads)
+    size, mean, std = arguments.get("img_size", 224), list(IMAGENET_MEAN), list(IMAGENET_STD)
+    weights = f"released checkpoint {file}{words}"
+    return _Source(name, arguments, size, arguments["in_chans"], mean, std, weights, lambda: state)
 
 
 def _named(name: str, pretrained: bool) -> _Source:

@@ -68,7 +68,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     configure_torch(settings.trainer.get("accelerator", "auto"))
     method = method_from_settings(settings)
     resume = checkpoint_to_resume(settings.resume, folder)
-    weights = load_weights(method, settings.init_from) if settings.init_from and resume is None else "random"
+    weights, findings = load_weights(method, None if resume else settings.init_from)
     data = open_data(settings, method)
     images = len(data.splits.train)
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, images=images))
@@ -109,7 +109,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     if not trainer.is_global_zero:
         return {}
     training_seconds = time.perf_counter() - started
-    findings = (resume.findings if resume is not None else []) + findings_of(trainer)
+    findings += (resume.findings if resume is not None else []) + findings_of(trainer)
     print_findings(console, findings)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
