@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +28,7 @@ from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.settings import Finetune
 from sslvision.training.callbacks.keep_best import KeepBest
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
+from sslvision.training.callbacks.stop_early import StopEarly
 from sslvision.training.trainer import Machine, build_trainer, configure_method, fit
 from sslvision.workflows.labeled_data import LabeledData, frozen_features, labels_of, untrained_backbone
 
@@ -236,7 +237,7 @@ def build_classifier_trainer(
     settings = plan.settings
     used: list[Callback] = [*callbacks, SkippedUpdates(plan.folder, settings.max_skipped), KeepBest()]
     if settings.patience and labeled.validation is not None:
-        used.append(EarlyStopping("val_top1", mode="max", patience=settings.patience))
+        used.append(StopEarly("val_top1", mode="max", patience=settings.patience))
     return build_trainer(
         folder=plan.folder,
         epochs=-1,
