@@ -125,7 +125,8 @@ class Pretrain:
         "auto: resume from the last good checkpoint in the run folder, if there is one; or the path of a checkpoint",
     )
     init_from: str | None = _option(
-        None, "start from the weights of a run folder, a checkpoint or an exported backbone"
+        None,
+        "start from the weights of a run, an export, a checkpoint of MAE, DINO, DINOv2, SwAV or MoCo, or a timm name",
     )
     dry_run: bool = _option(False, "run two steps of everything, then stop: training, evaluation, export, figures")
     logger: Literal["csv", "wandb", "tensorboard"] = _option(

@@ -21,6 +21,7 @@ from sslvision.nn.exact_products import exact_products
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
 LONGEST = 4  # long side over short side, above which an evaluated image is cut before it is resized
 MARGIN = 8  # pixels that the bicubic filter may reach beyond the central square, with room to spare
+CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models
 ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
@@ -230,30 +231,36 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """Resize the short side to 8/7 of `size` and crop the center, the usual evaluation of ImageNet models.
+def center_crop(image: Tensor, size: int, crop_pct: float | None = None) -> Tensor:
+    """Resize the short side to `size` / `crop_pct` and crop the center: sizes and offsets are those of timm's evaluation.
 
-    Images of exactly size x size are returned unchanged.
+    Args:
+        image: (C, H, W) uint8.
+        size: Side of the result in pixels.
+        crop_pct: Share of the short side that is kept, 0..1. None: 0.875, except that images of exactly size x size are
+            returned unchanged.
     """
     height, width = image.shape[1:]
-    if (height, width) == (size, size):
+    if crop_pct is None and (height, width) == (size, size):
         return image
-    short = max(size, round(size * 8 / 7))
-    factor = short / min(height, width)
-    if max(height, width) > LONGEST * min(height, width):  # resized as a whole, 30,000 x 1 pixels would need gigabytes
-        image = _central(image, 2 * min(height, width) + MARGIN, factor)
-        height, width = image.shape[1:]
-    image = resize(image, (max(short, round(height * factor)), max(short, round(width * factor))))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    short, least = math.floor(size / (crop_pct or CROP_PCT)), min(height, width)
+    if max(height, width) > LONGEST * least:  # resized as a whole, 30,000 x 1 pixels would need gigabytes
+        image = _central(image, 2 * least + MARGIN, short, least)
+    image = resize(image, (int(short * image.shape[1] / least), int(short * image.shape[2] / least)))
+    top, left = (round((side - size) / 2) for side in image.shape[1:])
     return image[:, top : top + size, left : left + size]
 
 
-def _central(image: Tensor, side: int, factor: float) -> Tensor:
+def _central(image: Tensor, side: int, short: int, least: int) -> Tensor:
     """Return at least the central `side` pixels of each axis, such that the center stays where it is when resized."""
+
+    def resized(length: int) -> int:
+        return int(short * length / least)
+
     for axis in (1, 2):
         length = image.shape[axis]
-        odd = round(length * factor) % 2  # half a pixel of the result
-        fitting = (kept for kept in range(side + (length - side) % 2, length, 2) if round(kept * factor) % 2 == odd)
-        kept = next(fitting, length)
-        image = image.narrow(axis, (length - kept) // 2, kept)
+        # A multiple of four pixels fewer: half of them on each side, and offsets are rounded alike.
+        kept = range(side + (length - side) % 2, length, 2)
+        fitting = next((one for one in kept if (resized(length) - resized(one)) % 4 == 0), length)
+        image = image.narrow(axis, (length - fitting) // 2, fitting)
     return image

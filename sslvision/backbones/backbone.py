@@ -24,6 +24,7 @@ class Backbone(nn.Module, ABC):
         grid: Rows and columns of output tokens for images of `image_size`.
         num_prefix: Number of class and register tokens, which come first in the output of `encode`.
         supports_masking: Whether `encode` accepts `keep`.
+        crop_pct: Central share of an image that is evaluated, see `augment.crops.center_crop`; None: not decided.
         activation_checkpointing: Whether `enable_activation_checkpointing` was called.
         arguments: Arguments with which timm.create_model builds the model.
     """
@@ -36,6 +37,7 @@ class Backbone(nn.Module, ABC):
     grid: tuple[int, int]
     num_prefix: int
     supports_masking: bool = False
+    crop_pct: float | None = None
     activation_checkpointing: bool = False
     arguments: Mapping[str, Any] = MappingProxyType({})
 

@@ -1,10 +1,15 @@
 """Loading weights with checks of names, shapes and finite values."""
 
+import math
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
+from sslvision.backbones.backbone import Backbone
+from sslvision.backbones.released import OF_VIT, find_network, network_under, vit_arguments
 from sslvision.errors import UsageError
 
 
@@ -42,3 +47,82 @@ def check_fit(
     if wrong:
         more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UsageError(f"The weights of {where} do not fit this model: {'; '.join(sorted(wrong)[:5])}{more}.")
+
+
+def backbone_weights(
+    tensors: Mapping[str, Tensor], backbone: Backbone, where: str | Path, *, prefer: str
+) -> tuple[dict[str, Tensor], set[str], list[str]]:
+    """Find a backbone's weights among the tensors of a checkpoint, and resample positions made for another image size.
+
+    Args:
+        tensors: Tensors by dotted names, from `flat_tensors`.
+        backbone: The backbone that gets them.
+        where: The file, for messages.
+        prefer: Word in the prefix of the network to use if there are several, such as "student".
+
+    Returns:
+        The state dict of `backbone.model`, the names of the tensors it was made from, and what was changed, in words.
+
+    Raises:
+        UsageError: There is no such network, or it does not fit.
+    """
+    own = backbone.model.state_dict()
+    prefix = find_network(tensors, [*own, *OF_VIT], prefer=prefer)
+    if prefix is None:
+        some = ", ".join(list(tensors)[:3]) or "no tensors"
+        raise UsageError(f"The weights of {where} do not fit this model: it has none of its names, but {some}.")
+    state = network_under(tensors, prefix)
+    parts = {name.partition(".")[0] for name in [*own, "reg_token"]}
+    state = {name: value for name, value in state.items() if name in own or name.partition(".")[0] in parts}
+    state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
+    state, changes = _resampled(own, state, backbone)
+    try:
+        check_fit(own, state, where)
+    except UsageError as error:
+        raise UsageError(f"{error}{_what_it_is(state, own)}") from None
+    refuse_nonfinite(state, where)
+    used = {
+        name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) in {*state, "register_tokens"}
+    }
+    return state, used, changes
+
+
+def _resampled(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], backbone: Backbone
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return weights whose position embeddings and tables of relative positions are interpolated to this image size."""
+    fitted, tables = dict(state), 0
+    changes = []
+    for name, here in own.items():
+        there = state.get(name)
+        if there is None or there.shape == here.shape:
+            continue
+        if name == "pos_embed" and there.ndim == 3 and there.shape[2] == here.shape[2]:
+            grid = list(backbone.grid)
+            prefix = here.shape[1] - grid[0] * grid[1]
+            side = math.isqrt(max(0, there.shape[1] - prefix))
+            if side**2 == there.shape[1] - prefix:
+                fitted[name] = resample_abs_pos_embed(there, grid, [side, side], num_prefix_tokens=prefix)
+                changes.append(f"position embeddings interpolated from {side}x{side} to {grid[0]}x{grid[1]} patches")
+        elif name.endswith("relative_position_bias_table") and there.shape[1] == here.shape[1]:
+            window = (math.isqrt(here.shape[0]) + 1) // 2
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about timm's interpolation
+                fitted[name] = resize_rel_pos_bias_table(there, (window, window), tuple(here.shape))
+            tables += 1
+    if tables:
+        changes.append(f"{tables} tables of relative positions interpolated to the windows here")
+    return fitted, changes
+
+
+def _what_it_is(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return the settings under which a ViT of these weights is built, if it is one and this model is another ViT."""
+    if any(name not in state for name in OF_VIT) or any(name not in own for name in OF_VIT):
+        return ""
+    try:
+        arguments = vit_arguments(state, heads=1)[1]
+    except UsageError:
+        return ""
+    keys = ("patch_size", "embed_dim", "depth", "reg_tokens", "no_embed_class", "init_values", "mlp_ratio")
+    asked = [f"backbone.{key}={str(arguments[key]).lower()}" for key in keys if key in arguments]
+    return f" Its network is a ViT with {' '.join(asked)} and data.channels={arguments['in_chans']}: set these."

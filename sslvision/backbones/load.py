@@ -16,7 +16,7 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
-from sslvision.backbones.released import read_released, released_vit
+from sslvision.backbones.released import read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -47,6 +47,7 @@ class _Source(NamedTuple):
     read: Callable[[], dict[str, Tensor]]
     classes: tuple[str, ...] = ()
     any_channels: bool = False
+    crop_pct: float | None = None
 
 
 def load_backbone(
@@ -66,7 +67,7 @@ def load_backbone(
         where: One of the following, tried in this order:
             - a run folder that contains export/;
             - an export folder: config.json beside model.safetensors, as `export_backbone` or timm's `save_for_hf` writes;
-            - a .pth or .safetensors file as the authors of MAE or DINO released them (see `released_vit`);
+            - a .pth or .safetensors file as the authors of MAE, DINO, DINOv2 or SwAV released them (see `released_network`);
             - a timm model name, with or without a tag; its weights are downloaded, or taken from the cache.
         image_size: Side of the square images in pixels; by default that of the weights. For other sizes timm resamples position
             embeddings and bias tables.
@@ -95,7 +96,7 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         backbone = wrap(_create(source.name, num_classes=len(classes), **arguments), size)
-        backbone.arguments = arguments
+        backbone.arguments, backbone.crop_pct = arguments, source.crop_pct
         if pretrained:
             own, state = backbone.model.state_dict(), source.read()
             if source.classes and not head:
@@ -108,7 +109,10 @@ def load_backbone(
     mean, std = (
         values if values and len(values) == backbone.channels else None for values in (source.mean, source.std)
     )
-    return Loaded(backbone, mean, std, classes or None, source.weights if pretrained else "random")
+    weights = source.weights + (
+        f", made for {source.image_size}x{source.image_size} pixels" if size != source.image_size else ""
+    )
+    return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
 
 
 def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
@@ -159,6 +163,7 @@ def _exported(folder: Path, where: str | Path) -> _Source:
         if isinstance(names, list):
             names = dict(enumerate(names))
         classes = tuple(str(names.get(index, names.get(str(index), index))) for index in range(count))
+        crop_pct = _crop_pct(known)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / 'config.json'} is not in timm's format ({type(error).__name__}: {error}): give a folder "
@@ -173,16 +178,27 @@ def _exported(folder: Path, where: str | Path) -> _Source:
     if not files:
         raise UsageError(f"{folder} has a config.json, but no weights: model.safetensors is missing.")
     weights, read = f"export of {where}", partial(read_released, files[0])
-    return _Source(name, arguments, size, channels, known.get("mean"), known.get("std"), weights, read, classes)
+    return _Source(
+        name, arguments, size, channels, known.get("mean"), known.get("std"), weights, read, classes, crop_pct=crop_pct
+    )
+
+
+def _crop_pct(known: Mapping[str, Any]) -> float | None:
+    """Return the central share of an image that an export says it was evaluated on; None if it is not known."""
+    if known.get("crop_pct") is None or (known.get("tag") == "sslvision" and "crop_mode" not in known):
+        return None  # exports of earlier versions: always 0.875, though images of exactly image_size were taken whole
+    crop_pct = float(known["crop_pct"])
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} is not a share of an image")
+    return crop_pct
 
 
 def _released(file: Path, heads: int | None) -> _Source:
-    """Return the weights of a released MAE or DINO checkpoint. All of these were trained with ImageNet's pixel statistics."""
-    state, arguments = released_vit(file, heads=heads)
-    size, channels, mean, std = arguments["img_size"], arguments["in_chans"], list(IMAGENET_MEAN), list(IMAGENET_STD)
-    return _Source(
-        "vit_base_patch16_224", arguments, size, channels, mean, std, f"released checkpoint {file}", lambda: state
-    )
+    """Return the weights of a released checkpoint. All of these were trained with ImageNet's pixel statistics."""
+    name, state, arguments, words = released_network(file, heads=heads)
+    size, mean, std = arguments.get("img_size", 224), list(IMAGENET_MEAN), list(IMAGENET_STD)
+    weights = f"released checkpoint {file}{words}"
+    return _Source(name, arguments, size, arguments["in_chans"], mean, std, weights, lambda: state)
 
 
 def _named(name: str, pretrained: bool) -> _Source:

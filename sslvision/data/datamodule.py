@@ -37,6 +37,7 @@ class ImageData(L.LightningDataModule):
         workers: Worker processes per device; None: `available_workers`.
         augment: Augmentation of each crop in the workers.
         evaluate_batch: Images per validation batch and device.
+        crop_pct: Central share of validation images, see `center_crop`.
     """
 
     def __init__(
@@ -49,11 +50,12 @@ class ImageData(L.LightningDataModule):
         workers: int | None = None,
         augment: Augment | None = None,
         evaluate_batch: int = 256,
+        crop_pct: float | None = None,
     ):
         super().__init__()
         self.splits, self.crops, self.batch_size, self.seed = splits, crops, batch_size, seed
         self.asked_workers = workers
-        self.augment, self.evaluate_batch = augment, evaluate_batch
+        self.augment, self.evaluate_batch, self.crop_pct = augment, evaluate_batch, crop_pct
         # Lightning warns of methods that do not validate, and of data without validation images.
         for message in (
             "You passed in a `val_dataloader` but have no `validation_step`",
@@ -108,7 +110,12 @@ class ImageData(L.LightningDataModule):
         assert trainer is not None
         indices = list(range(trainer.global_rank, len(source), trainer.world_size))
         return evaluation_loader(
-            source, self.crops[0].size, indices, batch_size=self.evaluate_batch, workers=self.workers
+            source,
+            self.crops[0].size,
+            indices,
+            batch_size=self.evaluate_batch,
+            workers=self.workers,
+            crop_pct=self.crop_pct,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:

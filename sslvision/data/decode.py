@@ -34,9 +34,9 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-from sslvision.data.image_plugins import plugin_formats
 from sslvision.data.arrays import ALPHA, BITS, EXTRA, LENGTH, WIDTH, ArrayImage, open_numpy, open_tiff
 from sslvision.data.eight_bits import ValueRange, eight_bits
+from sslvision.data.image_plugins import plugin_formats
 from sslvision.data.metadata import without_metadata
 from sslvision.data.pil_pixels import (
     MAX_PIXELS,

@@ -95,8 +95,8 @@ def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
 class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
     """Images of a source, resized and center-cropped to one size: (index, image or None, reason)."""
 
-    def __init__(self, source: Source, size: int, indices: list[int]):
-        self.source, self.size, self.indices = source, size, indices
+    def __init__(self, source: Source, size: int, indices: list[int], crop_pct: float | None = None):
+        self.source, self.size, self.indices, self.crop_pct = source, size, indices, crop_pct
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -105,17 +105,26 @@ class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
         """Return one image (C, size, size) uint8, or None and why it cannot be read."""
         index = self.indices[position]
         try:
-            return index, center_crop(self.source.read(index), self.size), ""
+            return index, center_crop(self.source.read(index), self.size, self.crop_pct), ""
         except UnreadableImage as error:
             return index, None, str(error)
 
 
 def evaluation_loader(
-    source: Source, size: int, indices: list[int], *, batch_size: int = 256, workers: int = 0
+    source: Source,
+    size: int,
+    indices: list[int],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    crop_pct: float | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader of (indices (B,), images (B, C, size, size) uint8); unreadable images are skipped."""
+    """Return a loader of (indices (B,), images (B, C, size, size) uint8); unreadable images are skipped.
+
+    `crop_pct`: see center_crop.
+    """
     return DataLoader(
-        EvaluationImages(source, size, indices),
+        EvaluationImages(source, size, indices, crop_pct),
         batch_size=batch_size,
         num_workers=0 if source.images is not None else workers,
         collate_fn=_collate_readable,

@@ -44,7 +44,7 @@ from sslvision.evaluation.features import (
 from sslvision.nn.normalize import Normalize
 from sslvision.system.files import require_free, written_whole
 
-FORMAT = 1  # part of the key: increase it when the same settings give other features
+FORMAT = 2  # part of the key: increase it when the same settings give other features
 
 
 class Digests(NamedTuple):

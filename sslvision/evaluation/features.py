@@ -148,7 +148,9 @@ def feature_batches(
     indices, batch_size, world_size = sorted(indices), how.batch_size, how.world_size
     # Process r takes every world_size-th image, so that the shares of one round are ascending indices together.
     share = indices[how.rank :: world_size]
-    loader = iter(evaluation_loader(source, size, share, batch_size=batch_size, workers=how.workers))
+    # Random crops have the backbone's size already.
+    crop_pct = None if isinstance(source, RandomCrops) else backbone.crop_pct
+    loader = iter(evaluation_loader(source, size, share, batch_size=batch_size, workers=how.workers, crop_pct=crop_pct))
     was_training = backbone.training
     backbone.eval()
     try:

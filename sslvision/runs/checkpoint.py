@@ -12,9 +12,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from sslvision.errors import Diverged, StorageError, UsageError
-from sslvision.runs.torch_files import load_plain, load_verified, save
 from sslvision.system.files import free_bytes, written_whole
 from sslvision.system.resuming import words_to_resume
+from sslvision.system.torch_files import load_plain, load_verified, save
 
 RECORD = "sslvision"  # the key of a run's own settings in its checkpoints
 

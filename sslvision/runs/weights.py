@@ -1,21 +1,24 @@
 """Loading weights of any format, and the export that plain timm loads."""
 
+import difflib
 import json
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+import timm
 from timm.models import save_for_hf
 from torch import Tensor
 
+from sslvision.augment.crops import CROP_PCT
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.fitting import load_fitting
+from sslvision.backbones.fitting import backbone_weights, refuse_nonfinite
+from sslvision.backbones.load import WEIGHTS, load_backbone
+from sslvision.backbones.released import flat_tensors, read_released
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.runs.checkpoint import newest_good
-from sslvision.runs.torch_files import is_archive, load_plain, verify
 
 
 def export_backbone(
@@ -27,7 +30,8 @@ def export_backbone(
         timm.create_model("local-dir:<folder>", pretrained=True, num_classes=K)
         timm.create_model(name, num_classes=0, checkpoint_path="<folder>/model.safetensors", **model_args)
     where name and model_args are in config.json. The file of a classifier contains its head; the first way loads it if
-    num_classes is omitted.
+    num_classes is omitted. timm.data.create_transform(**timm.data.resolve_model_data_config(model)) is how images were
+    evaluated: `backbone.crop_pct`, `mean` and `std`.
 
     Args:
         backbone: Pretrained backbone, or a classifier: one whose `model.reset_classifier` was called.
@@ -44,7 +48,8 @@ def export_backbone(
         "mean": mean,
         "std": std,
         "interpolation": "bicubic",
-        "crop_pct": 0.875,
+        "crop_pct": backbone.crop_pct or CROP_PCT,
+        "crop_mode": "center",  # exports without it were written when crop_pct was not yet recorded
         "first_conv": known.get("first_conv"),
         "classifier": known.get("classifier"),
         "num_classes": len(names),
@@ -75,41 +80,83 @@ def _part_tensors(module: Any, state: dict[str, Tensor], *_: Any) -> None:
         state[name] = tensor.detach().clone()
 
 
-def load_weights(method: Method, path: str | Path) -> str:
+def load_weights(method: Method, path: str | Path | None) -> tuple[str, list[str]]:
     """Start `method` from existing weights, without optimizer state: `init_from=`.
+
+    Whatever `run=` reads is read: every backbone of the method gets the weights of the network in the file, DINO's student
+    those of the student if there is one. Decoder or heads are taken too if all of them are there and fit.
 
     Args:
         method: Method whose weights are replaced.
-        path: A run folder, a Lightning checkpoint of the same method, or backbone weights with timm's names (.safetensors,
-            .pth, an export folder).
+        path: A run folder, a checkpoint, an export, a file of weights that others published, or a timm model name. None
+            leaves the random weights.
 
     Returns:
-        What was loaded, in words.
+        What was loaded, in words, and findings: what was changed or left out.
 
     Raises:
         UsageError: The file does not exist, is damaged, contains more than weights, or the weights do not match; the message
             lists some of the differing names and shapes.
     """
-    file = find_weights(Path(path))
-    state = _read(file)
-    if "state_dict" in state:
-        load_fitting(method, state["state_dict"], file)
-        return f"all weights of {file}"
-    tensors = {name: value for name, value in state.get("model", state).items() if isinstance(value, Tensor)}
-    own = method.pretrained().model.state_dict()
-    for module in method.modules():
-        if isinstance(module, Backbone):  # DINO has two: student and teacher
-            load_fitting(module.model, {name: value for name, value in tensors.items() if name in own}, file)
-    left = len(tensors) - len(own)
-    return f"the backbone's weights of {file}" + (f" ({left} other tensors ignored)" if left > 0 else "")
+    if path is None:
+        return "random", []
+    own, notes = method.state_dict(), list[str]()
+    where, tensors = _tensors_of(method, Path(path).expanduser())
+    found, used = dict[str, Tensor](), set[str]()
+    for name, backbone in method.named_modules():
+        if isinstance(backbone, Backbone):
+            prefer = "student" if "student" in name else "teacher"
+            state, taken, changes = backbone_weights(tensors, backbone, where, prefer=prefer)
+            found |= {f"{name}.model.{key}": value for key, value in state.items()}
+            used |= taken
+            notes += [change for change in changes if change not in notes]
+    rest = {_plain(name): name for name in tensors if name not in used}
+    heads = [name for name, _ in method.named_parameters() if name not in found]
+    differing = [name for name in heads if name not in rest or tensors[rest[name]].shape != own[name].shape]
+    if not differing:
+        fitting = [name for name in own if name in rest and tensors[rest[name]].shape == own[name].shape]
+        found |= {name: tensors[rest[name]] for name in fitting if name not in found}
+        used |= {rest[name] for name in fitting}
+    elif there := [name for name in heads if name in rest]:
+        name = next((name for name in differing if name in rest), differing[0])
+        shapes = [tuple(own[name].shape), tuple(tensors[rest[name]].shape) if name in rest else "missing"]
+        notes.append(
+            f"the {len(there)} tensors of its head or decoder do not fit and start random ({name} is {shapes[0]} here and "
+            f"{shapes[1]} there)"
+        )
+    refuse_nonfinite({name: found[name] for name in heads if name in found}, where)
+    method.load_state_dict({**own, **found})
+    if left := len(tensors) - len(used):
+        notes.append(f"{left} other tensors ignored")
+    what = "the backbone's weights" if differing and heads else "all weights"
+    if not notes:
+        return f"{what} of {where}", []
+    return f"{what} of {where} ({'; '.join(notes)})", [f"init_from={path}: {'; '.join(notes)}."]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        return dict(load_file(file))
-    if is_archive(file):
-        verify(file)
-    return load_plain(file)
+def _tensors_of(method: Method, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return where weights come from, in words, and their tensors under dotted names."""
+    name, backbone = str(path), method.pretrained()
+    if path.exists() or not timm.is_model(name):
+        file = find_weights(path)
+        return str(file), flat_tensors(read_released(file))
+    try:
+        loaded = load_backbone(name, image_size=backbone.image_size[0], channels=backbone.channels, head=False)
+    except UsageError as error:  # its words are about probing
+        said = str(error).replace(f"run={name}", f"init_from={name}")
+        raise UsageError(
+            said.replace("pretrained=false for random weights", "no init_from for random weights")
+        ) from error
+    return loaded.weights, dict(loaded.backbone.model.state_dict())
+
+
+def _plain(name: str) -> str:
+    """Return the name that a head's tensor in a checkpoint has in the methods here."""
+    kept = [part for part in name.split(".") if part not in ("module", "state_dict", "model")]
+    plain = ".".join(kept).removeprefix("dino_loss.")
+    for theirs, ours in (("original0", "weight_g"), ("original1", "weight_v")):  # torch's new names for weight norm
+        plain = plain.replace(f"parametrizations.weight.{theirs}", ours)
+    return plain
 
 
 def find_weights(path: Path) -> Path:
@@ -125,10 +172,14 @@ def find_weights(path: Path) -> Path:
         return found.path
     if found.damaged:
         raise UsageError(f"No checkpoint in {path} is intact. {' '.join(found.damaged.values())}")
-    for candidate in (path / "model.safetensors", path / "export" / "model.safetensors"):
+    for candidate in [folder / name for folder in (path, path / "export") for name in WEIGHTS]:
         if candidate.is_file():
             return candidate
-    raise UsageError(f"{path} has no weights: give a run folder, a .ckpt, a .safetensors or a .pth file.")
+    near = difflib.get_close_matches(str(path), timm.list_models(), n=3, cutoff=0.6)
+    raise UsageError(
+        f"{path} has no weights: give a run folder, an export folder, a .ckpt, .safetensors or .pth file, or a timm model name."
+        + (f" Near it in timm: {', '.join(near)}." if near else "")
+    )
 
 
 def record_value_range(export: Path, value_range: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +28,7 @@ from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.settings import Finetune
 from sslvision.training.callbacks.keep_best import KeepBest
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
+from sslvision.training.callbacks.stop_early import StopEarly
 from sslvision.training.trainer import Machine, build_trainer, configure_method, fit
 from sslvision.workflows.labeled_data import LabeledData, frozen_features, labels_of, untrained_backbone
 
@@ -126,7 +127,7 @@ def with_method(settings: Finetune, **replaced: Any) -> Finetune:
 
 def build_classifier(plan: TrainingPlan, labeled: LabeledData) -> Supervised:
     """Return the backbone with a new head, as the method that trains it."""
-    backbone = build_network(plan.settings, pretrained=plan.pretrained, seed=plan.seed)
+    backbone = build_network(plan.settings, labeled, pretrained=plan.pretrained, seed=plan.seed)
     with torch.random.fork_rng():
         torch.manual_seed(plan.seed)  # for the weights of the head
         method = Supervised(
@@ -145,12 +146,14 @@ def build_classifier(plan: TrainingPlan, labeled: LabeledData) -> Supervised:
     return method
 
 
-def build_network(settings: Finetune, *, pretrained: bool, seed: int) -> Backbone:
+def build_network(settings: Finetune, labeled: LabeledData, *, pretrained: bool, seed: int) -> Backbone:
     """Return the backbone without a head, with pretrained weights or with random weights that are a function of the seed."""
     run, options = settings.run or "", dict(settings.backbone)
     pretrained = options.pop("pretrained", True) and pretrained
     untrained = None if pretrained else untrained_backbone(run, seed=seed, **options)
-    return untrained or load_backbone(run, head=False, seed=seed, pretrained=pretrained, **options).backbone
+    backbone = untrained or load_backbone(run, head=False, seed=seed, pretrained=pretrained, **options).backbone
+    backbone.crop_pct = labeled.crop_pct
+    return backbone
 
 
 def fit_head(labeled: LabeledData, backbone: Backbone, *, precision: torch.dtype, seed: int) -> tuple[Head, Scores]:
@@ -190,7 +193,12 @@ def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) ->
         return False
     indices = permutation(len(labeled.train), seed=seed, epoch=0)[:ADAPT_ON].tolist()
     loader = evaluation_loader(
-        labeled.train, backbone.image_size[0], indices, batch_size=batch_size, workers=labeled.workers
+        labeled.train,
+        backbone.image_size[0],
+        indices,
+        batch_size=batch_size,
+        workers=labeled.workers,
+        crop_pct=backbone.crop_pct,
     )
     device, momenta = next(backbone.parameters()).device, [norm.momentum for norm in norms]
     backbone.eval()
@@ -229,7 +237,7 @@ def build_classifier_trainer(
     settings = plan.settings
     used: list[Callback] = [*callbacks, SkippedUpdates(plan.folder, settings.max_skipped), KeepBest()]
     if settings.patience and labeled.validation is not None:
-        used.append(EarlyStopping("val_top1", mode="max", patience=settings.patience))
+        used.append(StopEarly("val_top1", mode="max", patience=settings.patience))
     return build_trainer(
         folder=plan.folder,
         epochs=-1,
@@ -272,6 +280,7 @@ def train_classifier(
         seed=plan.seed,
         workers=labeled.workers,
         augment=RandAugment(magnitude=plan.settings.randaugment) if plan.settings.randaugment else None,
+        crop_pct=labeled.crop_pct,
     )
     configure_method(method, trainer.strategy.root_device, compile=plan.settings.compile)
     fit(trainer, method, data, checkpoint=checkpoint)

@@ -230,7 +230,9 @@ class Comparison:
         if (known := self._heads.get((len(indices), seed))) is not None:
             return known
         if self._features is None:
-            backbone = build_network(self.settings, pretrained=True, seed=self.settings.seed).to(self.machine.device)
+            backbone = build_network(self.settings, self.labeled, pretrained=True, seed=self.settings.seed).to(
+                self.machine.device
+            )
             sources = (self.labeled.train, self.validation, self.labeled.test)
             self._features = [
                 frozen_features(backbone, self.labeled, source, precision=self.machine.precision) for source in sources

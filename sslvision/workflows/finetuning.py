@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
 from sslvision.data.sources.scan import share
+from sslvision.evaluation.central_crop import describe_crop
 from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.confusion import save_confusion
 from sslvision.figures.curves import learning_curve_figure
@@ -229,6 +230,7 @@ def effective_configuration(plan: TrainingPlan, labeled: LabeledData, method: Su
         "weights": labeled.weights,
         "images": f"{labeled.train.name}: {len(labeled.train):,} for training, {validation}, {len(labeled.test):,} for testing",
         **method.describe(),
+        "evaluation": describe_crop(labeled.crop_pct),
         "learning rate": f"{plan.lr:.3g}, {ratio:.3g} of pretraining's for {plan.batch_size} images",
         "updates": f"{plan.updates:,} of {plan.batch_size} images, validation every {plan.validate_every:,}",
         "run folder": str(plan.folder),

@@ -15,6 +15,7 @@ from sslvision.data.source import Source, Splits
 from sslvision.data.sources.scan import share
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
+from sslvision.evaluation.central_crop import choose_crop_pct
 from sslvision.evaluation.features import Extraction, extract_features
 from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
@@ -37,6 +38,7 @@ class LabeledData:
         workers: Number of loader processes.
         base_lr: Learning rate of pretraining per 256 images.
         weights: Where the pretrained weights come from, for the user.
+        crop_pct: Central share of every image that is evaluated.
         remarks: What was left out of the images or guessed, in sentences, for the user.
         value_range: The setting data.value_range, as it was given or decided.
     """
@@ -50,6 +52,7 @@ class LabeledData:
     workers: int
     base_lr: float
     weights: str
+    crop_pct: float
     remarks: tuple[str, ...] = ()
     value_range: Any = None
 
@@ -92,6 +95,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         weights=loaded.weights,
         remarks=remarks,
         value_range=settings.data.get("value_range"),
+        crop_pct=choose_crop_pct([train, validation, test], loaded.backbone.image_size[0]),
     )
 
 

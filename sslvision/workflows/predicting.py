@@ -183,7 +183,7 @@ def _rows(
     precision: torch.dtype,
 ) -> Iterator[Prediction]:
     loader = DataLoader(
-        EvaluationImages(source, backbone.image_size[0], list(range(len(source)))),
+        EvaluationImages(source, backbone.image_size[0], list(range(len(source))), backbone.crop_pct),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_readable_and_not,

@@ -12,11 +12,13 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.data.cache import cached
 from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits
+from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
 from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
 from sslvision.figures.curves import health_figure, learning_curve_figure
 from sslvision.methods.base import Method
@@ -69,7 +71,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     configure_torch(settings.trainer.get("accelerator", "auto"))
     method = method_from_settings(settings)
     resume = checkpoint_to_resume(settings.resume, folder)
-    weights = load_weights(method, settings.init_from) if settings.init_from and resume is None else "random"
+    weights, findings = load_weights(method, None if resume else settings.init_from)
     data = open_data(settings, method)
     images = len(data.splits.train)
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, images=images))
@@ -94,7 +96,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are fewer images than a batch has
     if resume is not None:
         check_same(resume, checkpoints.record)
-    findings = [*data.splits.remarks, *(resume.findings if resume is not None else [])]
+    findings = [*findings, *data.splits.remarks, *(resume.findings if resume is not None else [])]
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
         rewind_metrics(trainer.loggers, resume)
@@ -111,7 +113,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     if not trainer.is_global_zero:
         return {}
     training_seconds = time.perf_counter() - started
-    findings += findings_of(trainer)
+    findings = list(dict.fromkeys(findings + findings_of(trainer)))  # a resumed run finds some of them again
     print_findings(console, findings)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
@@ -177,8 +179,17 @@ def open_data(settings: Pretrain, method: Method) -> ImageData:
     splits, normalize = open_splits(settings.data), settings.data.get("normalize", "computed")
     settings.data |= decided_from(splits)
     method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
+    crop_pct = choose_crop_pct([splits.train, splits.test], method.pretrained().image_size[0])
+    for module in method.modules():
+        if isinstance(module, Backbone):
+            module.crop_pct = crop_pct
     return ImageData(
-        splits, method.crops, batch_size=settings.batch_size, seed=settings.seed, workers=settings.data.get("workers")
+        splits,
+        method.crops,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=settings.data.get("workers"),
+        crop_pct=crop_pct,
     )
 
 
@@ -274,6 +285,7 @@ def effective_configuration(
         "steps": f"{steps:,} = {settings.epochs} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
+        "evaluation": describe_crop(method.pretrained().crop_pct),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {precision}",
     }
     if should_compile(settings.compile, device):
@@ -293,6 +305,7 @@ def export_and_evaluate(
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
     method = method_from_settings(settings)
     method.load_state_dict(checkpoint["state_dict"])
+    method.pretrained().crop_pct = data.crop_pct
     mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
     export_backbone(method.pretrained(), folder / "export", mean=mean, std=std)
     record_value_range(folder / "export", settings.data.get("value_range"))
@@ -329,6 +342,7 @@ def score_features(
         "workers": data.workers,
     }
     untrained = method_from_settings(settings).pretrained().to(method.device)
+    untrained.crop_pct = data.crop_pct
     rows = {
         name: evaluate_backbone(backbone, method.normalize, data.splits, precision=precision, **options)
         for name, backbone in (("pretrained", method.pretrained()), ("the same, untrained", untrained))

@@ -24,6 +24,7 @@ from sslvision.data.datamodule import available_workers
 from sslvision.data.source import Source, Splits
 from sslvision.data.sources.scan import share
 from sslvision.errors import DataError, UsageError
+from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
 from sslvision.evaluation.evaluate import evaluate_pixels, has_labels, why_not_evaluated
 from sslvision.evaluation.feature_cache import cached_features, cached_views
 from sslvision.evaluation.features import POOLED, Extraction, FeatureKind, dino_features, sample_indices
@@ -116,6 +117,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         )
     mean, std = statistics_of(loaded, splits.train, settings.data)
     loaded = loaded._replace(mean=mean, std=std)
+    if loaded.backbone.crop_pct is None:
+        loaded.backbone.crop_pct = choose_crop_pct([splits.train, splits.test], loaded.backbone.image_size[0])
     if process.rank == 0:
         print_configuration(
             console, effective_configuration(settings, loaded, splits, process.device), title=folder.name
@@ -141,6 +144,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         "rankme": round(rankme(train.pooled[:50_000]), 2),
         "pixels": {name: round(value, 2) for name, value in pixels.items()},
         "weights": loaded.weights,
+        "crop_pct": loaded.backbone.crop_pct,
         "train_images": len(train.labels),
         "test_images": len(test.labels),
         "findings": findings,
@@ -181,6 +185,7 @@ def open_backbone(settings: Probe) -> Loaded:
     untrained = None if settings.pretrained else untrained_backbone(run, seed=settings.seed, **options)
     if untrained is None:
         return loaded
+    untrained.crop_pct = loaded.backbone.crop_pct
     return loaded._replace(backbone=untrained, weights=f"random, as {settings.run} was before pretraining")
 
 
@@ -193,6 +198,7 @@ def effective_configuration(settings: Probe, loaded: Loaded, splits: Splits, dev
         "weights": loaded.weights,
         "backbone": f"{type(backbone.model).__name__} on {backbone.channels}x{backbone.image_size[0]}x{backbone.image_size[1]}",
         "images": f"{splits.train.name}: {used:,} for training, {len(splits.test):,} for testing",
+        "evaluation": describe_crop(backbone.crop_pct),
         "linear probe": f"{protocol.name}: {protocol.source}",
         "device": str(device),
     }

@@ -19,7 +19,7 @@ from sslvision.errors import Diverged, StorageError, UsageError
 from sslvision.methods.mae import MAE
 from sslvision.runs import checkpoint as checkpoints
 from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good
-from sslvision.runs.torch_files import load_verified, save
+from sslvision.system.torch_files import load_verified, save
 
 pytestmark = pytest.mark.faults
 

@@ -12,8 +12,8 @@ import pytest
 from sslvision.errors import UsageError
 from sslvision.methods.mae import MAE
 from sslvision.runs.resume import MAY_DIFFER
-from sslvision.runs.torch_files import load_verified
 from sslvision.settings import Finetune, Pretrain
+from sslvision.system.torch_files import load_verified
 from sslvision.workflows import finetuning
 
 pytestmark = pytest.mark.faults

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sslvision.runs.torch_files import load_verified
+from sslvision.system.torch_files import load_verified
 
 pytestmark = pytest.mark.faults
 

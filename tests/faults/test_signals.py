@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from sslvision.errors import Stopped
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.runs.torch_files import load_verified
 from sslvision.system import signals
 from sslvision.system.signals import Interrupted
+from sslvision.system.torch_files import load_verified
 from sslvision.training.callbacks import stop_on_signal
 from sslvision.workflows import finetuning
 

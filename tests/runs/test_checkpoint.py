@@ -4,7 +4,7 @@ from pytorch_lightning.callbacks import Callback
 
 from sslvision.errors import StorageError
 from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good
-from sslvision.runs.torch_files import load_verified
+from sslvision.system.torch_files import load_verified
 from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoints
 from sslvision.training.trainer import build_trainer
 

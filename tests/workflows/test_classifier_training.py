@@ -85,7 +85,7 @@ def test_a_head_fitted_first_fits_the_first_step_of_a_network_that_learnt_other_
 def test_a_network_without_batch_norms_has_none_to_adapt(settings_of, tiny_run):
     settings = settings_of("finetune", f"run={tiny_run}", "data=digits")
     labeled = open_labeled_data(settings)
-    assert not adapt_batch_norms(build_network(settings, pretrained=True, seed=0), labeled, seed=0)
+    assert not adapt_batch_norms(build_network(settings, labeled, pretrained=True, seed=0), labeled, seed=0)
 
 
 def test_a_small_set_is_gone_through_more_often_and_the_last_validation_is_at_the_end(settings_of, tiny_run):

@@ -5,6 +5,7 @@ cut-off files and every flipped bit that torch.load would see. Files of earlier 
 archive's comment; they are read like any other.
 """
 
+import argparse
 import os
 import re
 import zipfile
@@ -94,13 +95,15 @@ def is_archive(file: Path) -> bool:
 
 
 def load_plain(file: Path, *, mmap: bool = False) -> dict[str, Any]:
-    """Return the content of a torch file that contains only tensors and plain containers, without verifying it.
+    """Return the content of a torch file of tensors, plain containers and argparse.Namespace, without verifying it.
 
     Raises:
         UsageError: The file contains anything else, which is not executed, or cannot be read.
     """
     try:
-        return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
+        # Checkpoints of others contain their parsed command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return cast(dict[str, Any], torch.load(file, map_location="cpu", weights_only=True, mmap=mmap))
     except FileNotFoundError:
         raise
     except Exception as error:  # a malicious file may raise anything
@@ -108,7 +111,10 @@ def load_plain(file: Path, *, mmap: bool = False) -> dict[str, Any]:
         if asked:
             raise UsageError(
                 f"{file} is refused: it asks to run {asked[1]}, where only tensors and plain containers are expected. "
-                "Nothing in it was run. Do not use files whose origin you do not trust."
+                "Nothing in it was run. Do not use files whose origin you do not trust. If you trust it, save its weights "
+                "alone: torch.save(torch.load(file, weights_only=False)[KEY], 'weights.pth'), with the key of its weights."
             ) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{file} cannot be read: {reason}") from error
+        if reason.startswith("Weights only load failed"):  # goes on with advice to run whatever the file asks for
+            reason = "it is not a torch file, or is damaged."
+        raise UsageError(f"{file} cannot be read as weights: {reason}") from error

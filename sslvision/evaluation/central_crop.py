@@ -1,0 +1,39 @@
+"""Which central share of the images is evaluated: one rule for a whole data set, which its export records."""
+
+from collections.abc import Sequence
+
+from sslvision.augment.crops import CROP_PCT
+from sslvision.data.source import Source, UnreadableImage
+
+LOOKED_AT = 64  # images of a source whose sizes are compared, spread over it
+
+
+def choose_crop_pct(sources: Sequence[Source | None], size: int) -> float:
+    """Return 1.0 if all images that are looked at are exactly `size` x `size` pixels, so that no border is lost; else 0.875.
+
+    The choice is made from a sample, and then holds for every image, so that timm's single `crop_pct` repeats it.
+    """
+    looked_at = 0
+    for source in sources:
+        if source is None or not len(source):
+            continue
+        for index in _spread(len(source)) if source.images is None else [0]:
+            try:
+                height, width = source.read(index).shape[1:]
+            except UnreadableImage:
+                continue
+            if (height, width) != (size, size):
+                return CROP_PCT
+            looked_at += 1
+    return 1.0 if looked_at else CROP_PCT
+
+
+def _spread(images: int) -> list[int]:
+    """Return up to LOOKED_AT indices, from the first image to the last."""
+    return sorted({number * (images - 1) // (LOOKED_AT - 1) for number in range(LOOKED_AT)})
+
+
+def describe_crop(crop_pct: float | None) -> str:
+    """Return in words what is evaluated of an image."""
+    share = crop_pct or CROP_PCT
+    return f"the central {'' if share == 1 else f'{100 * share:g} % '}square of every image (crop_pct {share:g})"
