@@ -121,7 +121,7 @@ def cached(
         return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
 
     train = open_cached(splits.train)
-    test, validation = (source and open_cached(source) for source in (splits.test, splits.validation))
+    test, validation = (None if source is None else open_cached(source) for source in (splits.test, splits.validation))
     return Splits(train, test, validation, splits.remarks)
 
 

@@ -102,7 +102,6 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         }
         print_configuration(console, rows, title=settings.about or folder.name)
         print_findings(console, findings)
-
     fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
