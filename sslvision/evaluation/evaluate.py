@@ -49,6 +49,8 @@ def evaluate_backbone(
 ) -> dict[str, float]:
     """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, their effective rank.
 
+    The scores are those of the test images that can be read; unreadable_share is the share of the others.
+
     Args:
         backbone: The backbone; its own pooling gives the features.
         normalize: Normalization of pretraining.
@@ -95,4 +97,6 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int, de
     labeled = (train_features, train.labels[train_indices], test_features, test.labels[test_indices])
     top1, top5 = knn_top(*labeled)
     probe = linear_probe(*labeled, seed=seed)
-    return {"knn_top1": top1, "knn_top5": top5, "linear_top1": probe.top1, "rankme": rankme(train_features)}
+    unreadable = 1 - len(test_indices) / min(len(test), at_most)
+    scores = {"knn_top1": top1, "knn_top5": top5, "linear_top1": probe.top1, "rankme": rankme(train_features)}
+    return scores | {"unreadable_share": unreadable}

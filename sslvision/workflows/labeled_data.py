@@ -157,6 +157,7 @@ def labeled_sources(
         train, test = split_off(train, fraction=settings.holdout, at_most=validate_on, seed=settings.seed)
         aside = f"{share(len(test), given, 'training images')}, drawn class by class, are set aside for testing"
         remarks += (f"There are no labeled test images{unlabeled}: {aside} (holdout={settings.holdout}).",)
+    assert train.labels is not None
     if settings.labels_per_class is not None and not settings.compare:
         train = Subset(train, draw_per_class(train.labels, settings.labels_per_class, seed=settings.seed))
     if validation is None and settings.holdout:

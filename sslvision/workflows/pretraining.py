@@ -107,7 +107,6 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         }
         print_configuration(console, rows, title=settings.about or folder.name)
         print_findings(console, findings)
-
     fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
@@ -118,7 +117,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
     results |= {
-        "findings": findings,
+        "findings": findings + results.get("findings", []),
         **waiting_of(trainer),
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
@@ -313,8 +312,14 @@ def export_and_evaluate(
     if splits.test is not None:
         draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)
     scores: dict[str, float] = {}
+    findings: list[str] = []
     if has_labels(splits):
         rows = score_features(settings, method, data, precision=compute_dtype(trainer))
+        if unreadable := max([row.pop("unreadable_share") for row in rows.values()]):
+            findings = [
+                f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."
+            ]
+            print_findings(console, findings)
         print_scores(console, rows, title=f"Frozen features on {splits.train.name}")
         for prefix, row in zip(("", "untrained_", "pixels_"), rows.values(), strict=True):
             scores |= {f"{prefix}{name}": round(value, 2) for name, value in row.items()}
@@ -330,7 +335,7 @@ def export_and_evaluate(
     if (health := health_figure(metrics, title=f"Health: {settings.about or folder.name}")) is not None:
         health.savefig(folder / "figures" / "health.png")
     losses = [loss for loss in metrics.get("loss", []) if loss is not None]
-    return {"loss": losses[-1] if losses else None, **scores}
+    return {"loss": losses[-1] if losses else None, **scores, "findings": findings}
 
 
 def score_features(

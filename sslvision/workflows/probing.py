@@ -281,6 +281,7 @@ def score_pixels(
     pixels = evaluate_pixels(
         splits, at_most=min(images, PIXELS_OF), seed=settings.seed, workers=workers_of(settings), device=device
     )
+    del pixels["unreadable_share"]  # told of the features
     console.print(
         f"Raw pixels at 32x32, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
         f"{pixels['linear_top1']:.1f} %."

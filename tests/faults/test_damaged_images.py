@@ -17,7 +17,11 @@ from sslvision.errors import DataError
 pytestmark = pytest.mark.faults
 
 RED, BLUE = (200, 30, 40), (20, 40, 220)
-SMALL = ("data=folder", "data.channels=3", "data.workers=1", "batch_size=29", "epochs=1", "warmup_epochs=0")
+# A batch is all 29 images, so that each is drawn.
+SMALL = (
+    *("data=folder", "data.channels=3", "data.workers=1", "data.follow_symlinks=false"),
+    *("batch_size=29", "epochs=1", "warmup_epochs=0"),
+)
 
 
 def noise(*shape, seed=0):
@@ -118,7 +122,6 @@ def photos(tmp_path_factory):
 def finished(photos, run_tiny, tmp_path_factory):
     """The folder of a run over all of them, and its results."""
     folder = tmp_path_factory.mktemp("runs") / "all"
-    # A batch is all 29 of them, so that each is drawn.
     results = run_tiny(folder, *SMALL, f"data.root={photos}", "data.max_unreadable=0.5")
     return folder, results
 
@@ -131,6 +134,7 @@ def test_the_run_ends_and_names_every_image_that_cannot_be_read(photos, finished
     for name, (_, word) in BAD.items():
         assert word in named[name]
     assert f"{len(BAD)} of 29 images cannot be read" in " ".join(results["findings"])
+    assert "60 % of the held-out images cannot be read: scores are those of the others." in results["findings"]
     assert json.loads((folder / "results.json").read_text())["findings"] == results["findings"]
     assert 0 < results["loss"] < 10
 
@@ -151,24 +155,26 @@ def test_every_odd_image_has_the_pixels_of_its_defined_conversion(photos, name):
     assert pixel is None or image[:, 5, 5].tolist() == pytest.approx(pixel, abs=1)
 
 
-def test_rubbish_makes_no_classes_and_is_reported(photos, caplog):
-    train = open_folder(photos).train
+def test_rubbish_makes_no_classes_and_is_reported(photos, finished):
+    train, *_, remarks = open_folder(photos, follow_symlinks=False)
     assert train.classes == ("cats", "dogs")
     assert len(train) == 14 + len(BAD) + len(odd_images())
-    said = caplog.text
+    said = " ".join(remarks)
     for word in (
         "1 .db",
         "1 .txt",
-        "links that lead outside the folder (data.follow_symlinks=true",
+        "links that lead outside the folder, as data.follow_symlinks=false asks (1): train/cats/link.jpg.",
+        "hidden images and folders, whose names begin with a dot (1): train/.thumbnails.",
         "are ignored: empty",
     ):
         assert word in said
+    assert finished[1]["findings"][: len(remarks)] == [*remarks]
 
 
-def test_a_link_out_of_the_folder_is_trained_on_only_when_asked_for(photos):
+def test_a_link_out_of_the_folder_is_trained_on_unless_refused(photos):
     links = [
         [place for place in range(len(source)) if source.describe(place).endswith("link.jpg")]
-        for source in (open_folder(photos).train, open_folder(photos, follow_symlinks=True).train)
+        for source in (open_folder(photos, follow_symlinks=False).train, open_folder(photos).train)
     ]
     assert links[0] == []
     assert len(links[1]) == 1

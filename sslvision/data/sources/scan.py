@@ -147,7 +147,7 @@ def _kind(
 ) -> tuple[str, tuple[str, ...]]:
     """Return the kind of an entry, and for a folder the real folders that links on its path have left."""
     name = entry.name.lower()
-    if name.startswith("._") or name in ("__macosx", ".ds_store"):  # what macOS adds to archives and disks
+    if name.startswith("._") or entry.name == "__MACOSX":  # what macOS adds to archives and disks
         return "of the system", left
     is_folder = entry.is_dir()
     if name.startswith("."):
