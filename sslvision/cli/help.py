@@ -22,8 +22,8 @@ EXAMPLES = {
         ("recipe=mae", "MAE on the included images (10,000 of Fashion-MNIST), minutes on a CPU"),
         ("recipe=dino health=stop", "DINO; stop the run if training collapses"),
         (
-            "recipe=mae data=folder data.root=photos data.channels=3 backbone.image_size=64",
-            "train on your own images, in any folder",
+            "recipe=mae data=photos data.channels=3 backbone.image_size=64",
+            "train on your own images, in any folder; the same as data=folder data.root=photos",
         ),
         (
             "recipe=mae data=torchvision data.name=CIFAR10 data.root=sets data.download=true",
@@ -38,10 +38,11 @@ EXAMPLES = {
             "recipe=mae trainer.devices=8 trainer.num_nodes=4 trainer.strategy=ddp",
             "32 GPUs; any option of the Lightning Trainer can be given",
         ),
-        ("recipe=mae name=a resume=auto", "resume run `a` where it stopped"),
+        ("resume=auto name=a", "resume run `a` where it stopped, with its settings"),
         ("recipe=mae dry_run=true", "run two steps of everything, to see whether it works"),
         ("recipe=mae --cfg job", "print all settings and stop"),
         ("recipe=my/own.yaml", "your own recipe: the output of --cfg job, or a copy from recipes/pretrain/, changed"),
+        ("recipe=outputs/a/config.yaml data=photos", "the settings of run `a` on other images"),
     ),
     "probe": (
         ("run=outputs/a", "the backbone of a pretraining run, on the labels of its own data"),

@@ -55,7 +55,7 @@ def read_recipe(file: Path, given: str) -> RecipeFile:
         return RecipeFile(re.sub(r"\W", "_", file.stem), settings, texts)
     plain = _without_those_of_the_run(read_settings(file), f"recipe={given}")
     texts = {key: _literal(text) for key, text in _texts(node) if key not in OF_A_RUN}
-    return RecipeFile(file.resolve().parent.name, OmegaConf.create(_literal(plain)), texts)
+    return RecipeFile(file.absolute().parent.name, OmegaConf.create(_literal(plain)), texts)
 
 
 def resumed_recipe(folder: Path, resume: str, given: Mapping[str, Any]) -> RecipeFile | None:

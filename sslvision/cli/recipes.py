@@ -79,7 +79,7 @@ def compose_recipe(command: Command[Any], recipe: str | RecipeFile | None, data:
         UsageError: No such recipe or data source, or a file that is not a recipe.
         HydraException: The recipe's defaults cannot be composed.
     """
-    choices, name, own, kept = [], command.name, None, {}
+    choices, name, own, kept = [], command.name, None, OmegaConf.create()
     with _hydra() as store:
         if command.recipes:
             recipe = recipe or command.recipe
@@ -177,7 +177,11 @@ def _own_recipe(recipe: str, command: Command[Any]) -> RecipeFile:
 
 def source_target(source: str) -> str:
     """Return the `_target_` of a data source."""
-    return str(_read(RECIPES / "data" / f"{source}.yaml")._target_)
+    return str(_read_source(source)._target_)
+
+
+def _read_source(source: str) -> DictConfig:
+    return _read(RECIPES / "data" / f"{source}.yaml")
 
 
 def _without_source(own: RecipeFile, data: str) -> tuple[RecipeFile, DictConfig]:
@@ -191,9 +195,7 @@ def _without_source(own: RecipeFile, data: str) -> tuple[RecipeFile, DictConfig]
     same = section._target_ == source_target(data)
     of_source = {"_target_"} if same else {"_target_", *parameters(locate("data", section._target_))}
     plain = cast(dict[str, Any], OmegaConf.to_container(own.settings, resolve=False))
-    default = next(
-        (_read(RECIPES / "data" / f"{one}.yaml") for one in SOURCES if source_target(one) == section._target_), {}
-    )
+    default = next((_read_source(one) for one in SOURCES if source_target(one) == section._target_), OmegaConf.create())
     kept = {
         key: value
         for key, value in plain.pop("data").items()

@@ -94,7 +94,9 @@ def implied_source(given: Mapping[str, Any], target: str | None, *, chosen: bool
     present = parameters(locate("data", target)) if target else {}
     if None in present or not keys - set(present):
         return None
-    offered = {source: set(parameters(locate("data", source_target(source)))) for source in SOURCES}
+    offered: dict[str, set[Any]] = {
+        source: set(parameters(locate("data", source_target(source)))) for source in SOURCES
+    }
     unknown = (keys - set(present)) & set.union(*offered.values())  # the others are of the loader, or do not exist
     fitting = [source for source, names in offered.items() if unknown <= names]
     now = next((source for source in SOURCES if source_target(source) == target), target)

@@ -172,6 +172,7 @@ def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command,
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "a").symlink_to(tiny_run)
     (tmp_path / "my").mkdir()
+    (tmp_path / "photos").mkdir()
     recipe = (
         "defaults:\n  - /data: embedded\nmethod:\n  _target_: sslvision.methods.mae.MAE\nbackbone:\n  name: test_vit\n"
     )

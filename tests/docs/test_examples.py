@@ -1,5 +1,6 @@
 """What the README and the manual show can be done: Python blocks run, commands compose, and example files train."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from sslvision.cli.compose import compose_runs
+from sslvision.cli.compose import compose_runs, compose_settings
 from sslvision.cli.recipes import COMMANDS
 from sslvision.cli.words import split_words
 
@@ -44,8 +45,8 @@ def workplace(tmp_path, monkeypatch):
     shutil.copy(OWN_METHOD / "simsiam.yaml", tmp_path)
     for name in ("mae", "a", "first", "photos", "classifier"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
-        data = {"_target_": "sslvision.data.sources.embedded.open_embedded", "channels": 1, "normalize": "computed"}
-        (tmp_path / "outputs" / name / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+        settings = dataclasses.asdict(compose_settings(["recipe=mae"]))
+        (tmp_path / "outputs" / name / "config.yaml").write_text(yaml.safe_dump(settings))
     return tmp_path
 
 
