@@ -8,9 +8,11 @@ to override nothing of it. The remaining hooks below are optional, and do nothin
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from sslvision.augment.crops import Crop
 from sslvision.augment.randomness import ImageRandom
@@ -19,8 +21,10 @@ from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.clock import Clock
 from sslvision.methods.lightning import LightningLoop
+from sslvision.methods.rebuild import rebuild
 from sslvision.nn.compilation import compile_module, compiled
 from sslvision.nn.normalize import Normalize
+from sslvision.optim.optimizers import build_optimizer, check_optimizer, has_option
 from sslvision.optim.param_groups import decay_groups
 
 __all__ = ["Clock", "Method"]
@@ -32,7 +36,9 @@ class Method(LightningLoop, ABC):
     Args:
         crops: The crops that the loader cuts from each image; `views` gets a batch of each.
         mean, std: Pixel statistics per channel, on the scale 0..1; `self.normalize` applies them.
-        betas: Momentum coefficients of AdamW, the default optimizer.
+        betas: Momentum coefficients of AdamW, the default optimizer, and of others that have them.
+        optimizer: Name of a timm optimizer (timm.optim.list_optimizers()), which `optimizer()` builds.
+        optimizer_options: Its further arguments, such as momentum.
         seed: Seed for all randomness of the images.
 
     Raises:
@@ -56,6 +62,8 @@ class Method(LightningLoop, ABC):
         mean: Sequence[float],
         std: Sequence[float],
         betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: str = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
         seed: int,
     ):
         super().__init__(seed=seed)
@@ -63,7 +71,29 @@ class Method(LightningLoop, ABC):
             raise UsageError(f"betas={list(betas)} must be two numbers of at least 0 and less than 1.")
         self.crops = tuple(crops)
         self.normalize = Normalize(mean, std)
-        self.betas = betas
+        self.betas, self.optimizer_name, self.optimizer_options = betas, optimizer, dict(optimizer_options or {})
+        check_optimizer(optimizer, self.optimizer_options)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: Any = "cpu", *, strict: bool = True, **settings: Any
+    ) -> Self:
+        """Build the method of a checkpoint with its weights, as `MAE.load_from_checkpoint("outputs/a/checkpoints/last.ckpt")`.
+
+        The checkpoint says how it was built if the method calls `save_hyperparameters`, as those here do, or a command wrote
+        it; nothing in it is executed. A classifier without `labels` can classify, not train.
+
+        Args:
+            checkpoint_path: A checkpoint of a run, or of a Trainer of your own.
+            map_location: Device of the result.
+            strict: Whether names of weights must match exactly.
+            settings: Arguments of the method that replace those of the checkpoint, such as `backbone` or `lr`.
+
+        Raises:
+            UsageError: It is damaged, of another method, or does not say how to build this one.
+        """
+        built: Self = rebuild(cls, checkpoint_path, strict=strict, **settings)
+        return built.to(map_location)
 
     # Every method has these.
 
@@ -94,7 +124,7 @@ class Method(LightningLoop, ABC):
     # The optimizer.
 
     def optimizer(self) -> Optimizer:
-        """Return the optimizer, any of torch's or timm's: by default AdamW on `decay_groups(self)`.
+        """Return the optimizer, any of torch's or timm's: by default the one chosen by name, on `decay_groups(self)`.
 
         Before every update each of its parameter groups gets the values of `schedule`. These keys of a group change that:
 
@@ -104,7 +134,9 @@ class Method(LightningLoop, ABC):
 
         `decay_groups` builds such groups. The learning rate given to the optimizer itself is never used.
         """
-        return AdamW(decay_groups(self), lr=0.0, betas=self.betas, fused=True)
+        options = {"betas": self.betas} if has_option(self.optimizer_name, "betas") else {}
+        options |= self.optimizer_options
+        return build_optimizer(self.optimizer_name, decay_groups(self), lr=0.0, options=options)
 
     # What happens around an update.
 

@@ -62,6 +62,7 @@ class DINO(Method):
         solarize: Probability of solarizing the second global crop.
         lr, min_lr, warmup_epochs: Peak and final learning rate of the whole batch, and epochs of linear warm-up.
         weight_decay, weight_decay_end, betas: Weight decay of AdamW at the start and at the end, and its betas.
+        optimizer, optimizer_options: Any other timm optimizer by name, and its options. See Method.
         mean, std: Pixel statistics per channel, on the scale 0..1.
         seed: Seed for crops and augmentations.
 
@@ -118,6 +119,8 @@ class DINO(Method):
         weight_decay: float = 0.04,
         weight_decay_end: float = 0.4,
         betas: tuple[float, float] = (0.9, 0.999),
+        optimizer: str = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
@@ -126,13 +129,11 @@ class DINO(Method):
             raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
         if not (0 <= momentum <= 1 and 0 <= center_momentum <= 1):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
-        if local_crops < 0 or (local_crops and not backbone.supports_image_size(local_size)):
-            raise UsageError(
-                f"{local_crops=} of {local_size=} pixels is impossible: give 0 or more, of a size that the backbone accepts, "
-                f"such as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
-            )
+        check_local_crops(backbone, local_crops, local_size)
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
-        super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed)
+        chosen = {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed, **chosen)
+        self.save_hyperparameters(ignore=["backbone"], logger=False)
         color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}
         view = partial(Photometry, **color, blur_sigma=blur_sigma)
         first, second = view(blur_probability=blur[0]), view(blur_probability=blur[1], solarize_probability=solarize)
@@ -295,6 +296,15 @@ class DINO(Method):
         if center is not None:
             method.center.copy_(center)
         return method
+
+
+def check_local_crops(backbone: Backbone, local_crops: int, local_size: int) -> None:
+    """Raise UsageError for a number or a size of local crops that is impossible."""
+    if local_crops < 0 or (local_crops and not backbone.supports_image_size(local_size)):
+        raise UsageError(
+            f"{local_crops=} of {local_size=} pixels is impossible: give 0 or more, of a size that the backbone accepts, "
+            f"such as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
+        )
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sslvision.augment.crops import Crop
 from sslvision.augment.randomness import ImageRandom, derive_seed
-from sslvision.data.batch import Batch
+from sslvision.backbones.backbone import Backbone
+from sslvision.data.batch import Batch, whole_images
+from sslvision.data.loader import cut_crops
 from sslvision.methods.clock import Clock
+from sslvision.methods.rebuild import describe_method
 from sslvision.nn.cuda_graphs import CapturedStep
+from sslvision.nn.normalize import Normalize
 from sslvision.optim.nonfinite import skip_nonfinite
 from sslvision.optim.param_groups import apply_schedule, check_groups
 
@@ -49,6 +54,9 @@ class LightningLoop(L.LightningModule):
     before_update: Callable[[Clock, list[Tensor], Sequence[Tensor]], None]
     after_update: Callable[[Clock], None]
     set_clock: Callable[[Clock], None]
+    pretrained: Callable[[], Backbone]
+    crops: tuple[Crop, ...]
+    normalize: Normalize
 
     def __init__(self, *, seed: int):
         super().__init__()
@@ -56,6 +64,7 @@ class LightningLoop(L.LightningModule):
         self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
         self._captured: CapturedStep | None = None
         self._micro_batches: list[Tensor] = []  # metrics (M,) of the micro-batches of the coming update
+        self._epoch: Tensor | None = None  # sums of the same over the finite updates of the epoch, and their number
         self._updates: list[Tensor] = []  # metrics and gradient norm (M + 1,) of each update since the log was written
 
     @property
@@ -65,10 +74,29 @@ class LightningLoop(L.LightningModule):
         steps_per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         return Clock(trainer.global_step, int(trainer.estimated_stepping_batches), steps_per_epoch)
 
+    # Batches of a DataLoader that is not ours.
+
+    def batch_of(self, batch: Any) -> Batch:
+        """Cut the method's crops from images of any DataLoader: (B, C, H, W) uint8, or floats in 0..1; labels are ignored.
+
+        Raises:
+            UsageError: The batch has no such images.
+        """
+        trainer = self.trainer
+        micro_batch = trainer.global_step * trainer.accumulate_grad_batches + len(self._micro_batches)
+        number = micro_batch * trainer.world_size + trainer.global_rank
+        images = whole_images(batch, channels=len(self.normalize.mean.flatten()))
+        indices = number * (1 << 20) + torch.arange(
+            len(images), device=images.device
+        )  # its random numbers follow from these
+        epoch = torch.full_like(indices, trainer.current_epoch)
+        return cut_crops(Batch([images], indices, epoch, [], indices), self.crops, self.seed)
+
     # A step: the loss of one micro-batch.
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss of one batch: a Batch, or what `batch_of` makes one of."""
+        batch = batch if isinstance(batch, Batch) else self.batch_of(batch)
         clock = self.clock
         inputs = [*batch.crops, batch.indices, batch.epoch, batch.shown]
         if self.captures and self._captured is None:
@@ -150,6 +178,9 @@ class LightningLoop(L.LightningModule):
             norm = norm.nan_to_num(0.0, 0.0)
         metrics = torch.stack(self._micro_batches).mean(dim=0)  # (M,)
         self._updates.append(torch.cat([metrics, norm[None]]))  # (M + 1,)
+        counted = torch.cat([self._updates[-1], torch.ones_like(norm[None])])  # (M + 2,)
+        counted = torch.where(counted.isfinite().all(), counted, 0.0)
+        self._epoch = counted if self._epoch is None else self._epoch.to(counted.device) + counted
         self._micro_batches = []
 
     def prepare_update(self, optimizer: Optimizer, clock: Clock) -> Tensor:
@@ -185,6 +216,16 @@ class LightningLoop(L.LightningModule):
         finite = [math.isfinite(loss + norm) for loss, norm in zip(columns["loss"], columns["grad_norm"], strict=True)]
         return columns, finite
 
+    def on_train_epoch_end(self) -> None:
+        """Give callbacks such as ModelCheckpoint(monitor="loss") the means of the epoch, in `trainer.callback_metrics`."""
+        if self._epoch is None:
+            return
+        sums = self.trainer.strategy.reduce(self._epoch.to(self.device), reduce_op="mean")
+        assert isinstance(sums, Tensor)
+        self._epoch = None
+        means = (sums[:-1] / sums[-1]).unbind()  # on the device: who monitors none waits for none
+        self.trainer.callback_metrics.update(zip([*self.latest, "grad_norm"], means, strict=True))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the metrics that are not yet in the log, so that a resumed run writes the same log.
 
@@ -193,9 +234,13 @@ class LightningLoop(L.LightningModule):
         columns, finite = self._columns()
         updates = [list(update) for update in zip(*columns.values(), strict=True)]
         good = finite[-1] if finite else self.trainer.global_step not in self.skipped
-        checkpoint["log"] = {"updates": updates, "skipped": list(self.skipped), "good": good}
+        epoch = None if self._epoch is None else self._epoch.tolist()
+        checkpoint["log"] = {"updates": updates, "skipped": list(self.skipped), "good": good, "epoch": epoch}
+        describe_method(checkpoint, type(self), self.pretrained())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the metrics that are not yet in the log."""
         self._updates = [torch.tensor(update) for update in checkpoint["log"]["updates"]]
         self.skipped = list(checkpoint["log"]["skipped"])
+        epoch = checkpoint["log"].get("epoch")
+        self._epoch = None if epoch is None else torch.tensor(epoch)

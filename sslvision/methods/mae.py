@@ -53,6 +53,7 @@ class MAE(Method):
         min_lr: Learning rate at the end.
         warmup_epochs: Epochs of linear warm-up, fractions allowed.
         weight_decay, betas: Weight decay and betas of AdamW.
+        optimizer, optimizer_options: Any other timm optimizer by name, and its options. See Method.
         mean, std: Pixel statistics per channel, on the scale 0..1.
         seed: Seed for crops and masks.
 
@@ -82,13 +83,17 @@ class MAE(Method):
         warmup_epochs: float = 40.0,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
+        optimizer: str = "adamw",
+        optimizer_options: Mapping[str, Any] | None = None,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
         check_settings(backbone, mask_ratio, decoder_embed_dim, decoder_depth, decoder_num_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
-        super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed)
+        chosen = {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed, **chosen)
+        self.save_hyperparameters(ignore=["backbone"], logger=False)
         if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
             raise UsageError(f"{min_lr=}, {warmup_epochs=} and {weight_decay=} must each be 0 or more.")
         self.backbone = backbone

@@ -105,6 +105,7 @@ class Supervised(Method):
             check_share(name, share)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, seed=seed)
+        self.save_hyperparameters(ignore=["backbone", "labels", "validation_labels"], logger=False)
         self.classes, K = tuple(classes), len(classes)
         self.backbone = backbone.requires_grad_(True)
         put_head(backbone, K)
@@ -157,6 +158,10 @@ class Supervised(Method):
             head.bias.copy_(bias)
 
     # A step.
+
+    def batch_of(self, batch: Any) -> Batch:
+        """Refuse batches of other loaders: labels belong to the indices of images, which only `ImageData` gives."""
+        raise UsageError("Supervised finds labels by the index of an image: train it with sslvision's ImageData.")
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
         """Return normalized, erased and mixed images (B, C, S, S) and their targets (B, K), shares of the classes."""

@@ -5,12 +5,28 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, get_optimizer_info, list_optimizers
+from torch import nn
 from torch.optim import Optimizer
 
 from sslvision.errors import UsageError
 
 SET_ELSEWHERE = {"params", "lr", "weight_decay"}
+
+
+def has_option(name: str, option: str) -> bool:
+    """Return whether one of timm's optimizers has an option of this name."""
+    return (
+        name in list_optimizers()
+        and option in inspect.signature(get_optimizer_class(name, bind_defaults=False)).parameters
+    )
+
+
+def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
+    """Raise UsageError if an optimizer or its options cannot be. See `build_optimizer`."""
+    if name != "adamw" or options:
+        build_optimizer(name, [{"params": [nn.Parameter(torch.zeros(2, 2))]}], lr=0.0, options=options)
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], *, lr: float, options: Mapping[str, Any]) -> Optimizer:
