@@ -107,14 +107,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     process = join_processes(settings)
     configure_torch(process.device.type)
     loaded = open_backbone(settings)
-    data = read_as_in_training(settings.data, settings.run or "")
-    splits = open_splits({**data, "channels": loaded.backbone.channels})
-    settings.data |= decided_from(splits)
-    if not has_labels(splits):
-        raise DataError(
-            f"{why_not_evaluated(splits)}, so there is nothing to measure by: a folder needs a sub-folder for each class, and "
-            f"val/ or data.holdout above 0.{''.join(f' {remark}' for remark in splits.remarks)}"
-        )
+    splits = open_labeled_splits(settings, channels=loaded.backbone.channels)
     mean, std = statistics_of(loaded, splits.train, settings.data)
     loaded = loaded._replace(mean=mean, std=std)
     if loaded.backbone.crop_pct is None:
@@ -162,6 +155,19 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         f"Finished in {results['seconds']:.0f} s. Results are in {folder}, features in {settings.features_dir}."
     )
     return results
+
+
+def open_labeled_splits(settings: Probe, *, channels: int) -> Splits:
+    """Open the images, and note in the settings what was decided of them. Raises DataError if they have no labels."""
+    data = read_as_in_training(settings.data, settings.run or "")
+    splits = open_splits({**data, "channels": channels})
+    settings.data |= decided_from(splits)
+    if not has_labels(splits):
+        raise DataError(
+            f"{why_not_evaluated(splits)}, so there is nothing to measure by: a folder needs a sub-folder for each class, and "
+            f"val/ or data.holdout above 0.{''.join(f' {remark}' for remark in splits.remarks)}"
+        )
+    return splits
 
 
 def join_processes(settings: Probe) -> Process:
