@@ -107,8 +107,8 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     if not trainer.is_global_zero:
         return {}
     training_seconds = time.perf_counter() - started
-    findings += findings_of(trainer)
-    print_findings(console, findings)
+    findings += (found := findings_of(trainer))
+    print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
     results |= {
