@@ -43,7 +43,14 @@ from sslvision.training.trainer import (
     fit,
     silence_lightning,
 )
-from sslvision.workflows.console import findings_of, print_configuration, print_findings, print_scores, waiting_of
+from sslvision.workflows.console import (
+    classes_in_words,
+    findings_of,
+    print_configuration,
+    print_findings,
+    print_scores,
+    waiting_of,
+)
 
 
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -247,7 +254,7 @@ def effective_configuration(
     rows = {
         "method": f"{type(method).__name__} on {settings.backbone['name']}" + (f" with {options}" if options else ""),
         "parameters": f"{encoder:,} in the backbone, {trained:,} trained",
-        "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}",
+        "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}; {classes_in_words(splits.train)}",
         "global batch": f"{settings.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
         "learning rate": f"{settings.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps"
         + (" (longer than the run: the peak is never reached)" if warmup > settings.epochs else ""),
