@@ -5,7 +5,6 @@ that meets one. DICOM files and camera raw files are named, with the way to conv
 """
 
 import importlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -123,7 +122,7 @@ def plugin_formats(file: IO[bytes]) -> tuple[str, ...]:
     return (found.pil,)
 
 
-def unread_format(name: str) -> ExtraFormat | None:
-    """Return the format that a file's name tells, if it is one of this module and cannot be read."""
-    found = BY_SUFFIX.get(os.path.splitext(name)[1].lower())
+def unread_format(suffix: str) -> ExtraFormat | None:
+    """Return the format that the ending of a file's name tells, in lower case, if it is one of this module and not read."""
+    found = BY_SUFFIX.get(suffix)
     return None if found is None or (found.pil is not None and found.available()) else found

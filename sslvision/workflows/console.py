@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from sslvision.data.source import Source
+from sslvision.data.sources.scan import some
 from sslvision.evaluation.scores import Scores
 from sslvision.figures.label_efficiency import Cell
 from sslvision.training.callbacks.data_waits import DataWaits
@@ -21,8 +23,16 @@ def print_configuration(console: Console, rows: Mapping[str, str], title: str) -
     """Print the configuration in effect."""
     table = Table.grid(padding=(0, 2))
     for key, value in rows.items():
-        table.add_row(f"[bold]{key}", value)
+        table.add_row(f"[bold]{key}", escape(value))
     console.print(Panel(table, title=title, title_align="left", box=box.ROUNDED, expand=False))
+
+
+def classes_in_words(source: Source) -> str:
+    """Return how many classes the images of a source have, and the first names: they may come from the names of folders."""
+    if source.labels is None:
+        return "no labels"
+    names = source.classes or ()
+    return f"{len(names):,} classes: {some(names, most=4)}" if names else f"{int(source.labels.max()) + 1:,} classes"
 
 
 def print_findings(console: Console, findings: Sequence[str]) -> None:

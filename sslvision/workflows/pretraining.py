@@ -48,7 +48,14 @@ from sslvision.training.trainer import (
     precision_in_effect,
     silence_lightning,
 )
-from sslvision.workflows.console import findings_of, print_configuration, print_findings, print_scores, waiting_of
+from sslvision.workflows.console import (
+    classes_in_words,
+    findings_of,
+    print_configuration,
+    print_findings,
+    print_scores,
+    waiting_of,
+)
 
 
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -112,8 +119,8 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     if not trainer.is_global_zero:
         return {}
     training_seconds = time.perf_counter() - started
-    findings = list(dict.fromkeys(findings + findings_of(trainer)))  # a resumed run finds some of them again
-    print_findings(console, findings)
+    findings = list(dict.fromkeys(findings + (found := findings_of(trainer))))  # a resumed run finds some of them again
+    print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, trainer, console)
     results |= {
@@ -277,7 +284,7 @@ def effective_configuration(
     rows = {
         "method": f"{type(method).__name__} on {settings.backbone['name']}" + (f" with {options}" if options else ""),
         "parameters": f"{encoder:,} in the backbone, {trained:,} trained",
-        "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}",
+        "data": f"{splits.train.name}: {len(splits.train):,} images{held_out}; {classes_in_words(splits.train)}",
         "global batch": f"{settings.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
         "learning rate": f"{settings.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps"
         + (" (longer than the run: the peak is never reached)" if warmup > settings.epochs else ""),

@@ -1,4 +1,5 @@
 from io import StringIO
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -7,7 +8,7 @@ from rich.console import Console
 
 from sslvision.evaluation.scores import Scores
 from sslvision.figures.label_efficiency import Cell
-from sslvision.workflows.console import print_classifiers, print_comparison
+from sslvision.workflows.console import classes_in_words, print_classifiers, print_comparison, print_configuration
 
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
@@ -54,6 +55,15 @@ def test_the_comparison_has_arms_as_rows_and_labels_in_their_order_as_columns() 
     assert full.removeprefix("full").split() == ["40.0", "±", "0.4", "–", "95.0"]
 
 
+def test_classes_are_counted_and_the_first_are_named() -> None:
+    source = SimpleNamespace(labels=torch.tensor([0, 5]), classes=("ant", "bee", "cat", "dog", "eel", "fox"))
+    assert classes_in_words(source) == "6 classes: ant, bee, cat, dog and 2 more"
+    source.classes = None
+    assert classes_in_words(source) == "6 classes"
+    source.labels = None
+    assert classes_in_words(source) == "no labels"
+
+
 def test_the_best_arm_of_each_column_is_bold_and_equals_both() -> None:
     cells = [
         *(cell(arm, 1, mean) for arm, mean in (("from scratch", 20.0), ("partial", 40.31), ("full", 40.29))),
@@ -76,3 +86,9 @@ def test_six_columns_of_labels_fit_a_terminal_of_80(width: int) -> None:
     text = "\n".join(lines(out))
     assert text.count("81.2 ± 0.4") == 6
     assert "…" not in text
+
+
+def test_names_in_brackets_are_printed_as_they_are() -> None:
+    out = console()
+    print_configuration(out, {"data": "photos [old] (3 + 1): [bold], [/]"}, title="a")
+    assert "photos [old] (3 + 1): [bold], [/]" in "\n".join(lines(out))

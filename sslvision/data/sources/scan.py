@@ -146,12 +146,13 @@ def _kind(
     entry: os.DirEntry[str], left: tuple[str, ...], real_root: str, follow_symlinks: bool
 ) -> tuple[str, tuple[str, ...]]:
     """Return the kind of an entry, and for a folder the real folders that links on its path have left."""
-    name = entry.name.lower()
-    if name.startswith("._") or entry.name == "__MACOSX":  # what macOS adds to archives and disks
-        return "of the system", left
+    name = entry.name
+    if name[0] in "._":
+        if name.startswith("._") or name == "__MACOSX":  # what macOS adds to archives and disks
+            return "of the system", left
+        if name[0] == ".":
+            return ("hidden" if entry.is_dir() or name.lower().endswith(EXTENSIONS) else "of the system"), left
     is_folder = entry.is_dir()
-    if name.startswith("."):
-        return ("hidden" if is_folder or name.endswith(EXTENSIONS) else "of the system"), left
     if entry.is_symlink() and (is_folder or not follow_symlinks):
         target = os.path.realpath(entry.path)
         if not follow_symlinks and not _is_inside(target, real_root):
@@ -163,9 +164,10 @@ def _kind(
         return "folder", left
     if not entry.is_file():
         return "lost", left
-    if unread_format(name) is not None:
+    extension = os.path.splitext(name)[1].lower()
+    if extension in BY_SUFFIX and unread_format(extension) is not None:
         return "unread", left
-    return ("image" if name.endswith(EXTENSIONS) else "other"), left
+    return ("image" if extension in EXTENSIONS else "other"), left
 
 
 def _is_inside(path: str, folder: str) -> bool:
