@@ -126,8 +126,9 @@ def cached(
             raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
         return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
 
-    held = (source if source is None else open_cached(source) for source in (splits.test, splits.validation))
-    return Splits(open_cached(splits.train), *held, splits.remarks)
+    train = open_cached(splits.train)
+    test, validation = (None if source is None else open_cached(source) for source in (splits.test, splits.validation))
+    return Splits(train, test, validation, splits.remarks)
 
 
 def _cached(source: FileSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:
