@@ -43,6 +43,7 @@ from sslvision.data.pil_pixels import (
     SIDEWAYS,
     UPRIGHT,
     Scale,
+    count_pages,
     from_array,
     from_pil,
     is_gray_stack,
@@ -159,7 +160,7 @@ def read_header(path: str | os.PathLike[str], channels: int, *, max_pixels: int 
         # Versions of PIL differ in whether the size of a TIFF that lies on its side is that of the upright image.
         tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
         width, height = (tags[WIDTH], tags[LENGTH]) if tags else image.size
-        pages, bands = getattr(image, "n_frames", 1), len(image.getbands())
+        pages, bands = count_pages(image, channels + 1), len(image.getbands())
         is_stack = pages == channels and (is_gray_stack(image) if channels == 3 else bands == 1)
         return Header(
             *((width, height) if turned else (height, width)),

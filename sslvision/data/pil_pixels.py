@@ -42,7 +42,7 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS,
 
     Raises UnreadableImage if the image does not have the required bands, and PIL's own errors: see `reasons_in_words`.
     """
-    bands, pages = len(image.getbands()), getattr(image, "n_frames", 1)
+    bands, pages = len(image.getbands()), 1 if channels == 1 else count_pages(image, channels + 1)
     if channels in (1, 3) and not (channels == pages == 3 and is_gray_stack(image)):
         return _tensor(_gray_or_color(_upright(image), channels, scale))
     if bands == channels and pages == 1:
@@ -127,12 +127,27 @@ def _gray_or_color(image: Image.Image, channels: int, scale: Scale) -> np.ndarra
     return np.array(image.convert("L" if channels == 1 else "RGB"))
 
 
+def count_pages(image: Image.Image, most: int) -> int:
+    """Return the number of pages or frames; of a TIFF, up to `most`: PIL needs minutes to count ten thousands of pages."""
+    if image.format != "TIFF":
+        return getattr(image, "n_frames", 1)
+    pages = 1
+    try:
+        while pages < most:
+            image.seek(pages)
+            pages += 1
+    except Exception:  # no more pages, or a damaged one
+        pass
+    image.seek(0)
+    return pages
+
+
 def is_gray_stack(image: Image.Image) -> bool:
     """Return whether all pages of a TIFF are gray and of one size. Frames of an animation are no channels, nor are previews."""
     if image.format != "TIFF":
         return False
     pages = set[tuple[bool, tuple[int, int]]]()
-    for page in range(getattr(image, "n_frames", 1)):
+    for page in range(count_pages(image, 4)):
         image.seek(page)
         pages.add((len(image.getbands()) == 1 and image.mode != "P", image.size))
     image.seek(0)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from sslvision.data.eight_bits import ValueRange, eight_bits, value_range_from
 from sslvision.data.sources.folder import open_folder
@@ -136,6 +136,18 @@ def test_all_splits_and_the_cache_have_the_same_range(tmp_path):
     assert kept.remarks == splits.remarks != ()
     other = open_splits(data | {"cache": "disk", "cache_dir": str(tmp_path / "cache"), "value_range": [0, 100]})
     assert not torch.equal(other.test.read(4), kept.test.read(4))
+
+
+def test_thousands_of_pages_are_not_counted_one_by_one(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((3000, 4, 5), np.uint8), photometric="minisblack")
+    seen = []
+    seek = TiffImagePlugin.TiffImageFile.seek
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "seek", lambda self, page: seen.append(page) or seek(self, page))
+    splits = open_folder(tmp_path, holdout=0)
+    assert splits.train.read(0).shape == (3, 4, 5)
+    assert max(seen) <= 4
+    assert "several pages" in splits.remarks[0]
 
 
 def test_pages_frames_and_bands_that_are_not_read_are_told(tmp_path):
