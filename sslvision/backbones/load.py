@@ -216,9 +216,18 @@ def _unfinished(folder: Path, where: str | Path) -> _Source:
         classes = tuple(content.get("hyper_parameters", {}).get("classes", ()))
         weights = f"update {content['global_step']:,} in {file} (the run has not ended, and has no export)"
         size, channels = built["image_size"], built["arguments"]["in_chans"]
-        read, share = partial(dict, network), built.get("crop_pct")
+        read: Callable[[], dict[str, Tensor]] = partial(dict, network)
         return _Source(
-            built["name"], built["arguments"], size, channels, mean, std, weights, read, classes, crop_pct=share
+            built["name"],
+            built["arguments"],
+            size,
+            channels,
+            mean,
+            std,
+            weights,
+            read,
+            classes,
+            crop_pct=built.get("crop_pct"),
         )
     raise UsageError(
         f"run={where} has no export/: it has not ended, and it has no whole checkpoint to read instead. "

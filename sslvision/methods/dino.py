@@ -131,7 +131,7 @@ class DINO(Method):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
         check_local_crops(backbone, local_crops, local_size)
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
-        chosen = {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        chosen: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options}
         super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed, **chosen)
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}

@@ -91,7 +91,7 @@ class MAE(Method):
     ):
         check_settings(backbone, mask_ratio, decoder_embed_dim, decoder_depth, decoder_num_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
-        chosen = {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        chosen: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options}
         super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed, **chosen)
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
