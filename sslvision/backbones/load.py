@@ -13,14 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.build import wrap
+from sslvision.backbones.build import build_backbone, wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
-from sslvision.backbones.released import read_released, released_network
+from sslvision.backbones.released import part_of, read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 
+OF_METHODS = (
+    "teacher.backbone.model.",
+    "ema.module.model.",
+    "backbone.model.",
+)  # in checkpoints of methods, best first
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's names for them in an export folder
 
 
@@ -65,7 +70,7 @@ def load_backbone(
 
     Args:
         where: One of the following, tried in this order:
-            - a run folder that contains export/;
+            - a run folder: its export/, or the newest whole checkpoint of a run that has not ended;
             - an export folder: config.json beside model.safetensors, as `export_backbone` or timm's `save_for_hf` writes;
             - a .pth or .safetensors file as the authors of MAE, DINO, DINOv2 or SwAV released them (see `released_network`);
             - a timm model name, with or without a tag; its weights are downloaded, or taken from the cache.
@@ -143,7 +148,7 @@ def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
     if timm.is_model(name):
         return _named(name, pretrained)
     if (path / "config.yaml").is_file():
-        raise UsageError(f"run={where} has no export/: it has not ended. Let it finish (resume=auto) first.")
+        return _unfinished(path, where)
     near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     raise UsageError(
         f"run={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
@@ -191,6 +196,56 @@ def _crop_pct(known: Mapping[str, Any]) -> float | None:
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct} is not a share of an image")
     return crop_pct
+
+
+def _unfinished(folder: Path, where: str | Path) -> _Source:
+    """Return the weights in the newest whole checkpoint of a run that has no export."""
+    reasons = []
+    ranked = sorted((len(file.stem), file.stem, file) for file in (folder / "checkpoints").glob("last*.ckpt"))
+    for *_, file in ranked:  # last.ckpt, last-1.ckpt, ...
+        try:
+            content = read_released(file)
+            state, built = content["state_dict"], _built(content, file)
+            prefix = next(p for p in OF_METHODS if any(name.startswith(p) for name in state))
+        except (UsageError, KeyError, TypeError, StopIteration) as error:
+            reasons.append(str(error) if isinstance(error, UsageError) else f"{file} is not as sslvision writes it.")
+            continue
+        best = content.get("callbacks", {}).get("KeepBest", {}).get("weights")  # of a classifier: that validated best
+        network = part_of(best, "model.") if best else part_of(state, prefix)
+        mean, std = (state[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std"))
+        classes = tuple(content.get("hyper_parameters", {}).get("classes", ()))
+        weights = f"update {content['global_step']:,} in {file} (the run has not ended, and has no export)"
+        size, channels = built["image_size"], built["arguments"]["in_chans"]
+        read: Callable[[], dict[str, Tensor]] = partial(dict, network)
+        return _Source(
+            built["name"],
+            built["arguments"],
+            size,
+            channels,
+            mean,
+            std,
+            weights,
+            read,
+            classes,
+            crop_pct=built.get("crop_pct"),
+        )
+    raise UsageError(
+        f"run={where} has no export/: it has not ended, and it has no whole checkpoint to read instead. "
+        f"{' '.join(reasons)} Let it finish (resume=auto) first.".replace("  ", " ")
+    )
+
+
+def _built(content: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    """Return name, arguments and image size of the backbone in a run's checkpoint."""
+    built = content.get("method", {}).get("backbone")
+    if built is None:  # of earlier versions
+        settings = content["sslvision"]["settings"]
+        refuse_loading(settings["backbone"], file)
+        backbone = build_backbone(**settings["backbone"], channels=int(settings["data"].get("channels", 3)))
+        name = settings["backbone"]["name"]
+        built = {"name": name, "arguments": backbone.arguments, "image_size": backbone.image_size[0]}
+    refuse_loading(built["arguments"], file)
+    return dict(built)
 
 
 def _released(file: Path, heads: int | None) -> _Source:

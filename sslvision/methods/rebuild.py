@@ -21,6 +21,7 @@ def describe_method(checkpoint: dict[str, Any], kind: type, backbone: Backbone) 
     """Add to a checkpoint which method on which backbone it is of, as far as that is plain containers."""
     name = (backbone.model.pretrained_cfg or {}).get("architecture")
     built = {"name": name, "arguments": dict(backbone.arguments), "image_size": backbone.image_size[0]}
+    built["crop_pct"] = backbone.crop_pct
     checkpoint[METHOD] = {"class": kind.__name__, "backbone": built if is_plain(built) else None}
     if SETTINGS in checkpoint:  # what is not plain could not be loaded again
         checkpoint[SETTINGS] = {key: value for key, value in checkpoint[SETTINGS].items() if is_plain(value)}

@@ -22,7 +22,9 @@ from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.scan import scan
 from sslvision.errors import StorageError, UsageError
+from sslvision.evaluation.scores import as_json, score
 from sslvision.nn.normalize import Normalize
+from sslvision.runs.run_folder import write_json
 from sslvision.runs.weights import recorded_value_range
 from sslvision.settings import Predict
 from sslvision.system.files import written_whole
@@ -76,12 +78,58 @@ def predict_to_csv(settings: Predict) -> Path:
         workers=available_workers() if settings.workers is None else settings.workers,
         top=settings.top,
     )
+    known: list[tuple[str, tuple[str, ...]]] = []
+    rows = with_true_classes(rows, loaded.classes, known)
     images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
     console.print(
         f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
         f"`problem`): {output.absolute()}"
     )
+    if known:
+        console.print(write_accuracy(known, loaded.classes, output, unknown=images - problems - len(known)))
     return output
+
+
+def with_true_classes(
+    rows: Iterable[Prediction], classes: Sequence[str], known: list[tuple[str, tuple[str, ...]]]
+) -> Iterator[Prediction]:
+    """Yield predictions unchanged; append (class, predicted labels) to `known` for readable images in a class's folder.
+
+    The folder is the nearest one above the image that has the name of a class.
+    """
+    names = set(classes)
+    for row in rows:
+        folders = [folder for folder in row.image.split("/")[:-1] if folder in names]
+        if folders and row.labels:
+            known.append((folders[-1], row.labels))
+        yield row
+
+
+def write_accuracy(
+    known: Sequence[tuple[str, tuple[str, ...]]], classes: Sequence[str], output: Path, *, unknown: int
+) -> str:
+    """Write the accuracy on images in class folders beside the CSV file, and return it in words.
+
+    Args:
+        known: Pairs of the true class and the predicted ones, best first.
+        classes: Names of all classes.
+        output: The CSV file.
+        unknown: Number of readable images in no class's folder.
+    """
+    index = {name: number for number, name in reversed([*enumerate(classes)])}
+    ranking = torch.tensor([[index[label] for label in labels[:5]] for _, labels in known])  # (M, <= 5)
+    scores = score(ranking, torch.tensor([index[name] for name, _ in known]), classes=len(classes))
+    facts = as_json(scores, classes)
+    if ranking.shape[1] < min(5, len(classes)):
+        del facts["top5"]  # fewer classes were asked for
+    file = output.with_name(f"{output.stem}-accuracy.json")
+    write_json(file, {**facts, "images": len(known), "images_without_a_class": unknown})
+    low, high = scores.interval
+    return (
+        f"{scores.top1:.1f} % of {len(known):,} images in folders named as a class are predicted as that class (95 % interval "
+        f"{low:.1f} to {high:.1f}): {file.absolute()}"
+        + (f". {unknown:,} images lie in no such folder, and are not counted." if unknown else "")
+    )
 
 
 def open_images(

@@ -1,6 +1,7 @@
 """Labeling new images from the command line."""
 
 import csv
+import json
 import os
 import re
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from sslvision.data.sources.digits import open_digits
+from sslvision.workflows.predicting import Prediction, predict_to_csv, with_true_classes, write_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +100,49 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_image_is_read(
     assert len(done.stderr.splitlines()) == 1
     assert " images in " not in done.stdout
     assert sorted(os.listdir(tmp_path)) == ["file", "new"]
+
+
+def test_images_in_class_folders_are_scored_as_fine_tuning_scored_them(finetuned, settings_of, tmp_path, capsys):
+    test, results = open_digits().test, json.loads((finetuned / "results.json").read_text())
+    for number in range(len(test)):
+        folder = tmp_path / "digits" / ("val" if number % 2 else "test") / str(int(test.labels[number]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(test.images[number, 0].numpy()).save(folder / f"{number:04d}.png")
+    (tmp_path / "digits" / "val" / "7" / "broken.png").write_bytes(b"no image")
+    Image.new("L", (32, 32)).save(tmp_path / "digits" / "stray.png")
+    words = (f"run={finetuned}", f"images={tmp_path / 'digits'}", f"output={tmp_path / 'out.csv'}", "device=cpu")
+    predict_to_csv(settings_of("predict", *words))
+    told = " ".join(capsys.readouterr().out.split())
+    written = json.loads((tmp_path / "out-accuracy.json").read_text())
+    for key in ("top1", "top5", "per_class", "top1_interval"):
+        assert written[key] == results["fine_tuned"][key], key
+    assert (written["images"], written["images_without_a_class"]) == (599, 1)
+    assert f"{written['top1']:.1f} % of 599 images in folders named as a class" in told
+    assert "1 images lie in no such folder" in told
+
+
+def test_images_in_no_class_folder_have_no_accuracy(finetuned, settings_of, tmp_path, capsys):
+    Image.new("L", (32, 32)).save(tmp_path / "a.png")
+    predict_to_csv(settings_of("predict", f"run={finetuned}", f"images={tmp_path}", f"output={tmp_path / 'out.csv'}"))
+    assert "folders named as a class" not in capsys.readouterr().out
+    assert not (tmp_path / "out-accuracy.json").exists()
+
+
+def test_a_nearer_class_folder_decides_and_fewer_classes_have_no_top5(tmp_path):
+    rows = [
+        Prediction("ant/bee/1.png", ("bee", "ant"), (0.6, 0.4), ""),
+        Prediction("ant/new/2.png", ("bee", "ant"), (0.6, 0.4), ""),
+        Prediction("ant.png", ("ant", "bee"), (0.6, 0.4), ""),
+        Prediction("bee/3.png", (), (), "the file is empty"),
+    ]
+    known = []
+    assert list(with_true_classes(rows, ("ant", "bee", "cat"), known)) == rows
+    assert known == [("bee", ("bee", "ant")), ("ant", ("bee", "ant"))]
+    words = write_accuracy(known, ("ant", "bee", "cat"), tmp_path / "p.csv", unknown=1)
+    assert words.startswith("50.0 % of 2 images")
+    written = json.loads((tmp_path / "p-accuracy.json").read_text())
+    assert "top5" not in written
+    assert written["per_class"] == {"ant": 0, "bee": 100, "cat": None}
 
 
 @pytest.mark.parametrize(
