@@ -325,9 +325,10 @@ def _output(settings: Predict) -> Path:
         UsageError: The file that `output` names exists.
     """
     if settings.output is not None:
-        if Path(settings.output).exists() and not settings.overwrite:
-            raise UsageError(f"output={settings.output} exists: replace it with overwrite=true, or give another path.")
-        return Path(settings.output)
+        output = Path(settings.output).expanduser()
+        if output.is_file() and not settings.overwrite:
+            raise UsageError(f"output={output} exists: replace it with overwrite=true, or give another path.")
+        return output
     run = Path(settings.run or "")
     output = first = (run.parent if run.name == "export" else run) / "predictions.csv"
     number = 1
