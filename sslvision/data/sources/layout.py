@@ -89,7 +89,9 @@ def split_folders(root: str, found: Found, remarks: list[str]) -> tuple[str, lis
             )
         _tell_unused(found, (train, *held), remarks)
         return train, held
-    if len(tops) == 1 and split_of(tops[0]) == ("train", "") and all("/" in path for path in found.images):
+    flat = sum("/" not in path for path in found.images)
+    if len(tops) == 1 and split_of(tops[0]) == ("train", "") and are_few(flat, len(found.images)):
+        _tell_unused(found, tops, remarks)
         return tops[0], []
     _question_names(named, remarks)
     return "", []
@@ -161,7 +163,7 @@ def images_and_classes(
         return images, None
     if strays:
         outside = f"{name}: {share(len(strays), len(images), 'images')}, {some(strays)}, outside the class folders"
-        if len(strays) > max(1, FEW_STRAYS * len(images)):
+        if not are_few(len(strays), len(images)):
             remarks.append(
                 f"{outside}, so folders are not taken for classes and no image has a label. For labels, every image must be "
                 f"in the folder of its class ({some(classes)})."
@@ -178,6 +180,11 @@ def images_and_classes(
             f"put the classes into them: train/{classes[0]}/ and test/{classes[0]}/."
         )
     return images, tuple(classes)
+
+
+def are_few(strays: int, images: int) -> bool:
+    """Return whether images beside folders are so few that they were put there by mistake."""
+    return strays <= max(1, FEW_STRAYS * images)
 
 
 def named_like_classes(names: Sequence[str]) -> bool:

@@ -71,6 +71,12 @@ def test_a_stray_image_in_a_split_is_left_out_by_name(plant, split):
     assert splits.remarks == (f"{split}/: 1 of 9 images (11.1 %), stray.png, outside the class folders: left out.",)
 
 
+def test_a_stray_image_beside_train_alone_is_left_out_by_name(plant):
+    splits = open_folder(plant(*classes("train/cat", "train/dog", each=10), "stray.png"), holdout=0)
+    assert splits.train.classes == ("cat", "dog")
+    assert splits.remarks == ("1 of 21 images (4.76 %) outside train/ are not used: those in stray.png.",)
+
+
 # Splits by name
 
 
