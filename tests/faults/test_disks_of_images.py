@@ -135,10 +135,10 @@ def test_what_fails_once_on_a_flaky_disk_is_read_at_the_second_try(photos, monke
 
 def test_what_keeps_failing_is_unreadable_with_the_disks_own_word(photos, monkeypatch):
     monkeypatch.setattr("sslvision.data.decode.WAITS", (0, 0))
-    flaky = Flaky(errno.EIO, 99)
+    flaky, source = Flaky(errno.EIO, 99), open_folder(photos, holdout=0).train
     monkeypatch.setattr("sslvision.data.decode.open", flaky, raising=False)
     with pytest.raises(UnreadableImage, match=os.strerror(errno.EIO)):
-        open_folder(photos, holdout=0).train.read(0)
+        source.read(0)
     assert flaky.calls == 3
 
 
