@@ -358,7 +358,9 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")
-    check_backbone(settings.backbone)
+    # Of a fine-tuning run, backbone.pretrained=false means the network of `run` with random weights.
+    taken = ("pretrained",) if isinstance(settings, Finetune) else ()
+    check_backbone({key: value for key, value in settings.backbone.items() if key not in taken})
 
 
 def _labels(value: Any, *, several: bool) -> Any:

@@ -151,9 +151,14 @@ def test_they_work_when_typed(warm_command, tmp_path):
 def test_every_command_refuses_what_is_no_option_of_a_model_before_it_loads_one(word, message, settings_of):
     with pytest.raises(UsageError, match=message):
         data_of(word)
-    for name in ("probe", "finetune"):
+    for name in ("probe",) if "pretrained" in word else ("probe", "finetune"):
         with pytest.raises(UsageError, match=message):
             settings_of(name, "run=test_vit", "data=digits", word)
+
+
+def test_fine_tuning_takes_the_network_of_a_run_with_random_weights(settings_of):
+    settings = settings_of("finetune", "run=test_vit", "data=digits", "backbone.pretrained=false")
+    assert settings.backbone["pretrained"] is False
 
 
 def test_a_size_that_patches_do_not_divide_and_a_strategy_that_ends_are_one_line_when_typed(warm_command, tmp_path):
