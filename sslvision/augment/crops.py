@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,9 +21,8 @@ from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
-LONGEST = 4  # long side over short side, above which an evaluated image is cut before it is resized
-MARGIN = 8  # pixels that the bicubic filter may reach beyond the central square, with room to spare
 CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models
+LONGEST = 4  # long side over short side, above which only the central square of an evaluated image is resized
 ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
@@ -244,23 +245,16 @@ def center_crop(image: Tensor, size: int, crop_pct: float | None = None) -> Tens
     if crop_pct is None and (height, width) == (size, size):
         return image
     short, least = math.floor(size / (crop_pct or CROP_PCT)), min(height, width)
+    rows, columns = (int(short * side / least) for side in (height, width))
+    top, left = (round((side - size) / 2) for side in (rows, columns))
     if max(height, width) > LONGEST * least:  # resized as a whole, 30,000 x 1 pixels would need gigabytes
-        image = _central(image, 2 * least + MARGIN, short, least)
-    image = resize(image, (int(short * image.shape[1] / least), int(short * image.shape[2] / least)))
-    top, left = (round((side - size) / 2) for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size]
+        y, x = height / rows, width / columns  # pixels of the image per pixel of the result
+        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        return torch.stack([_resize_box(channel, size, box) for channel in image])
+    return resize(image, (rows, columns))[:, top : top + size, left : left + size]
 
 
-def _central(image: Tensor, side: int, short: int, least: int) -> Tensor:
-    """Return at least the central `side` pixels of each axis, such that the center stays where it is when resized."""
-
-    def resized(length: int) -> int:
-        return int(short * length / least)
-
-    for axis in (1, 2):
-        length = image.shape[axis]
-        # A multiple of four pixels fewer: half of them on each side, and offsets are rounded alike.
-        kept = range(side + (length - side) % 2, length, 2)
-        fitting = next((one for one in kept if (resized(length) - resized(one)) % 4 == 0), length)
-        image = image.narrow(axis, (length - fitting) // 2, fitting)
-    return image
+def _resize_box(channel: Tensor, size: int, box: tuple[float, float, float, float]) -> Tensor:
+    """Resize a part (left, top, right, bottom) of a channel (H, W) uint8, as if it had been cut from the resized whole."""
+    array = np.ascontiguousarray(channel.numpy())
+    return torch.from_numpy(np.array(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC, box=box)))

@@ -123,6 +123,18 @@ def test_sizes_and_offsets_are_timms_and_hardly_a_pixel_differs_by_more_than_rou
         assert (ours - theirs).abs().max() <= 2, (height, width)
 
 
+@pytest.mark.parametrize("crop_pct", [1.0, 0.95, 0.875, None])
+def test_of_a_thin_image_only_the_square_is_resized_and_it_is_timms(crop_pct):
+    for size, height, width in [(32, 40, 333), (37, 300, 19), (96, 7, 200), (224, 50, 1001)]:
+        transform = timm.data.create_transform(
+            (3, size, size), interpolation="bicubic", crop_pct=crop_pct or 0.875, normalize=False
+        )
+        pixels = np.random.default_rng(height).normal(128, 20, (height, width, 3)).clip(0, 255).astype(np.uint8)
+        cut = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), size, crop_pct)
+        assert (cut.int() - transform(Image.fromarray(pixels)).int()).abs().max() <= 2
+    assert center_crop(torch.full((1, 1, 30_000), 7, dtype=torch.uint8), 224, crop_pct).unique().tolist() == [7]
+
+
 def test_one_image_of_another_size_among_the_first_of_a_set_decides_for_all_of_it(tmp_path):
     source = open_folder(labeled_images(tmp_path / "photos", "exact")).train
     assert choose_crop_pct([source, None], SIDE) == 1.0
