@@ -217,6 +217,7 @@ def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
         digest.update(f"{tuple(source.images.shape)}\n".encode())
         digest.update(_bytes(source.images))
         return digest.hexdigest(), "all pixels"
+    digest.update(f"{getattr(source, 'value_range', None)}\n".encode())
     for place in {indices[number * (len(indices) - 1) // 8]: None for number in range(9)} if len(indices) else ():
         try:  # the decoder of the source shows in the pixels
             image = source.read(place)

@@ -46,7 +46,7 @@ def few():
 class Stub(torch.nn.Module):
     """A backbone without layers."""
 
-    image_size, embed_dim = (32, 32), 16
+    image_size, embed_dim, crop_pct = (32, 32), 16, None
 
     def __init__(self):
         super().__init__()

@@ -242,7 +242,7 @@ def test_resuming_falls_back_to_the_newest_whole_checkpoint_and_says_so(spoil, r
     assert "last-2.ckpt (update 4)" in finding
     assert SPOILT[spoil] in finding
     assert all(str(run / "checkpoints" / name) in finding for name in ("last.ckpt", "last-1.ckpt"))
-    assert capsys.readouterr().out.count(finding) == 2  # at the start and at the end
+    assert capsys.readouterr().out.count(finding) == 1
     assert_as_if_nothing_had_been(run, finished)
     assert steps(run / "checkpoints") == {"last.ckpt": 8, "last-1.ckpt": 6, "last-2.ckpt": 4}
     assert {"last.ckpt.damaged", "last-1.ckpt.damaged"} <= set(names(run / "checkpoints"))

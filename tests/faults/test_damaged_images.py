@@ -54,7 +54,7 @@ BAD = {  # name -> content, and a word of the reason
     "garbage.png": (bytes(noise(3000)), "not an image"),
     "truncated.jpg": (encoded(PHOTO, "JPEG")[:1500], "truncated"),
     "flipped.png": (flipped(encoded(PHOTO, "PNG"), 3000), "damaged"),
-    "bomb.png": (bomb(20_000, 20_000), "400000000 pixels"),
+    "bomb.png": (bomb(20_000, 20_000), "20000 x 20000 pixels"),
     "page.jpg": (b"<html>404 Not Found</html>", "not an image"),
 }
 
