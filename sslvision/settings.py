@@ -1,4 +1,4 @@
-"""The settings of every command: names, defaults, and their lines in --help. cli/schema.py checks keys and types."""
+"""The settings of every command: names, defaults, and their lines in --help. cli/check_settings.py checks keys and types."""
 
 import pkgutil
 from collections.abc import Callable, Mapping

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sslvision.backbones.build import build_backbone
-from sslvision.cli.schema import parameters
+from sslvision.cli.check_settings import parameters
 from sslvision.methods.base import Clock
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE

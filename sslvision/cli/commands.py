@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sslvision.cli.choose_folder import choose_run_folder
 from sslvision.cli.compose import Run
+from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Predict, Pretrain, Probe
 
 

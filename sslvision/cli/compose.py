@@ -3,7 +3,7 @@
 words of a command line  ->  texts by key      words.py
 recipe and data source   ->  a tree of settings, composed by Hydra (recipes.py)
 every other key          ->  a value by its declared type (values.py), set in that tree
-the tree                 ->  checked settings  schema.py
+the tree                 ->  checked settings  check_settings.py
 """
 
 import numbers
@@ -16,8 +16,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
+from sslvision.cli.check_settings import Settings, checked, known_keys
 from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
-from sslvision.cli.schema import Settings, checked, known_keys
 from sslvision.cli.shorthands import ExistingFolder, implied_source, in_full, recipe_to_resume
 from sslvision.cli.values import is_text, is_text_list, value_of
 from sslvision.cli.words import Words, join_words, split_words

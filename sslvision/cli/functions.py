@@ -17,10 +17,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sslvision.cli.choose_folder import RUN_FOLDER, surroundings_restored
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
 from sslvision.cli.recipes import FINETUNE, PREDICT, PRETRAIN, PROBE, Command
+from sslvision.cli.surroundings import surroundings_restored
+from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
 
 

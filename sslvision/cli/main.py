@@ -14,13 +14,14 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from sslvision.cli.choose_folder import RUN_FOLDER, surroundings_restored
 from sslvision.cli.commands import work
 from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
+from sslvision.cli.surroundings import surroundings_restored
 from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
+from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
 from sslvision.system.resuming import words_to_resume
 from sslvision.system.signals import (

@@ -14,8 +14,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
+from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
-from sslvision.cli.schema import Settings, parameters
 from sslvision.errors import UsageError
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sslvision.cli.check_settings import parameters
 from sslvision.cli.recipe_file import RecipeFile, resumed_recipe
 from sslvision.cli.recipes import PRETRAIN, SOURCES, Command, source_target
-from sslvision.cli.schema import parameters
 from sslvision.errors import UsageError
 from sslvision.runs.renamed_settings import warn
 from sslvision.settings import locate

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from sslvision.data.subsets import stratified_holdout
 from sslvision.errors import UsageError
+from sslvision.evaluation.confidence import ranking_of
 from sslvision.evaluation.knn import check_features
-from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.exact_products import exact_products
 
 L2_GRID = (1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from sslvision.augment.randomness import permutation
 from sslvision.errors import DataError, UsageError
+from sslvision.evaluation.confidence import ranking_of
 from sslvision.evaluation.knn import check_features
 from sslvision.evaluation.linear_probe import bytes_of_fit, fit_probe, probe_logits
 from sslvision.evaluation.placement import free_bytes, place_for
-from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.exact_products import exact_products
 from sslvision.optim.schedules import warmup_cosine
 

@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import Logger
 
 from sslvision import __version__
 from sslvision.errors import UsageError
-from sslvision.runs import run_folder
+from sslvision.runs import run_files
 from sslvision.runs.checkpoint import RECORD, newest_good, read_head
 from sslvision.runs.metrics import MetricsCSV
 from sslvision.runs.redaction import redact
@@ -111,7 +111,7 @@ def may_restart(resume: str | None, folder: Path) -> bool:
     # A run creates these two first.
     return (folder / "config.yaml").is_file() or {file.name for file in folder.iterdir()} <= {
         "figures",
-        run_folder.LOCK,
+        run_files.LOCK,
     }
 
 
@@ -127,7 +127,7 @@ def take_folder(folder: Path, settings: Any, resume: Resume | None) -> None:
         UsageError: The folder is in use.
     """
     continues = resume is not None or may_restart(settings.resume, folder)
-    run_folder.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=continues)
+    run_files.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=continues)
     if resume is not None:
         resume.set_aside()
 

@@ -20,8 +20,8 @@ from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import ImageData
 from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Splits
+from sslvision.evaluation.confidence import Scores, score
 from sslvision.evaluation.linear_probe import linear_probe
-from sslvision.evaluation.scores import Scores, score
 from sslvision.methods.supervised import Supervised
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.checkpoint import AtomicCheckpoints

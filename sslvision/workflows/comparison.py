@@ -30,10 +30,10 @@ from torch.nn import functional as F
 
 from sslvision.data.subsets import Subset, draw_per_class
 from sslvision.errors import UsageError
+from sslvision.evaluation.confidence import ranking_of, score
 from sslvision.evaluation.linear_probe import linear_probe
-from sslvision.evaluation.scores import ranking_of, score
 from sslvision.figures.label_efficiency import Cell, label_efficiency_figure
-from sslvision.runs import run_folder
+from sslvision.runs import run_files
 from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune
 from sslvision.training.trainer import Machine, configure_torch, resolve_machine, silence_lightning
@@ -141,9 +141,9 @@ def claim(settings: Finetune, folder: Path, words: Sequence[str]) -> dict[Point,
             raise UsageError(
                 f"{folder} holds a comparison with other settings: {differing}. Use another name= or overwrite=true."
             )
-    run_folder.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=resumes)
-    run_folder.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
-    run_folder.write_json(kept, plain)
+    run_files.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=resumes)
+    run_files.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
+    run_files.write_json(kept, plain)
     record.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()))
     return done
 

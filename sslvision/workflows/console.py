@@ -10,8 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 
 from sslvision.data.source import Source
-from sslvision.data.sources.scan import some
-from sslvision.evaluation.scores import Scores
+from sslvision.data.sources.list_images import some
+from sslvision.evaluation.confidence import Scores
 from sslvision.figures.label_efficiency import Cell
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health

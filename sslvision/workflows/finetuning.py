@@ -15,13 +15,13 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from rich.console import Console
 
-from sslvision.data.sources.scan import share
+from sslvision.data.sources.list_images import share
 from sslvision.evaluation.central_crop import describe_crop
-from sslvision.evaluation.scores import Scores, as_json, score
+from sslvision.evaluation.confidence import Scores, as_json, score
 from sslvision.figures.confusion import save_confusion
 from sslvision.figures.curves import learning_curve_figure
 from sslvision.methods.supervised import Supervised
-from sslvision.runs import run_folder
+from sslvision.runs import run_files
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
 from sslvision.runs.metrics import read_metrics
@@ -106,7 +106,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
     findings = [*labeled.remarks, *(resume.findings if resume is not None else [])]
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
-        run_folder.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
+        run_files.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
         print_configuration(
             console, effective_configuration(plan.tuned, labeled, method), title=settings.about or folder.name
         )
@@ -132,7 +132,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
     results = results_of(plan, labeled, scores, best)
     results |= ({"findings": findings} if findings else {}) | waiting_of(trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
-    run_folder.write_json(folder / "results.json", results)
+    run_files.write_json(folder / "results.json", results)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
     return results
 

@@ -12,12 +12,12 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import Loaded, load_backbone, refuse_loading
 from sslvision.data.datamodule import available_workers, pixel_statistics
 from sslvision.data.source import Source, Splits
-from sslvision.data.sources.scan import share
+from sslvision.data.sources.list_images import share
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct
+from sslvision.evaluation.confidence import ranking_of
 from sslvision.evaluation.features import Extraction, extract_features
-from sslvision.evaluation.scores import ranking_of
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.settings import Finetune

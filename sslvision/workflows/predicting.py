@@ -20,11 +20,11 @@ from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
-from sslvision.data.sources.scan import scan
+from sslvision.data.sources.list_images import scan
 from sslvision.errors import StorageError, UsageError
-from sslvision.evaluation.scores import as_json, score
+from sslvision.evaluation.confidence import as_json, score
 from sslvision.nn.normalize import Normalize
-from sslvision.runs.run_folder import write_json
+from sslvision.runs.run_files import write_json
 from sslvision.runs.weights import recorded_value_range
 from sslvision.settings import Predict
 from sslvision.system.files import written_whole

@@ -23,7 +23,7 @@ from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, ha
 from sslvision.figures.curves import health_figure, learning_curve_figure
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
-from sslvision.runs import run_folder
+from sslvision.runs import run_files
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
 from sslvision.runs.metrics import read_metrics
@@ -107,7 +107,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
         rewind_metrics(trainer.loggers, resume)
-        run_folder.describe(folder, dataclasses.asdict(settings), words)
+        run_files.describe(folder, dataclasses.asdict(settings), words)
         rows = effective_configuration(settings, method, data.splits, trainer, steps_per_epoch) | {
             "weights": weights if resume is None else f"update {resume.step:,} in {resume.path}",
             "run folder": str(folder),
@@ -129,7 +129,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    run_folder.write_json(folder / "results.json", results)
+    run_files.write_json(folder / "results.json", results)
     if unsent := close_loggers(trainer.loggers, folder):
         console.print(unsent)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")

@@ -22,9 +22,10 @@ from sslvision.augment.crops import Crop
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.data.datamodule import available_workers
 from sslvision.data.source import Source, Splits
-from sslvision.data.sources.scan import share
+from sslvision.data.sources.list_images import share
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
+from sslvision.evaluation.confidence import Scores, as_json, score
 from sslvision.evaluation.evaluate import evaluate_pixels, has_labels, why_not_evaluated
 from sslvision.evaluation.feature_cache import cached_features, cached_views
 from sslvision.evaluation.features import POOLED, Extraction, FeatureKind, dino_features, sample_indices
@@ -32,10 +33,9 @@ from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_rankings
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.probe_protocols import PROTOCOLS, run_protocol
 from sslvision.evaluation.rankme import rankme
-from sslvision.evaluation.scores import Scores, as_json, score
 from sslvision.figures.confusion import save_confusion
 from sslvision.nn.normalize import Normalize
-from sslvision.runs import run_folder
+from sslvision.runs import run_files
 from sslvision.settings import Probe
 from sslvision.training.trainer import configure_torch, select_device
 from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
@@ -144,8 +144,8 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
         "seconds": round(time.perf_counter() - started, 1),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    run_folder.describe(folder, dataclasses.asdict(settings), words, command="probe", contents=CONTENTS)
-    run_folder.write_json(folder / "results.json", results)
+    run_files.describe(folder, dataclasses.asdict(settings), words, command="probe", contents=CONTENTS)
+    run_files.write_json(folder / "results.json", results)
     title = f"Confusion matrix of the linear probe, protocol {protocol.name}"
     told = save_confusion(linear.confusion, classes, folder / "confusion.png", title=title)
     print_findings(console, [*unreadable, *([told] if told else [])])

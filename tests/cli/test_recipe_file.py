@@ -13,7 +13,7 @@ from sslvision.cli.recipes import COMMANDS, FINETUNE, PRETRAIN
 from sslvision.errors import UsageError
 from sslvision.runs.redaction import redact
 from sslvision.runs.renamed_settings import warn
-from sslvision.runs.run_folder import describe
+from sslvision.runs.run_files import describe
 from sslvision.system.resuming import words_to_resume
 
 OWN = """

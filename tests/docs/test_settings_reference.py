@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sslvision.cli.schema import known_keys, parameters
+from sslvision.cli.check_settings import known_keys, parameters
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.settings import Finetune, Pretrain
 

@@ -271,7 +271,7 @@ def test_there_is_nothing_to_resume_where_nothing_is(run_tiny, tmp_path):
 
 def test_two_processes_do_not_go_on_with_one_run_at_once(finished, train_tiny, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    code = "import pathlib, sys; from sslvision.runs.run_folder import claim\n"
+    code = "import pathlib, sys; from sslvision.runs.run_files import claim\n"
     code += (
         "claim(pathlib.Path(sys.argv[1]), overwrite=False, resume=True); print('held', flush=True); sys.stdin.read()"
     )

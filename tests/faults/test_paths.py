@@ -12,7 +12,7 @@ from PIL import Image
 from sslvision.data.sources.folder import open_folder
 from sslvision.data.sources.torchvision_sets import _safe_archives, open_torchvision
 from sslvision.errors import DataError, UsageError
-from sslvision.runs.run_folder import claim
+from sslvision.runs.run_files import claim
 from sslvision.workflows.finetuning import finetune
 from sslvision.workflows.predicting import open_images
 

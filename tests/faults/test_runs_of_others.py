@@ -19,7 +19,7 @@ TRAPS = (
     "subprocess.check_output",
     "sslvision.data.sources.folder.os.system",  # by way of a module of ours
     "sslvision.data.sources.folder:os.system",  # as pkgutil also reads it
-    "sslvision.runs.run_folder.claim",  # ours, but no source: with overwrite it empties a folder
+    "sslvision.runs.run_files.claim",  # ours, but no source: with overwrite it empties a folder
     "booby.trap",
 )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sslvision.evaluation.scores import Scores
+from sslvision.evaluation.confidence import Scores
 from sslvision.figures.label_efficiency import Cell
 from sslvision.workflows.console import classes_in_words, print_classifiers, print_comparison, print_configuration
 

@@ -23,7 +23,7 @@ from sslvision.data.decode import MAX_PIXELS, read_image
 from sslvision.data.eight_bits import ValueRange, value_range_from
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
-from sslvision.data.sources.scan import Found, scan, share, some
+from sslvision.data.sources.list_images import Found, scan, share, some
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 

@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from sslvision.data.sources.scan import Found, share, some
+from sslvision.data.sources.list_images import Found, share, some
 from sslvision.errors import DataError
 
 SPLITS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sslvision.errors import DataError
 from sslvision.evaluation import scores as scores_module
-from sslvision.evaluation.scores import as_json, ranking_of, score
+from sslvision.evaluation.confidence import as_json, ranking_of, score
 
 RANKING = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 1, 0], [2, 0, 1], [0, 1, 2]])
 LABELS = torch.tensor([0, 0, 0, 2, 2])  # of 4 classes; 1 and 3 have no test images
