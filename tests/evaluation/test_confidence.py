@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sslvision.errors import DataError
-from sslvision.evaluation import scores as scores_module
+from sslvision.evaluation import confidence
 from sslvision.evaluation.confidence import as_json, ranking_of, score
 
 RANKING = torch.tensor([[0, 1, 2], [1, 0, 2], [2, 1, 0], [2, 0, 1], [0, 1, 2]])
@@ -98,7 +98,7 @@ def test_a_ranking_of_logits_is_best_first_and_breaks_ties_by_index() -> None:
 def test_many_logits_are_ranked_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(50, 30, generator=torch.Generator().manual_seed(0))
     whole = ranking_of(logits)
-    monkeypatch.setattr(scores_module, "LOGITS_AT_ONCE", 7 * 30)
+    monkeypatch.setattr(confidence, "LOGITS_AT_ONCE", 7 * 30)
     assert ranking_of(logits).equal(whole)
     assert whole.equal(logits.topk(5).indices)
 
