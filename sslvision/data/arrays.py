@@ -122,8 +122,8 @@ def _array_image(
         if channels in (1, 3)
         else f"(H, W, {channels}) or " + (f"({channels}, H, W)")
     )
-    few = sorted({shape[0], shape[2]} - {1, 3})[:1] if len(shape) == 3 else []
-    advice = f": data.channels={few[0]} reads it" if few and few[0] < 64 else ""
+    bands = min(shape[0], shape[2]) if len(shape) == 3 else 0
+    advice = f": data.channels={bands} reads it" if 0 < bands < 32 else ""
     raise UnreadableImage(f"the array has the shape {shape}, and data.channels={channels} needs {wanted}{advice}")
 
 

@@ -50,15 +50,10 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS,
     if bands == 1 and pages == channels:
         refuse_bomb(image.size, max_pixels, pages)
         return _tensor(_stack(image, pages, scale))
-    advice = (
-        f": data.channels={bands} reads them"
-        if bands > 1
-        else f": data.channels={pages} reads them"
-        if pages > 1
-        else ""
-    )
+    found = f"{pages} page(s)" if pages <= channels else f"more than {channels} pages"
+    advice = f": data.channels={bands} reads them" if bands > 1 else ""
     raise UnreadableImage(
-        f"{channels} channels were asked for, and the file has {pages} page(s) of {bands} band(s) ({image.mode}){advice}"
+        f"{channels} channels were asked for, and the file has {found} of {bands} band(s) ({image.mode}){advice}"
     )
 
 
