@@ -66,9 +66,9 @@ def test_methods_never_import_one_another():
             for name in imported(file):
                 if name.startswith("sslvision.methods."):
                     method = name.split(".")[2].split("_")[0]
-                    assert method in {"base", "clock", "lightning", "rebuild"} | own.get(file.stem.split("_")[0], set()), (
-                        f"{file}: {name}"
-                    )
+                    assert method in {"base", "clock", "lightning", "rebuild"} | own.get(
+                        file.stem.split("_")[0], set()
+                    ), f"{file}: {name}"
 
 
 def test_a_file_is_at_most_400_lines_and_a_function_fits_on_a_screen():
