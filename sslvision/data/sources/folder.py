@@ -119,6 +119,8 @@ def open_folder(
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
     if not os.fspath(root):
         raise UsageError("data.root is empty: set it to the folder of the images.")
+    if max_pixels < 1:
+        raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
     given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
