@@ -196,7 +196,7 @@ def test_a_cut_or_damaged_tiff_is_refused(tiff, written):
     for length in (len(content) // 2, len(content) - 10, 300, 60, 9):
         with pytest.raises(UnreadableImage):
             read_image(written(content[:length], "b.tif"), 5)
-    with pytest.raises(UnreadableImage, match="damaged TIFF"):
+    with pytest.raises(UnreadableImage, match="damaged"):
         read_image(written(b"II*\0\xff\xff\0\0" + bytes(100), "c.tif"), 5)
 
 
