@@ -36,9 +36,7 @@ def _folder_name(name: str | None) -> None:
 
 
 # Arguments of timm's factory, which are not the model's, and what is used instead.
-_WEIGHTS = (
-    "init_from=PATH starts from weights (in probe and finetune: run=, which also takes pretrained models of timm)"
-)
+_WEIGHTS = "init_from=PATH or a timm name, to start from weights (in probe and finetune: run=)"
 _FEATURES = "nothing: a backbone returns its last features"
 _EXPORT = "nothing: it is an option for deployment, which the exported model takes when it is loaded"
 FACTORY = {
@@ -69,9 +67,7 @@ def check_backbone(options: Mapping[str, Any]) -> None:
             instead.setdefault(FACTORY.get(key, _WEIGHTS), []).append(f"backbone.{key}")
     if instead:
         shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
-        raise UsageError(
-            f"Not options of a model, but of timm's function that makes one, so they are refused. {shown}."
-        )
+        raise UsageError(f"These are arguments of timm.create_model and not options of a model. {shown}.")
     size = options.get("image_size")
     for side in size if isinstance(size, list | tuple) else [] if size is None else [size]:
         if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
