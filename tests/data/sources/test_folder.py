@@ -11,22 +11,6 @@ from sslvision.data.sources.folder import hold_out, open_folder
 from sslvision.errors import DataError, UsageError
 
 
-@pytest.fixture
-def plant(tmp_path):
-    """Return a function that makes files, images where the name says so, and returns their folder."""
-    root = tmp_path / "photos"
-    root.mkdir()
-
-    def make(*names):
-        for name in names:
-            path = root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        return root
-
-    return make
-
-
 def names(source, root):
     return [os.path.relpath(source.describe(index), root).replace(os.sep, "/") for index in range(len(source))]
 

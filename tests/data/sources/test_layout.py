@@ -12,21 +12,6 @@ from sslvision.data.sources.layout import split_of
 from sslvision.errors import UsageError
 
 
-@pytest.fixture
-def plant(tmp_path):
-    """Return a function that makes files and returns their folder."""
-    root = tmp_path / "photos"
-    root.mkdir()
-
-    def make(*names):
-        for name in names:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).touch()
-        return root
-
-    return make
-
-
 def names(source, root):
     return [os.path.relpath(source.describe(index), root).replace(os.sep, "/") for index in range(len(source))]
 
