@@ -1,6 +1,7 @@
 """The settings of every command: names, defaults, and their lines in --help. cli/check_settings.py checks keys and types."""
 
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -107,6 +108,10 @@ class Pretrain:
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
     )
     epochs: int = _option(100, "passes over the training images")
+    budget: str | None = _option(
+        None,
+        "time for training, such as 90s, 30m, 2h or 3d, instead of epochs: the updates that fill it are measured first",
+    )
     batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
     base_lr: float = _option(
         1.5e-4, "learning rate per 256 images: the peak learning rate is base_lr x batch_size / 256"
@@ -130,6 +135,9 @@ class Pretrain:
     )
     knn_every_epochs: int = _option(
         10, "epochs between measurements of k-NN accuracy and RankMe, with figures, during training (0: never)"
+    )
+    probe_data: str | None = _option(
+        None, "folder of labeled images that the features are evaluated on, if the training images have no labels"
     )
     health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when training has collapsed")
     max_skipped: int = _option(
@@ -156,16 +164,25 @@ class Pretrain:
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
                 raise UsageError(f"The recipe names no {section}: give {section}._target_, as the included recipes do.")
-        if "name" not in self.backbone:
+        if "name" not in self.backbone and self.init_from is None:
             raise UsageError(
-                "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
+                "The recipe names no backbone: give backbone.name, any timm model such as vit_small_patch16_224, or init_from, "
+                "weights whose backbone is used."
             )
+        if self.budget is not None and not self.budget_seconds:
+            raise UsageError(f"budget={self.budget} must be a time above 0, such as 90s, 30m, 2h or 3d.")
         check_backbone(self.backbone)
 
     @property
     def peak_lr(self) -> float:
         """Return the peak learning rate of the global batch."""
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Return the budget in seconds; None without one, or for what is no time."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget or "")
+        return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 @dataclass
