@@ -350,7 +350,7 @@ def score_features(
 ) -> dict[str, dict[str, float]]:
     """Return the scores of the pretrained backbone, of the same backbone untrained, and of raw pixels."""
     options: dict[str, Any] = {
-        "at_most": 256 if settings.dry_run else settings.evaluate_images,
+        "at_most": min(256, settings.evaluate_images) if settings.dry_run else settings.evaluate_images,
         "workers": data.workers,
     }
     untrained = method_from_settings(settings).pretrained().to(method.device)
