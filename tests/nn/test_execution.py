@@ -234,7 +234,7 @@ def test_compiled_steps_compute_the_same_with_few_graphs_and_no_recompiling(aot_
 
 
 def test_blocks_with_different_drop_path_share_a_graph(aot_eager):
-    backbone = build_backbone(**VIT, drop_path_rate=0.3).train()
+    backbone = build_backbone(**VIT | {"depth": 3}, drop_path_rate=0.3).train()
     backbone.compile_blocks()
     backbone(torch.randn(4, 3, 32, 32)).sum().backward()
     assert graphs() == 3  # the first block has none; the others; the last one for the class token
@@ -289,7 +289,7 @@ def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_
     strict, watchers = Strict(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [strict, *watchers(*about)])
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
-    words = ["backbone.depth=2", "compile=true", "data=digits", "batch_size=300"]
+    words = ["backbone.depth=2", "compile=true", "batch_size=300", "knn_every_epochs=1"]
     run_tiny(tmp_path / "run", *words, recipe=recipe)
     assert strict.graphs > 2
     assert graphs() == strict.graphs, "neither training nor evaluation on the way, with its smaller last batch"

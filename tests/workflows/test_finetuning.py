@@ -106,7 +106,7 @@ def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, 
 
     monkeypatch.setattr(finetuning, "fit_head", remember)
     monkeypatch.setattr(Supervised, "on_train_start", look)
-    finetune(tmp_path / "run", "scratch=false")
+    finetune(tmp_path / "run", "scratch=false", "labels_per_class=20")
     for fitted, begun in zip(heads["fitted"], heads["at the start"], strict=True):
         assert torch.equal(fitted, begun)
 
