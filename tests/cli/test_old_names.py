@@ -72,8 +72,9 @@ def test_the_weights_and_settings_of_an_old_run_are_read(method, old_run, capsys
     assert told["data"]["_target_"] == "sslvision.data.sources.embedded.open_embedded"
     assert f"{folder / 'config.yaml'} uses old names" in capsys.readouterr().err
     assert load_backbone(str(folder)).backbone.embed_dim == 32
-    tiny = [word for word in TINY if not word.startswith(("batch_size=", "knn_every_epochs="))]
+    tiny = [word for word in TINY if not word.startswith(("batch_size=", "knn_every_epochs=", "evaluate_images="))]
     words = [f"recipe={method}", *tiny, *OLD[method], "data=digits", "batch_size=50", "knn_every_epochs=0"]
+    words += ["evaluate_images=50"]
     settings = compose_settings([*words, f"init_from={folder}", "dry_run=true"])
     assert pretraining.pretrain(settings, folder.with_name("next"))["loss"] > 0
 
@@ -81,7 +82,7 @@ def test_the_weights_and_settings_of_an_old_run_are_read(method, old_run, capsys
 def test_an_old_run_lends_its_data_and_is_probed(old_run, settings_of, tmp_path):
     from sslvision.workflows.probing import probe
 
-    settings = settings_of("probe", f"run={old_run('mae')}", "train_images=300", "pixels=false", "device=cpu")
+    settings = settings_of("probe", f"run={old_run('mae')}", "train_images=100", "pixels=false", "device=cpu")
     assert settings.data["_target_"] == "sslvision.data.sources.embedded.open_embedded"
     settings.features_dir = str(tmp_path / "features")
     assert probe(settings, tmp_path / "probe")
