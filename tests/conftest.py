@@ -17,17 +17,18 @@ from sslvision.cli.recipes import COMMANDS
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: one thread each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A ViT of one block on the embedded images, four updates to an epoch.
+# A ViT of one block on the digits, four updates to an epoch.
 TINY = [
+    "data=digits",
     "backbone.embed_dim=32",
     "backbone.depth=1",
     "backbone.num_heads=2",
     "backbone.patch_size=8",
-    "batch_size=2500",
+    "batch_size=296",
     "epochs=2",
     "warmup_epochs=1",
-    "evaluate_images=500",
-    "knn_every_epochs=1",
+    "evaluate_images=50",
+    "knn_every_epochs=2",
     "checkpoint_every_epochs=1",
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
@@ -101,11 +102,16 @@ def train_tiny(run_tiny):
 
 
 @pytest.fixture(scope="session")
-def tiny_run(run_tiny, tmp_path_factory):
-    """The folder of a finished tiny run of MAE, to probe and to fine-tune; leave it as it is."""
+def tiny_pretraining(run_tiny, tmp_path_factory):
+    """A finished tiny run of MAE: its folder, to be left as it is, and what it returned."""
     folder = tmp_path_factory.mktemp("pretrained") / "tiny"
-    run_tiny(folder)
-    return folder
+    return folder, run_tiny(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_pretraining):
+    """Its folder, to probe and to fine-tune; leave it as it is."""
+    return tiny_pretraining[0]
 
 
 @pytest.fixture(scope="session")
@@ -146,3 +152,11 @@ def warm_command(tmp_path_factory):
         return call_warm(of, words, cwd=cwd, log=log, timeout=timeout, environment=environment)
 
     return call
+
+
+@pytest.fixture
+def warm_python(tmp_path_factory):
+    """Run Python code in such a process, where nothing has been computed yet: warm_python(code) -> what it prints."""
+    from warm_process import run_warm
+
+    return lambda code: run_warm(code, log=tmp_path_factory.mktemp("log"), environment={**os.environ, **OF_COMMANDS})

@@ -29,12 +29,31 @@ def call_warm(name, words, *, cwd, log, timeout, environment):
     return subprocess.CompletedProcess([name, *words], process.exitcode, *(stream.read_text() for stream in streams))
 
 
-def _main(name, words, cwd, streams, environment):
+def run_warm(code, *, log, environment):
+    """Run Python code in a forked process, and return what it prints. Of the package only what a run imports is imported."""
+    streams = [Path(log) / stream for stream in ("stdout", "stderr")]
+    process = CONTEXT.Process(target=_run, args=(code, streams, environment))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, streams[1].read_text()
+    return streams[0].read_text()
+
+
+def _run(code, streams, environment):
+    _redirect(streams, environment)
+    exec(code, {"__name__": "__main__"})
+
+
+def _redirect(streams, environment):
     for handle, file in enumerate(streams, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)
-    os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _main(name, words, cwd, streams, environment):
+    _redirect(streams, environment)
+    os.chdir(cwd)
     sys.argv = [f"sslvision.{name}", *words]
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
 

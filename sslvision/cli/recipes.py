@@ -1,10 +1,11 @@
 """Commands, their recipes, and the settings of a recipe with its data source, as Hydra composes them."""
 
+import copy
 import difflib
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Generic, cast
 
@@ -79,6 +80,18 @@ def compose_recipe(command: Command[Any], recipe: str | RecipeFile | None, data:
         UsageError: No such recipe or data source, or a file that is not a recipe.
         HydraException: The recipe's defaults cannot be composed.
     """
+    if isinstance(recipe, RecipeFile) or (recipe is not None and _is_path(recipe)):
+        return _compose(command, recipe, data)
+    composed = _compose_included(command, recipe, data)
+    return replace(composed, tree=copy.deepcopy(composed.tree))  # the caller's own, to change
+
+
+@functools.cache  # takes Hydra a quarter of a second, for each run of a sweep
+def _compose_included(command: Command[Any], recipe: str | None, data: str | None) -> Composed:
+    return _compose(command, recipe, data)
+
+
+def _compose(command: Command[Any], recipe: str | RecipeFile | None, data: str | None) -> Composed:
     choices, name, own, kept = [], command.name, None, OmegaConf.create()
     with _hydra() as store:
         if command.recipes:

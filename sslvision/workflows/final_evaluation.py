@@ -58,7 +58,7 @@ def export_and_evaluate(
     pictured = data.splits.test if data.splits.test is not None else evaluated.test
     if pictured is not None:
         draw_pictures(method, pictured, folder / "figures", trainer.loggers, trainer.global_step)
-    at_most = 256 if settings.dry_run else settings.evaluate_images
+    at_most = min(256, settings.evaluate_images) if settings.dry_run else settings.evaluate_images
     how = Extraction(workers=data.workers, precision=precision)
     draw_neighbors(
         method, evaluated, folder / "figures", trainer.loggers, trainer.global_step, at_most=at_most, how=how

@@ -40,6 +40,18 @@ FAMILIES = {
 }
 APART = {"EfficientViM, several maps", "PiT, only class tokens"}  # their heads do not read the last map
 each_family = pytest.mark.parametrize("kind", FAMILIES)
+# Those that differ in more than their blocks: in norms, heads, tokens, sizes and layouts.
+DIFFERENT = {
+    "ResNet",
+    "ConvNeXt",
+    "VGG, hidden layers in its head",
+    "Swin v2, channels last",
+    "DeiT with two class tokens",
+}
+DIFFERENT |= {"BEiT", "LeViT", "MaxViT", "EfficientViM, several maps", "PiT, only class tokens"}
+different_families_first = pytest.mark.parametrize(
+    "kind", [kind if kind in DIFFERENT else pytest.param(kind, marks=pytest.mark.e2e) for kind in FAMILIES]
+)
 
 
 asked = cache(options_for)
@@ -99,7 +111,7 @@ def dino(backbone, **settings):
     return DINO(backbone, **small, momentum=0.5, **settings)
 
 
-@each_family
+@different_families_first
 def test_dino_trains_it_with_local_crops_and_its_teacher_follows(kind):
     half = FAMILIES[kind][2]
     local = SIZE // 2 if half else SIZE
@@ -136,17 +148,19 @@ def test_hiding_patches_is_refused_in_words(kind):
         build(kind).encode(torch.rand(1, 3, SIZE, SIZE), torch.tensor([[0]]))
 
 
-@pytest.mark.parametrize("size", [16, 24, 32, 48, 80])
+@pytest.mark.parametrize(
+    "kind", ["MaxViT", "Swin v2, channels last", "DeiT with two class tokens", "DenseNet", "EfficientFormer"]
+)
 @torch.no_grad()
-def test_it_takes_the_sizes_that_the_network_really_reads(size):
-    for kind in ("MaxViT", "Swin v2, channels last", "DeiT with two class tokens", "DenseNet", "EfficientFormer"):
-        backbone = build(kind)
+def test_it_takes_the_sizes_that_the_network_really_reads(kind):
+    backbone = build(kind)
+    for size in (16, 24, 32, 48, 80):
         try:
             backbone(torch.rand(2, 3, size, size))
             reads = True
         except (AssertionError, RuntimeError):
             reads = False
-        assert backbone.supports_image_size(size) == reads, kind
+        assert backbone.supports_image_size(size) == reads, size
 
 
 def test_asking_leaves_weights_statistics_modes_and_random_numbers_alone():
@@ -250,7 +264,7 @@ def test_gradients_on_a_cpu_are_in_full_precision_under_autocast():
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*gradients, strict=True))
 
 
-@each_family
+@different_families_first
 def test_images_may_lie_with_channels_last(kind):
     backbone, images = build(kind).double(), torch.rand(2, 3, SIZE, SIZE, dtype=torch.float64)
     parameters = [parameter for parameter in backbone.parameters() if parameter.requires_grad]

@@ -183,9 +183,9 @@ def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command,
 
 
 def test_a_run_lends_its_data_to_those_who_name_no_others(tiny_run, settings_of):
-    assert settings_of("probe", f"run={tiny_run}").data["_target_"].endswith("open_embedded")
-    assert settings_of("probe", f"run={tiny_run}/export").data["_target_"].endswith("open_embedded")
-    assert settings_of("finetune", f"run={tiny_run}", "data=digits").data["_target_"].endswith("open_digits")
+    assert settings_of("probe", f"run={tiny_run}").data["_target_"].endswith("open_digits")
+    assert settings_of("probe", f"run={tiny_run}/export").data["_target_"].endswith("open_digits")
+    assert settings_of("finetune", f"run={tiny_run}", "data=embedded").data["_target_"].endswith("open_embedded")
     assert settings_of("probe", f"run={tiny_run}", "data.workers=3").data["workers"] == 3
 
 

@@ -48,7 +48,7 @@ def test_the_public_names_are_sorted_and_each_has_a_home():
     assert set(sslvision.__all__) == set(sslvision._HOMES)
 
 
-def test_a_commands_module_is_its_function_too():
+def test_a_commands_module_is_its_function_too(warm_python):
     """`import sslvision.pretrain` puts the module where the function was."""
     code = f"""
 import importlib, inspect, sslvision
@@ -63,7 +63,7 @@ for name in {[*COMMANDS]}:
         except Exception as error:
             print(name, type(error).__name__)
 """
-    found = [line.split() for line in run_python(code).splitlines()]
+    found = [line.split() for line in warm_python(code).splitlines()]
     assert [name for name, _ in found] == [name for name in COMMANDS for _ in range(2)]
     assert {error for _, error in found} <= {"UsageError", "DataError"}
     for name in COMMANDS:

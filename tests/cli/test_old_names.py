@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -50,11 +51,11 @@ def old_run(tmp_path):
 def test_an_old_run_resumes_and_ends_with_the_weights_it_ended_with_then(method, old_run, capsys):
     folder = old_run(method)
     settings = compose_settings([f"recipe={method}", *TINY, *OLD[method], "resume=auto"])
-    results = pretraining.pretrain(settings, folder)
+    with mock.patch.object(pretraining, "export_and_evaluate", return_value={}):
+        pretraining.pretrain(settings, folder)
     told = capsys.readouterr().err
     assert "memory is now activation_checkpointing. The old name still works" in told
     assert re.search(r"last.ckpt uses old names of settings, which still work: memory is now activation_check", told)
-    assert results["loss"] > 0
     ended = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     expected = load_file(folder / "end.safetensors")
     assert ended["global_step"] == 8
@@ -71,14 +72,17 @@ def test_the_weights_and_settings_of_an_old_run_are_read(method, old_run, capsys
     assert told["data"]["_target_"] == "sslvision.data.sources.embedded.open_embedded"
     assert f"{folder / 'config.yaml'} uses old names" in capsys.readouterr().err
     assert load_backbone(str(folder)).backbone.embed_dim == 32
-    settings = compose_settings([f"recipe={method}", *TINY, *OLD[method], f"init_from={folder}", "dry_run=true"])
+    tiny = [word for word in TINY if not word.startswith(("batch_size=", "knn_every_epochs=", "evaluate_images="))]
+    words = [f"recipe={method}", *tiny, *OLD[method], "data=digits", "batch_size=50", "knn_every_epochs=0"]
+    words += ["evaluate_images=50"]
+    settings = compose_settings([*words, f"init_from={folder}", "dry_run=true"])
     assert pretraining.pretrain(settings, folder.with_name("next"))["loss"] > 0
 
 
 def test_an_old_run_lends_its_data_and_is_probed(old_run, settings_of, tmp_path):
     from sslvision.workflows.probing import probe
 
-    settings = settings_of("probe", f"run={old_run('mae')}", "train_images=300", "pixels=false", "device=cpu")
+    settings = settings_of("probe", f"run={old_run('mae')}", "train_images=100", "pixels=false", "device=cpu")
     assert settings.data["_target_"] == "sslvision.data.sources.embedded.open_embedded"
     settings.features_dir = str(tmp_path / "features")
     assert probe(settings, tmp_path / "probe")

@@ -67,7 +67,9 @@ def outputs(model, transform, source):
     return model(torch.stack([transform(image) for image in opened(source)]))
 
 
-@pytest.mark.parametrize("kind", SIZES)
+@pytest.mark.parametrize(
+    "kind", ["exact", "mixed", "thin", *(pytest.param(kind, marks=pytest.mark.e2e) for kind in ("small", "large"))]
+)
 def test_timm_and_transformers_give_the_printed_accuracy_of_a_fine_tuned_network(kind, settings_of, tmp_path):
     root, start, run = labeled_images(tmp_path / "photos", kind), tmp_path / "start", tmp_path / "run"
     exported(start, channels=3)
@@ -98,6 +100,7 @@ def test_timm_gives_the_printed_k_nn_accuracy_of_a_pretrained_and_of_a_probed_ne
         "backbone.image_size=32",
         "batch_size=32",
         "epochs=1",
+        "evaluate_images=100",
     )
     results = run_tiny(run, *words, "warmup_epochs=0")
     model, transform = timm_transform(run / "export")

@@ -265,14 +265,16 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again_unasked(run, train_
     assert len(list((run / "checkpoints").iterdir())) == 3
 
 
-def test_every_single_flipped_bit_is_found_or_changes_nothing(tmp_path):
+@pytest.mark.parametrize("bits", ["one of each byte", pytest.param("all", marks=pytest.mark.e2e)])
+def test_every_single_flipped_bit_is_found_or_changes_nothing(bits, tmp_path):
     file = tmp_path / "last.ckpt"
     AtomicCheckpoints().save_checkpoint(state(7, size=4), file)
     whole = file.read_bytes()
-    found = 0
+    found = tried = 0
     with open(file, "r+b", buffering=0) as opened:
         for place, byte in enumerate(whole):
-            for bit in range(8):
+            for bit in range(8) if bits == "all" else [place % 8]:
+                tried += 1
                 os.pwrite(opened.fileno(), bytes([byte ^ (1 << bit)]), place)
                 try:
                     loaded = load_verified(file)
@@ -284,7 +286,7 @@ def test_every_single_flipped_bit_is_found_or_changes_nothing(tmp_path):
                     )
                     assert loaded == {"global_step": 7, "state_dict": {}, "optimizer_states": [], "sslvision": {}}
             os.pwrite(opened.fileno(), bytes([byte]), place)
-    assert found > 4 * len(whole)
+    assert found > tried / 2
     assert load_verified(file)["global_step"] == 7
 
 

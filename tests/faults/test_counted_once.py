@@ -48,9 +48,10 @@ def test_two_processes_validate_a_classifier_on_each_of_five_images_once(
 
 
 def test_two_processes_compare_features_of_each_of_five_images_once(photos, tiny_settings, tmp_path, command):
-    kept = [word for word in tiny_settings("mae") if not word.startswith("batch_size")]
+    kept = [word for word in tiny_settings("mae") if not word.startswith(("data=", "batch_size", "knn"))]
     words = (
         "recipe=mae",
+        "knn_every_epochs=1",
         *kept,
         "data=folder",
         f"data.root={photos}",

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sslvision.system.failures import explained
 from sslvision.system.torch_files import load_verified
 
 pytestmark = pytest.mark.faults
@@ -204,8 +205,23 @@ def test_when_one_of_two_processes_dies_the_other_ends_too(start, lost):
     assert saved(run.folder)["global_step"] > 0
 
 
-def test_a_disk_without_room_is_named_and_the_exit_code_is_5(tiny_settings, tmp_path):
+def test_a_disk_without_room_for_the_first_file_is_named(train_tiny, tmp_path):
     """Row 5, for other files than checkpoints: none may have more than 500 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            train_tiny(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = explained(caught.value, str(tmp_path / "run"))
+    assert told.exit_code == 5
+    assert re.search(rf"{tmp_path}/run\S* cannot be written: File too large.*[\d,]+ bytes free", str(told))
+
+
+@pytest.mark.e2e
+def test_a_disk_without_room_is_named_and_the_exit_code_is_5(tiny_settings, tmp_path):
+    """The same as a shell sees it."""
     ended = subprocess.run(
         [sys.executable, "-m", "sslvision.pretrain", "recipe=mae", *tiny_settings("mae"), "name=run"],
         cwd=tmp_path,

@@ -70,7 +70,14 @@ def test_a_method_that_a_run_names_is_not_built_and_timms_random_weights_stand_i
 
 def test_a_run_of_a_foreign_method_is_fine_tuned_without_building_it(sent, tmp_path, settings_of):
     folder = sent(method=trap(tmp_path, "booby.trap"))
-    small = ("data=digits", "epochs=0", "min_updates=1", "evaluations=1", "trainer.accelerator=cpu")
+    small = (
+        "data=digits",
+        "epochs=0",
+        "min_updates=1",
+        "evaluations=1",
+        "labels_per_class=5",
+        "trainer.accelerator=cpu",
+    )
     settings = settings_of("finetune", f"run={folder}", *small, "dry_run=true", "trainer.enable_progress_bar=false")
     assert finetune(settings, tmp_path / "tuned")["from_scratch"]
 

@@ -44,7 +44,7 @@ def files_with(secret, folder):
 
 def test_no_file_of_a_run_holds_a_secret(private, run_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", *private])
-    run_tiny(tmp_path / "run", *private, "logger=wandb", "dry_run=true")
+    run_tiny(tmp_path / "run", *private, "logger=wandb", "dry_run=true", "evaluate_images=20")
     assert list(tmp_path.rglob("*.wandb")), "W&B wrote its files too"
     assert list(tmp_path.rglob("last.ckpt"))
     (tmp_path / "private_images.py").unlink()
@@ -53,7 +53,7 @@ def test_no_file_of_a_run_holds_a_secret(private, run_tiny, tmp_path, monkeypatc
     told = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert told["data"]["api_key"] == REDACTED
     assert told["about"] == f"made with {REDACTED}"
-    assert told["batch_size"] == 2500  # what is no secret is all there
+    assert told["batch_size"] == 296  # what is no secret is all there
 
 
 def test_no_file_of_a_sweep_holds_a_secret(warm_command, tmp_path):

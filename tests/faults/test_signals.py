@@ -22,6 +22,7 @@ from sslvision.workflows import finetuning
 pytestmark = pytest.mark.faults
 
 ACCUMULATED = "trainer.accumulate_grad_batches=2"
+KNN = "knn_every_epochs=1"
 
 
 @pytest.fixture(scope="module")
@@ -103,12 +104,12 @@ def test_a_signal_stops_at_the_update_it_comes_in_and_the_resumed_run_ends_the_s
     before = {one: signal.getsignal(one) for one in stop_on_signal.handled_signals()}
     send(signum, batch=batch)
     with pytest.raises(Stopped, match=rf"{signal.Signals(signum).name}: saved at step {step} in .*last.ckpt") as end:
-        train_tiny(tmp_path / "run")
+        train_tiny(tmp_path / "run", KNN)
     assert end.value.exit_code == exit_code
     assert {one: signal.getsignal(one) for one in before} == before
     assert saved(tmp_path / "run")["global_step"] == step
-    train_tiny(tmp_path / "run", "resume=auto")
-    weights, metrics = undisturbed()
+    train_tiny(tmp_path / "run", KNN, "resume=auto")
+    weights, metrics = undisturbed(KNN)
     assert_same(saved(tmp_path / "run")["state_dict"], weights)
     assert (tmp_path / "run" / "metrics.csv").read_text() == metrics  # the k-NN at the end of an epoch too
 
@@ -228,7 +229,7 @@ def test_under_slurm_the_job_is_saved_and_requeued_and_the_same_words_go_on(
     assert asked.read_text() == "requeue 4711_3\n"
     assert not [*tmp_path.rglob("hpc_ckpt*")]  # Lightning's own way, which is not exact
     train_tiny(tmp_path / "run", "resume=auto")
-    assert_same(saved(tmp_path / "run")["state_dict"], undisturbed()[0])
+    assert_same(saved(tmp_path / "run")["state_dict"], undisturbed(KNN)[0])
 
 
 def test_a_job_that_would_not_go_on_is_not_requeued(slurm, send, train_tiny, tmp_path):

@@ -128,7 +128,7 @@ def test_training_by_replayed_steps_ends_with_the_same_weights(run_tiny, tmp_pat
     monkeypatch.setattr(lightning, "CapturedStep", Replayed)
     made, weights = Replayed.made, []
     words = ["backbone.drop_path_rate=0.2", "knn_every_epochs=0", "trainer.precision=32-true"]
-    words += [f"trainer.accumulate_grad_batches={accumulate}", "batch_size=2499"]
+    words += [f"trainer.accumulate_grad_batches={accumulate}", "batch_size=297"]
     words += ["method.warmup_teacher_temp_epochs=2", "method.teacher_temp=0.07"] if recipe == "dino" else []
     for captured in ("false", "true"):
         run_tiny(tmp_path / captured, *words, f"cuda_graphs={captured}", recipe=recipe)

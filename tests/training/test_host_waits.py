@@ -132,7 +132,14 @@ def test_the_watch_sees_nothing_in_arithmetic():
     assert not watch.found
 
 
-SMALL = ["batch_size=64", "epochs=1", "knn_every_epochs=0", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1000"]
+SMALL = [
+    "data=digits",
+    "batch_size=64",
+    "epochs=1",
+    "knn_every_epochs=0",
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1000",
+]
 BACKBONES = {
     "": ["embed_dim=32", "depth=2", "num_heads=2", "patch_size=8"],
     "_swin": ["embed_dim=16", "depths=[2,2]", "num_heads=[2,4]", "patch_size=4", "image_size=32"],

@@ -52,7 +52,7 @@ def test_a_step_finds_the_memory_that_the_one_before_it_freed():
     assert chosen < without / 2
 
 
-def test_products_of_fp32_numbers_stay_fp32_and_an_update_on_a_cpu_does_not_look_for_a_gpus_driver():
-    error, *looked = told(PRODUCT_AND_UPDATE).splitlines()
+def test_products_of_fp32_numbers_stay_fp32_and_an_update_on_a_cpu_does_not_look_for_a_gpus_driver(warm_python):
+    error, *looked = warm_python(PRODUCT_AND_UPDATE).splitlines()
     assert float(error) < 1e-3  # bf16 would be off by 0.1
     assert torch.cuda.is_available() or looked == []

@@ -42,7 +42,7 @@ FINDINGS = [
 def test_pretraining_says_what_it_leaves_out_before_the_first_step_and_scores_by_the_labels(
     photos, tiny_settings, warm_command, tmp_path
 ):
-    kept = [word for word in tiny_settings("mae") if not word.startswith(("batch_size", "epochs", "warmup"))]
+    kept = [word for word in tiny_settings("mae") if not word.startswith(("data=", "batch_size", "epochs", "warmup"))]
     words = ("recipe=mae", *kept, "epochs=1", "warmup_epochs=0", "dry_run=true", "data=folder", f"data.root={photos}")
     done = warm_command(*words, "data.workers=0", "data.holdout=0.2", "batch_size=8", "name=told", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

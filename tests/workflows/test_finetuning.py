@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from sslvision.backbones.build import build_backbone
 from sslvision.cli.recipes import FINETUNE
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.folder import open_folder
@@ -105,7 +106,7 @@ def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, 
 
     monkeypatch.setattr(finetuning, "fit_head", remember)
     monkeypatch.setattr(Supervised, "on_train_start", look)
-    finetune(tmp_path / "run", "scratch=false")
+    finetune(tmp_path / "run", "scratch=false", "labels_per_class=20")
     for fitted, begun in zip(heads["fitted"], heads["at the start"], strict=True):
         assert torch.equal(fitted, begun)
 
@@ -188,7 +189,7 @@ def test_labels_per_class_bound_what_is_learnt_and_validated_by(finetune, tmp_pa
     assert "40 for training, 10 for validation, 599 for testing" in told
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_convnext", "swin"])
+@pytest.mark.parametrize("name", ["test_resnet", pytest.param("test_convnext", marks=pytest.mark.e2e), "swin"])
 def test_other_networks_are_fine_tuned_with_their_lower_half_frozen(name, finetune, tmp_path):
     if name == "swin":
         words = ["run=swin_tiny_patch4_window7_224", "backbone.embed_dim=16", "backbone.depths=[1,1]"]
@@ -202,12 +203,22 @@ def test_other_networks_are_fine_tuned_with_their_lower_half_frozen(name, finetu
 
 
 @pytest.mark.parametrize("recipe", FINETUNE.recipes)
-def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, warm_command, tiny_run, tmp_path):
-    if recipe == "compare":
-        pytest.skip("tests/test_comparison.py")
+def test_every_recipe_is_a_classifier_of_the_runs_backbone(recipe, settings_of, tiny_run):
+    settings = settings_of("finetune", f"recipe={recipe}", f"run={tiny_run}", "data=digits")
+    assert settings.compare == (recipe == "compare")
+    with torch.device("meta"):
+        backbone = build_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8)
+        method = Supervised(backbone, classes=["a", "b"], labels=torch.tensor([0, 1], device="cpu"), **settings.method)
+    assert method.backbone.model.get_classifier().out_features == 2
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["default", *(pytest.param(name, marks=pytest.mark.e2e) for name in FINETUNE.recipes if name.startswith("mae"))],
+)  # compare: test_comparison.py
+def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, warm_command, tiny_run, tmp_path):
     words = (f"recipe={recipe}", f"run={tiny_run}", "data=digits", "batch_size=16", "dry_run=true", "name=a")
-    command = command if recipe == "default" else warm_command
-    done = command(*words, "trainer.accelerator=cpu", of="finetune", cwd=tmp_path)
+    done = warm_command(*words, "trainer.accelerator=cpu", of="finetune", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "outputs" / "a-dry-run" / "results.json").read_text())
     assert results["updates"] == 2

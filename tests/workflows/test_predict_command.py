@@ -20,7 +20,15 @@ def finetuned(tiny_run, settings_of, tmp_path_factory):
     from sslvision.workflows.finetuning import finetune
 
     folder = tmp_path_factory.mktemp("runs") / "finetuned"
-    words = (f"run={tiny_run}", "data=digits", "epochs=0", "min_updates=2", "scratch=false", "trainer.accelerator=cpu")
+    words = (
+        f"run={tiny_run}",
+        "data=digits",
+        "epochs=0",
+        "min_updates=2",
+        "scratch=false",
+        "labels_per_class=20",
+        "trainer.accelerator=cpu",
+    )
     finetune(settings_of("finetune", *words, "trainer.enable_progress_bar=false"), folder, words)
     return folder
 

@@ -12,22 +12,27 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from sslvision.backbones.swin import Swin
+from sslvision.backbones.vit import ViT
+from sslvision.cli.compose import compose_settings
 from sslvision.cli.recipes import PRETRAIN
 from sslvision.errors import DataError, Diverged, UsageError
+from sslvision.methods.dino import DINO
+from sslvision.methods.mae import MAE
+from sslvision.workflows.pretraining import method_from_settings
 
 
-@pytest.fixture(scope="module")
-def finished(run_tiny, tmp_path_factory):
+@pytest.fixture
+def finished(tiny_pretraining):
     """A finished tiny run: its folder and what it returned."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    return folder, run_tiny(folder)
+    return tiny_pretraining
 
 
 @pytest.fixture(scope="module")
 def finished_dino(run_tiny, tmp_path_factory):
     """The same of DINO."""
     folder = tmp_path_factory.mktemp("runs") / "finished_dino"
-    return folder, run_tiny(folder, recipe="dino")
+    return folder, run_tiny(folder, "knn_every_epochs=1", recipe="dino")
 
 
 def table(file):
@@ -46,7 +51,7 @@ def test_the_run_folder_explains_itself(finished):
     for name in ("knn_top1", "linear_top1", "untrained_knn_top1", "untrained_linear_top1", "pixels_knn_top1"):
         assert 0 <= written[name] <= 100
     settings = yaml.safe_load((folder / "config.yaml").read_text())
-    assert settings["batch_size"] == 2500
+    assert settings["batch_size"] == 296
     assert settings["method"]["mask_ratio"] == 0.75
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["torch"] == torch.__version__.split("+")[0] or environment["packages"]["torch"]
@@ -160,19 +165,19 @@ def test_a_backbone_to_start_from_is_the_students_and_the_teachers(finished_dino
         assert torch.allclose(state[f"{whose}.backbone.model.blocks.0.mlp.fc1.weight"], weight, atol=1e-8)
 
 
-def test_a_used_folder_is_refused_and_emptied_only_if_it_is_a_runs(finished, run_tiny, tmp_path):
+def test_a_used_folder_is_refused_and_emptied_only_if_it_is_a_runs(finished, train_tiny, tmp_path):
     used = tmp_path / "used"
     shutil.copytree(finished[0], used)
     (used / "old.txt").write_text("of the run before")
     with pytest.raises(UsageError, match=r"in use.*overwrite=true"):
-        run_tiny(used)
-    run_tiny(used, "overwrite=true", "epochs=1")
+        train_tiny(used)
+    train_tiny(used, "overwrite=true", "epochs=1")
     assert not (used / "old.txt").exists()
     private = tmp_path / "private"
     private.mkdir()
     (private / "thesis.txt").write_text("dear")
     with pytest.raises(UsageError, match="not a run folder"):
-        run_tiny(private, "overwrite=true")
+        train_tiny(private, "overwrite=true")
     assert (private / "thesis.txt").exists()
 
 
@@ -198,8 +203,8 @@ def test_gradients_are_clipped_if_asked_in_any_precision(precision, train_tiny, 
 
 
 def test_fewer_images_than_a_batch_are_refused_before_the_folder_is_made(run_tiny, tmp_path):
-    with pytest.raises(DataError, match=r"10000 images.*batch of 20000"):
-        run_tiny(tmp_path / "run", "batch_size=20000")
+    with pytest.raises(DataError, match=r"1198 images.*batch of 2000"):
+        run_tiny(tmp_path / "run", "batch_size=2000")
     assert not (tmp_path / "run").exists()
 
 
@@ -282,18 +287,39 @@ def test_labeled_images_beside_an_unlabeled_training_set_give_scores_on_the_way_
 
 
 @pytest.mark.parametrize("recipe", PRETRAIN.recipes)
-def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, command, warm_command, tmp_path):
-    command = command if recipe in ("mae", "dino") else warm_command
+def test_every_recipe_is_a_method_on_a_backbone_of_the_size_it_says(recipe):
+    given = ["data.root=photos"] if recipe.endswith("in1k") else []
+    settings = compose_settings([f"recipe={recipe}", *given])
+    with torch.device("meta"):
+        method = method_from_settings(settings)
+    backbone = method.pretrained()
+    assert backbone.image_size == (settings.backbone["image_size"],) * 2
+    assert isinstance(backbone, Swin if "swin" in recipe else ViT)
+    assert isinstance(method, MAE if recipe.startswith("mae") else DINO)
+    assert method.crops[0].size == settings.backbone["image_size"]
+    millions = round(sum(parameter.numel() for parameter in backbone.parameters()) / 1e6)
+    of_paper = {"vits16": 22, "vitb16": 86, "vitl16": 303, "swint": 28}  # without the head of 1,000 classes
+    assert not given or millions == of_paper[next(name for name in of_paper if name in recipe)]
+
+
+# The others begin, train and end with the same code.
+QUICK = ("mae", "dino", "mae_swin", "dino_vits16_in1k")
+
+
+@pytest.mark.parametrize(
+    "recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.e2e) for name in PRETRAIN.recipes]
+)
+def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, warm_command, tmp_path):
     photographs(tmp_path / "images" / "train", count=16, broken=0)
     photographs(tmp_path / "images" / "val", count=6, broken=0)
-    small = ["backbone.embed_dim=32", "batch_size=8", "evaluate_images=200"]
+    small = ["backbone.embed_dim=32", "batch_size=8", "evaluate_images=50"]
     swin = "swin" in recipe
     stages = 4 if recipe.endswith("in1k") else 2
     small += [f"backbone.depths={[1] * stages}", f"backbone.num_heads={[2] * stages}"] if swin else []
     small += [] if swin else ["backbone.depth=1", "backbone.num_heads=2"]
     small += {"mae": ["decoder_depth=1"], "dino": ["prototypes=64", "hidden=32"]}[recipe.split("_")[0]]
     folder = [f"data.root={tmp_path / 'images'}", "data.workers=0"] if recipe.endswith("in1k") else []
-    done = command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)
+    done = warm_command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "linear probe" in done.stdout
     results = json.loads((tmp_path / "run-dry-run" / "results.json").read_text())
@@ -354,7 +380,7 @@ def test_two_processes_and_two_accumulated_batches_train_as_one(recipe, command,
     done = command(*words, *tiny_settings(recipe), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("global batch") == 1
-    assert "1250 x 2 device(s)" in done.stdout
+    assert "148 x 2 device(s)" in done.stdout
     one, *others = (checkpoint_of(tmp_path / name)["state_dict"] for name in ("one", "two", "accumulated"))
     for name, value in one.items():
         assert value.dtype == torch.float64

@@ -12,32 +12,50 @@ from sslvision.evaluation.knn import knn_top
 from sslvision.evaluation.linear_probe import linear_probe
 
 
-@pytest.fixture
-def probe(settings_of, tmp_path):
-    """Probe a run: probe("run=...", ...) -> results."""
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of results and features."""
+    return tmp_path_factory.mktemp("probed")
 
-    def run(*words):
+
+@pytest.fixture(scope="module")
+def probe(settings_of, folder):
+    """Probe a run: probe("run=...", ..., into="results") -> results."""
+
+    def run(*words, into="results"):
         from sslvision.workflows.probing import probe
 
-        given = (*words, f"features_dir={tmp_path / 'features'}")
-        return probe(settings_of("probe", *given), tmp_path / "results", words)
+        given = (*words, f"features_dir={folder / 'features'}")
+        return probe(settings_of("probe", *given), folder / into, words)
 
     return run
 
 
+@pytest.fixture(scope="module")
+def of_all_digits(probe, tiny_run):
+    """The results of the tiny run on all digits, and a folder with them."""
+    return probe(f"run={tiny_run}", "data=digits", "k=[10,20]", into="all")
+
+
+@pytest.fixture(scope="module")
+def of_some_digits(probe, tiny_run):
+    """The results on 300 of the training images."""
+    return probe(f"run={tiny_run}", "data=digits", "train_images=300", "batch_size=64", into="some")
+
+
 def test_a_run_is_probed_on_its_own_images_unless_others_are_named(probe, tiny_run):
-    own = probe(f"run={tiny_run}", "train_images=300")
-    assert (own["train_images"], own["test_images"]) == (300, 2000)
-    digits = probe(f"run={tiny_run}", "data=digits")
-    assert (digits["train_images"], digits["test_images"]) == (1198, 599)
+    own = probe(f"run={tiny_run}", "train_images=100", "pixels=false")
+    assert (own["train_images"], own["test_images"]) == (100, 599)
+    others = probe(f"run={tiny_run}", "data=embedded", "train_images=100", "pixels=false")
+    assert (others["train_images"], others["test_images"]) == (100, 2000)
 
 
-def test_the_scores_are_those_of_the_frozen_features(probe, tiny_run, tmp_path):
+def test_the_scores_are_those_of_the_frozen_features(of_all_digits, folder, tiny_run):
     from sslvision.backbones.load import load_backbone
     from sslvision.evaluation.features import extract_features
     from sslvision.nn.normalize import Normalize
 
-    found = probe(f"run={tiny_run}", "data=digits", "k=[10,20]")
+    found = of_all_digits
     loaded, (train, test, *_) = load_backbone(tiny_run), open_digits()
     normalize = Normalize(loaded.mean, loaded.std)
     features = [extract_features(loaded.backbone, normalize, source, range(len(source)))[1] for source in (train, test)]
@@ -45,17 +63,17 @@ def test_the_scores_are_those_of_the_frozen_features(probe, tiny_run, tmp_path):
     assert found["knn"]["20"]["top1"] == pytest.approx(knn_top(*labeled, k=20)[0], abs=0.2)
     assert found["linear"]["top1"] == pytest.approx(linear_probe(*labeled).top1, abs=0.4)
     assert found["linear"]["top1"] > 50
-    written = json.loads((tmp_path / "results" / "results.json").read_text())
+    written = json.loads((folder / "all" / "results.json").read_text())
     assert written == found
     assert set(written["linear"]["per_class"]) == set("0123456789")
     low, high = written["linear"]["top1_interval"]
     assert low < written["linear"]["top1"] < high
-    assert (tmp_path / "results" / "confusion.png").stat().st_size > 10_000
+    assert (folder / "all" / "confusion.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("protocol", ["mae", "dino"])
 def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protocol, probe, tiny_run):
-    words = (f"run={tiny_run}", "data=digits", f"protocol={protocol}", "train_images=200")
+    words = (f"run={tiny_run}", "data=digits", f"protocol={protocol}", "train_images=200", "pixels=false")
     found = probe(*words)["linear"]
     assert found["protocol"] == protocol
     assert any("whole image once" in deviation for deviation in found["deviations"])
@@ -64,30 +82,30 @@ def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protoc
     assert any("2 random crops" in deviation for deviation in several["deviations"])
 
 
-def test_features_are_computed_once_and_batches_change_no_score(probe, tiny_run, monkeypatch):
-    words = (f"run={tiny_run}", "data=digits", "train_images=300")
-    first = probe(*words, "batch_size=64")
+def test_features_are_computed_once_and_batches_change_no_score(of_some_digits, probe, tiny_run, monkeypatch):
     from sslvision.backbones.vit import ViT
 
     def refuse(*_):
         raise AssertionError("features are computed again")
 
     monkeypatch.setattr(ViT, "forward", refuse)
-    again = probe(*words, "batch_size=1000")
-    assert {**again, "seconds": 0} == {**first, "seconds": 0}
+    again = probe(f"run={tiny_run}", "data=digits", "train_images=300", "batch_size=1000")
+    assert {**again, "seconds": 0} == {**of_some_digits, "seconds": 0}
 
 
-def test_the_same_network_untrained_is_another_one(probe, tiny_run):
-    words = (f"run={tiny_run}", "data=digits")
-    untrained, trained = probe(*words, "pretrained=false"), probe(*words)
+def test_the_same_network_untrained_is_another_one(of_all_digits, of_some_digits, probe, tiny_run):
+    trained = of_some_digits
+    untrained = probe(f"run={tiny_run}", "data=digits", "train_images=300", "pretrained=false")
     assert "before pretraining" in untrained["weights"]
     assert untrained["knn"] != trained["knn"]
     assert untrained["pixels"] == trained["pixels"]
-    assert trained["pixels"]["knn_top1"] == pytest.approx(95.3, abs=0.2)  # of all 1,198 digits
+    assert of_all_digits["pixels"]["knn_top1"] == pytest.approx(95.3, abs=0.2)  # of all 1,198 digits
 
 
 def test_any_timm_model_is_probed_by_its_name(probe):
-    found = probe("run=test_vit", "pretrained=false", "data=digits", "backbone.image_size=32", "train_images=200")
+    found = probe(
+        "run=test_vit", "pretrained=false", "data=digits", "backbone.image_size=32", "train_images=200", "pixels=false"
+    )
     assert found["weights"] == "random"
     assert found["train_images"] == 200
 

@@ -13,6 +13,7 @@ from sslvision.training.callbacks.health import Health
 
 # 156 updates on the embedded images, enough for either collapse.
 QUICK = [
+    "data=embedded",
     "batch_size=128",
     "epochs=2",
     "warmup_epochs=0.2",
