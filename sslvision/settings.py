@@ -1,7 +1,7 @@
 """The settings of every command: names, defaults, and their lines in --help. cli/check_settings.py checks keys and types."""
 
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -52,6 +52,26 @@ FACTORY = {
 LARGEST_IMAGE = 16_384  # pixels per side
 
 
+def height_and_width(size: int | Sequence[int], key: str = "image_size") -> tuple[int, int]:
+    """Return height and width in pixels of a `size`: the side of a square, or both. Raises UsageError if it is impossible."""
+    height: Any
+    width: Any
+    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+    for name, side in (("height", height), ("width", width)):
+        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
+            which = "" if side is size else f"; its {name} is {side}"
+            raise UsageError(
+                f"{key}={size} must be a whole number of pixels from 1 to {LARGEST_IMAGE:,}, the side of a square, or two of "
+                f"them, [height,width]{which}."
+            )
+    return height, width
+
+
+def shortest(size: tuple[int, int]) -> int | tuple[int, int]:
+    """Return a height and width as settings, files and timm have them: a square's side as one number."""
+    return size[0] if size[0] == size[1] else size
+
+
 def check_backbone(options: Mapping[str, Any]) -> None:
     """Check the settings of a backbone that need no model to be checked.
 
@@ -68,12 +88,8 @@ def check_backbone(options: Mapping[str, Any]) -> None:
     if instead:
         shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
         raise UsageError(f"These are arguments of timm.create_model and not options of a model. {shown}.")
-    size = options.get("image_size")
-    for side in size if isinstance(size, list | tuple) else [] if size is None else [size]:
-        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
-            raise UsageError(
-                f"backbone.image_size={size} must be a whole number of pixels from 1 to {LARGEST_IMAGE:,}."
-            )
+    if options.get("image_size") is not None:
+        height_and_width(options["image_size"], "backbone.image_size")
 
 
 _BACKBONE = "sslvision.backbones.build.build_backbone"
@@ -90,18 +106,14 @@ class Pretrain:
     """All settings of a pretraining run."""
 
     sections: ClassVar[Sections] = {"method": None, "backbone": _BACKBONE, "data": None, "trainer": _TRAINER}
-    elsewhere: ClassVar[tuple[str, ...]] = (
-        "backbone",
-        "lr",
-        "mean",
-        "std",
-        "seed",
-    )  # parameters that other settings give
+    # Parameters that other settings give.
+    elsewhere: ClassVar[tuple[str, ...]] = ("backbone", "lr", "mean", "std", "seed")
 
     method: dict[str, Any] = _option({}, "settings of the method; mask_ratio=0.6 is short for method.mask_ratio=0.6")
     backbone: dict[str, Any] = _option(
         {},
-        "name (any timm model; for MAE a ViT or Swin), image_size, pool, and any timm option: patch_size, depth, ...",
+        "name (any timm model; for MAE a ViT or Swin), image_size (side, or [height,width]), pool, and any timm option: "
+        "patch_size, depth, ...",
     )
     data: dict[str, Any] = _option(
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
@@ -161,6 +173,8 @@ class Pretrain:
                 "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
             )
         check_backbone(self.backbone)
+        if (size := self.backbone.get("image_size")) is not None:  # [s,s] is s, for a run to be resumed with either
+            self.backbone = {**self.backbone, "image_size": shortest(height_and_width(size))}
 
     @property
     def peak_lr(self) -> float:
@@ -195,7 +209,8 @@ class Probe:
         None, "protocol dino: number of last blocks whose class tokens are used (default: 4; for ViT-B and larger 1)"
     )
     pixels: bool = _option(
-        True, "also measure raw 32x32 pixels, on at most 10,000 images: the score that features must beat"
+        True,
+        "also measure raw pixels (32x32, or as many in the shape of the images), on at most 10,000 images: the score to beat",
     )
     train_images: int = _option(0, "maximum number of training images, drawn at random (0: all)")
     seed: int = _option(0, "random seed for drawing images, order and crops")

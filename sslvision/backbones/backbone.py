@@ -78,10 +78,26 @@ class Backbone(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compile repeated blocks on their first call, see nn/compilation.py. Parameter names do not change."""
 
-    def supports_image_size(self, size: int) -> bool:
-        """Return whether square images with this side can be encoded, such as DINO's local crops."""
-        return size > 0 and size % self.stride == 0
+    def supports_image_size(self, size: tuple[int, int]) -> bool:
+        """Return whether images of this height and width can be encoded, such as DINO's local crops."""
+        return not indivisible(size, self.stride)
 
     def forward(self, *images: Tensor) -> Tensor:
         """Return features (B, D) of normalized images (B, C, H, W), given as one tensor for each size."""
         return torch.cat([self.pool(self.encode(one)) for one in images])
+
+
+def indivisible(size: tuple[int, int], unit: int) -> str:
+    """Return which sides of a size are not multiples of `unit`, and the nearest that are, as the end of a sentence; or ""."""
+    names = ("side",) if size[0] == size[1] else ("height", "width")
+    found = []
+    for name, side in zip(names, size, strict=False):
+        near = [str(multiple) for multiple in (side - side % unit, side - side % unit + unit) if multiple]
+        if side % unit:
+            found.append(f"the {name} {side} (nearest: {' or '.join(near)})")
+    return f", unlike {' and '.join(found)}" if found else ""
+
+
+def written(size: tuple[int, int]) -> str:
+    """Return a height and width as they are written on a command line."""
+    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

@@ -40,7 +40,7 @@ class Pictures(Callback):
 def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:
     """Write the method's pictures of some held-out images, spread over the source, and send them to the loggers."""
     indices = torch.linspace(0, len(source) - 1, min(IMAGES, len(source))).long().tolist()
-    _, images = next(iter(evaluation_loader(source, method.crops[0].size, indices)))
+    _, images = next(iter(evaluation_loader(source, method.crops[0].shape, indices)))
     if not len(images):
         return
     was_training = method.training
