@@ -173,8 +173,9 @@ class Pretrain:
                 "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
             )
         check_backbone(self.backbone)
-        if (size := self.backbone.get("image_size")) is not None:  # [s,s] is s, for a run to be resumed with either
-            self.backbone = {**self.backbone, "image_size": shortest(height_and_width(size))}
+        if self.backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
+            size = height_and_width(self.backbone["image_size"])
+            self.backbone = {**self.backbone, "image_size": size[0] if size[0] == size[1] else [*size]}
 
     @property
     def peak_lr(self) -> float:

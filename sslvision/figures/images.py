@@ -20,13 +20,13 @@ CELL = 160  # pixels: small images are enlarged by an integer factor to at least
 def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figure:
     """Return a grid of images with a row for each and a column for each output, in two groups side by side.
 
-    Images twice as wide as high, or wider, are in one group, those twice as high in four.
+    Images three times as wide as high, or wider, are in one group, those twice as high in four.
 
     `columns` are (heading, images) with images (N, C, H, W) in 0..1 of the same N, H and W; N = 16 fills a page. Other values
     are clipped, and NaN is drawn in gray. Of more than three channels the first three are drawn, of two the first.
     """
     rows = np.stack([_drawable(images) for _, images in columns], axis=1)  # (N, columns, H, W, 3)
-    wide, tall = rows.shape[3] >= 2 * rows.shape[2], rows.shape[2] >= 2 * rows.shape[3]
+    wide, tall = rows.shape[3] >= 3 * rows.shape[2], rows.shape[2] >= 2 * rows.shape[3]
     groups = min(1 if wide else 4 if tall else 2, len(rows))
     canvas, column_centers = _canvas(rows, groups)
     px_height, px_width = canvas.shape[:2]

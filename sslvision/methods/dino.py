@@ -56,7 +56,7 @@ class DINO(Method):
         clip_gradient: Largest norm of each parameter's gradient; 0 for no clipping.
         global_scale, local_scale: Share of the image's area that a global and a local crop covers.
         local_crops: Number of local crops.
-        local_size: Their side in pixels, for squares whatever the shape of the images, or [height, width].
+        local_size: Side of local crops in pixels, which are squares whatever the shape of the images; or [height, width].
         jitter, gray: Probabilities of color jitter and of grayscale.
         jitter_strength: See Photometry.
         blur: Probabilities of blurring the first global crop, the second one, and local crops.
