@@ -107,8 +107,10 @@ def test_a_rectangular_run_is_probed_fine_tuned_and_labels_images(dry_run, photo
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     images = [transform(Image.open(photos / "val" / row["image"]).convert("RGB")) for row in rows]
     with torch.no_grad():
-        best = model(torch.stack(images)).softmax(dim=1).amax(dim=1)
-    assert [float(row["probability"]) for row in rows] == pytest.approx(best.tolist(), abs=1e-4)
+        best = model(torch.stack(images)).softmax(dim=1).max(dim=1)
+    assert [row["label"] for row in rows] == [("left", "top")[place] for place in best.indices]
+    # Pillow and torch resample to levels that may differ by one.
+    assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=0.005)
 
 
 def test_a_run_on_squares_is_resumed_with_both_sides_given(train_tiny, tmp_path):
