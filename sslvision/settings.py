@@ -1,7 +1,8 @@
 """The settings of every command: names, defaults, and their lines in --help. cli/check_settings.py checks keys and types."""
 
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
 
@@ -49,37 +50,16 @@ FACTORY = {
     "in_chans": "data.channels",
     "num_classes": "nothing: methods have heads of their own, and fine-tuning makes one for the classes of the data",
 }
-LARGEST_IMAGE = 16_384  # pixels per side
-
-
-def height_and_width(size: int | Sequence[int], key: str = "image_size") -> tuple[int, int]:
-    """Return height and width in pixels of a `size`: the side of a square, or both. Raises UsageError if it is impossible."""
-    height: Any
-    width: Any
-    height, width = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
-    for name, side in (("height", height), ("width", width)):
-        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
-            which = "" if side is size else f"; its {name} is {side}"
-            raise UsageError(
-                f"{key}={size} must be a whole number of pixels from 1 to {LARGEST_IMAGE:,}, the side of a square, or two of "
-                f"them, [height,width]{which}."
-            )
-    return height, width
-
-
-def shortest(size: tuple[int, int]) -> int | tuple[int, int]:
-    """Return a height and width as settings, files and timm have them: a square's side as one number."""
-    return size[0] if size[0] == size[1] else size
 
 
 def check_backbone(options: Mapping[str, Any]) -> None:
     """Check the settings of a backbone that need no model to be checked.
 
     Args:
-        options: `image_size`, and options of the timm model.
+        options: Options of the timm model.
 
     Raises:
-        UsageError: An argument of timm's factory, which would load weights or wrap the model; an impossible image size.
+        UsageError: An argument of timm's factory, which would load weights or wrap the model.
     """
     instead: dict[str, list[str]] = {}
     for key in options:
@@ -88,8 +68,6 @@ def check_backbone(options: Mapping[str, Any]) -> None:
     if instead:
         shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
         raise UsageError(f"These are arguments of timm.create_model and not options of a model. {shown}.")
-    if options.get("image_size") is not None:
-        height_and_width(options["image_size"], "backbone.image_size")
 
 
 _BACKBONE = "sslvision.backbones.build.build_backbone"
@@ -119,6 +97,10 @@ class Pretrain:
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
     )
     epochs: int = _option(100, "passes over the training images")
+    budget: str | None = _option(
+        None,
+        "time for training, such as 90s, 30m, 2h or 3d, instead of epochs: the updates that fill it are measured first",
+    )
     batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
     base_lr: float = _option(
         1.5e-4, "learning rate per 256 images: the peak learning rate is base_lr x batch_size / 256"
@@ -142,6 +124,9 @@ class Pretrain:
     )
     knn_every_epochs: int = _option(
         10, "epochs between measurements of k-NN accuracy and RankMe, with figures, during training (0: never)"
+    )
+    probe_data: str | None = _option(
+        None, "folder of labeled images that the features are evaluated on, if the training images have no labels"
     )
     health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when training has collapsed")
     max_skipped: int = _option(
@@ -168,19 +153,25 @@ class Pretrain:
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
                 raise UsageError(f"The recipe names no {section}: give {section}._target_, as the included recipes do.")
-        if "name" not in self.backbone:
+        if "name" not in self.backbone and self.init_from is None:
             raise UsageError(
-                "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
+                "The recipe names no backbone: give backbone.name, any timm model such as vit_small_patch16_224, or init_from, "
+                "weights whose backbone is used."
             )
+        if self.budget is not None and not self.budget_seconds:
+            raise UsageError(f"budget={self.budget} must be a time above 0, such as 90s, 30m, 2h or 3d.")
         check_backbone(self.backbone)
-        if self.backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
-            size = height_and_width(self.backbone["image_size"])
-            self.backbone = {**self.backbone, "image_size": size[0] if size[0] == size[1] else [*size]}
 
     @property
     def peak_lr(self) -> float:
         """Return the peak learning rate of the global batch."""
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Return the budget in seconds; None without one, or for what is no time."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget or "")
+        return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
-from sslvision.settings import height_and_width, shortest
+from sslvision.nn.image_size import height_and_width, shortest
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
 CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models

@@ -1,7 +1,7 @@
 """The contract between a method and a backbone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import count_batches_once
+from sslvision.nn.image_size import height_and_width, indivisible, written
 
 
 class Backbone(nn.Module, ABC):
@@ -82,22 +83,16 @@ class Backbone(nn.Module, ABC):
         """Return whether images of this height and width can be encoded, such as DINO's local crops."""
         return not indivisible(size, self.stride)
 
+    def check_image_size(self, size: int | Sequence[int], key: str) -> tuple[int, int]:
+        """Return height and width of a size that a user gives under `key`. Raises UsageError if it cannot be encoded."""
+        shape = height_and_width(size, key)
+        if not self.supports_image_size(shape):
+            raise UsageError(
+                f"{key}={size} is not a size that this backbone reads: give {key}={written(self.image_size)}, or for ViT and "
+                f"Swin any multiple of {self.stride}{indivisible(shape, self.stride)}."
+            )
+        return shape
+
     def forward(self, *images: Tensor) -> Tensor:
         """Return features (B, D) of normalized images (B, C, H, W), given as one tensor for each size."""
         return torch.cat([self.pool(self.encode(one)) for one in images])
-
-
-def indivisible(size: tuple[int, int], unit: int) -> str:
-    """Return which sides of a size are not multiples of `unit`, and the nearest that are, as the end of a sentence; or ""."""
-    names = ("side",) if size[0] == size[1] else ("height", "width")
-    found = []
-    for name, side in zip(names, size, strict=False):
-        near = [str(multiple) for multiple in (side - side % unit, side - side % unit + unit) if multiple]
-        if side % unit:
-            found.append(f"the {name} {side} (nearest: {' or '.join(near)})")
-    return f", unlike {' and '.join(found)}" if found else ""
-
-
-def written(size: tuple[int, int]) -> str:
-    """Return a height and width as they are written on a command line."""
-    return str(size[0]) if size[0] == size[1] else f"[{size[0]},{size[1]}]"

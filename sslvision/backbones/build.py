@@ -14,7 +14,8 @@ from sslvision.backbones.dense import Dense, options_for
 from sslvision.backbones.swin import Swin
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
-from sslvision.settings import check_backbone, height_and_width, shortest
+from sslvision.nn.image_size import height_and_width, shortest
+from sslvision.settings import check_backbone
 
 
 def build_backbone(

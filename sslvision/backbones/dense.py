@@ -15,10 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sslvision.backbones.backbone import Backbone, written
+from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.nn.compilation import compiled
-from sslvision.settings import shortest
+from sslvision.nn.image_size import shortest, written
 
 # B images, L indices of the output map, P class and register tokens, D channels of a token, F of a feature
 

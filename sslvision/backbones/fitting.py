@@ -13,9 +13,8 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.released import OF_VIT, find_network, network_under, vit_arguments
 from sslvision.errors import UsageError
 
-Grids = Mapping[
-    str, tuple[int, int]
-]  # rows and columns that position embeddings and bias tables are for, by tensor name
+# Rows and columns that position embeddings and bias tables are for, by tensor name.
+Grids = Mapping[str, tuple[int, int]]
 
 
 def load_fitting(module: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:

@@ -19,8 +19,8 @@ from sslvision.backbones.fitting import Grids, check_fit, grids_of, load_fitting
 from sslvision.backbones.released import part_of, read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
-from sslvision.settings import height_and_width, shortest
 
 OF_METHODS = (
     "teacher.backbone.model.",
@@ -120,6 +120,26 @@ def load_backbone(
         f", made for {source.image_size[0]}x{source.image_size[1]} pixels" if size != source.image_size else ""
     )
     return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
+
+
+def backbone_of_weights(where: str | Path) -> dict[str, Any]:
+    """Return the arguments of build_backbone for the model that weights belong to: name, image_size, and others.
+
+    Args:
+        where: As in `load_backbone`.
+
+    Raises:
+        UsageError: `where` is nothing that a backbone can be loaded from.
+    """
+    source = _find(where, pretrained=True, heads=None, image_size=None)
+    own = {"in_chans", "num_classes", "fc_norm", "global_pool", *size_options(source.name, source.image_size)}
+    options = {key: value for key, value in source.arguments.items() if key not in own}
+    pool = source.arguments.get("global_pool")
+    return {
+        "name": source.name,
+        "image_size": shortest(source.image_size),
+        **({"pool": pool} if pool in ("token", "avg") else {}),
+    } | options
 
 
 def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:

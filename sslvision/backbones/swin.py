@@ -6,11 +6,12 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslvision.backbones.backbone import Backbone, indivisible
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.vit import init_transformer
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.image_size import indivisible
 from sslvision.nn.patches import gather_patches, patchify
 from sslvision.nn.windows import (
     SafeWindowAttention,

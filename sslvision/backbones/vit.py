@@ -8,12 +8,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sslvision.backbones.backbone import Backbone, indivisible
+from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
 from sslvision.nn.autocast import to_autocast_dtype
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.image_size import indivisible
 from sslvision.nn.patches import gather_patches, gather_tokens, patchify
 from sslvision.nn.position import sincos_position
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 
 Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
@@ -18,10 +19,10 @@ Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
     "max_epochs": "epochs",
-    "max_steps": "epochs (or dry_run=true)",
+    "max_steps": "epochs or budget (or dry_run=true)",
     "min_epochs": "epochs",
     "min_steps": "epochs",
-    "max_time": "epochs",
+    "max_time": "budget",
     "fast_dev_run": "dry_run=true",
     "overfit_batches": "a smaller data set",
     "limit_train_batches": "epochs, or a smaller data set",
@@ -55,6 +56,10 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     for section, values in sections.items():
         for key in [key for key in values if key in known[section]]:
             values[key] = fit(f"{section}.{key}" if section else key, values[key], known[section][key])
+    backbone = sections.get("backbone", {})
+    if backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
+        height, width = height_and_width(backbone["image_size"], "backbone.image_size")
+        backbone["image_size"] = height if height == width else [height, width]
     return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
 
 

@@ -20,8 +20,8 @@ from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source
 from sslvision.errors import UsageError
 from sslvision.nn.compilation import force_eager
+from sslvision.nn.image_size import shortest
 from sslvision.nn.normalize import Normalize
-from sslvision.settings import shortest
 
 Progress = Callable[[int, int], None]  # images done and all images, over all processes
 

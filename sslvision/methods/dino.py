@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from sslvision.augment.color import Photometry, apply_photometry, draw_photometry, recolor, solarize_and_normalize
 from sslvision.augment.crops import Crop
 from sslvision.augment.randomness import ImageRandom
-from sslvision.backbones.backbone import Backbone, indivisible, written
+from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.released import part_of, released_dino, vit_like
 from sslvision.backbones.visualize import visualize_features
 from sslvision.data.batch import Batch
@@ -34,7 +34,6 @@ from sslvision.methods.dino_head import DINOHead
 from sslvision.nn.ema import batch_statistics, update_ema
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.optim.schedules import cosine_by_step
-from sslvision.settings import height_and_width
 
 COLLAPSED = 0.1  # nats of mutual information below which the teacher's outputs are as good as the same for all images
 SPREAD = 0.75  # of ln K: the entropy above which a collapse is uniform; below it, on few prototypes
@@ -55,8 +54,7 @@ class DINO(Method):
         freeze_prototypes_epochs: Epochs in which the prototypes are not updated.
         clip_gradient: Largest norm of each parameter's gradient; 0 for no clipping.
         global_scale, local_scale: Share of the image's area that a global and a local crop covers.
-        local_crops: Number of local crops.
-        local_size: Side of local crops in pixels, which are squares whatever the shape of the images; or [height, width].
+        local_crops, local_size: Number of local crops, and their side in pixels (squares of images of any shape), or [h, w].
         jitter, gray: Probabilities of color jitter and of grayscale.
         jitter_strength: See Photometry.
         blur: Probabilities of blurring the first global crop, the second one, and local crops.
@@ -65,6 +63,7 @@ class DINO(Method):
         lr, min_lr, warmup_epochs: Peak and final learning rate of the whole batch, and epochs of linear warm-up.
         weight_decay, weight_decay_end, betas: Weight decay of AdamW at the start and at the end, and its betas.
         optimizer, optimizer_options: Any other timm optimizer by name, and its options. See Method.
+        freeze_backbone_epochs: Epochs in which the head alone is updated. See Method.
         mean, std: Pixel statistics per channel, on the scale 0..1.
         seed: Seed for crops and augmentations.
 
@@ -100,10 +99,10 @@ class DINO(Method):
         student_temp: float = 0.1,
         warmup_teacher_temp: float = 0.04,
         teacher_temp: float = 0.04,
-        warmup_teacher_temp_epochs: int = 0,
+        warmup_teacher_temp_epochs: float = 0,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
-        freeze_prototypes_epochs: int = 1,
+        freeze_prototypes_epochs: float = 1,
         clip_gradient: float = 3.0,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
@@ -123,6 +122,7 @@ class DINO(Method):
         betas: tuple[float, float] = (0.9, 0.999),
         optimizer: str = "adamw",
         optimizer_options: Mapping[str, Any] | None = None,
+        freeze_backbone_epochs: float = 0.0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
@@ -133,8 +133,9 @@ class DINO(Method):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
         local_shape = check_local_crops(backbone, local_crops, local_size)
         crops = [Crop(backbone.image_size, global_scale)] * 2 + [Crop(local_shape, local_scale)] * local_crops
-        chosen: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options}
-        super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed, **chosen)
+        common: dict[str, Any] = {"mean": mean, "std": std, "betas": betas, "seed": seed}
+        common |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        super().__init__(crops=crops, freeze_backbone_epochs=freeze_backbone_epochs, **common)
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}
         view = partial(Photometry, **color, blur_sigma=blur_sigma)
@@ -146,7 +147,6 @@ class DINO(Method):
         self.schedule_lr = partial(cosine_by_step, start=lr, end=min_lr)
         self.schedule_weight_decay = partial(cosine_by_step, start=weight_decay, end=weight_decay_end)
         self.schedule_momentum = partial(cosine_by_step, start=momentum, end=1.0)
-
         head = DINOHead(
             backbone.embed_dim,
             prototypes,
@@ -241,7 +241,8 @@ class DINO(Method):
         """Return the teacher's temperature: linear over the warm-up epochs, constant within an epoch."""
         start, end, epochs = self.teacher_temps
         epoch = int(clock.epoch)
-        return start + (end - start) * epoch / max(epochs - 1, 1) if epoch < epochs else end
+        last = max(epochs - 1, 1)
+        return start + (end - start) * min(epoch, last) / last if epoch < epochs else end
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the student's mode. The teacher stays in eval mode: drop-path must not blur the targets."""
@@ -302,14 +303,9 @@ class DINO(Method):
 
 def check_local_crops(backbone: Backbone, local_crops: int, local_size: int | Sequence[int]) -> tuple[int, int]:
     """Return height and width of local crops. Raises UsageError for a number or a size that is impossible."""
-    shape = height_and_width(local_size, "local_size")
-    if local_crops < 0 or (local_crops and not backbone.supports_image_size(shape)):
-        raise UsageError(
-            f"{local_crops=} of {local_size=} pixels is impossible: give 0 or more, of a size that the backbone accepts, "
-            f"such as local_size={written(backbone.image_size)}, or for ViT and Swin any multiple of {backbone.stride}"
-            f"{indivisible(shape, backbone.stride)}."
-        )
-    return shape
+    if local_crops < 0:
+        raise UsageError(f"{local_crops=} must be 0 or more.")
+    return backbone.check_image_size(local_size, "local_size") if local_crops else backbone.image_size
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:

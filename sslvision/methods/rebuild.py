@@ -13,7 +13,7 @@ from sslvision.backbones.build import build_backbone, wrap
 from sslvision.backbones.load import refuse_loading
 from sslvision.backbones.released import read_released
 from sslvision.errors import UsageError
-from sslvision.settings import height_and_width, shortest
+from sslvision.nn.image_size import height_and_width, shortest
 
 SETTINGS, METHOD = "hyper_parameters", "method"  # keys of a checkpoint
 

@@ -193,7 +193,7 @@ def test_local_crops_have_a_shape_of_their_own_and_one_number_is_a_square():
         method = DINO(backbone, local_size=local, mean=[0.5], std=[0.5], **SMALL_HEAD)
         assert [crop.shape for crop in method.crops] == [(32, 64), (32, 64), shape]
     with pytest.raises(
-        UsageError, match=r"local_size=\[16, 20\] .* such as local_size=\[32,64\].*the width 20 \(nearest: 16 or 24"
+        UsageError, match=r"local_size=\[16, 20\] .* give local_size=\[32,64\].*the width 20 \(nearest: 16 or 24"
     ):
         DINO(backbone, local_size=[16, 20], mean=[0.5], std=[0.5], **SMALL_HEAD)
     with pytest.raises(UsageError, match=r"local_size=\[16, -8\] must be"):
