@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
-from sslvision.nn.image_size import height_and_width, shortest
+from sslvision.nn.image_size import height_and_width
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
 CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models
@@ -50,7 +50,8 @@ class Crop:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "size", shortest(self.shape))  # equal crops are computed together
+        height, width = self.shape
+        object.__setattr__(self, "size", height if height == width else (height, width))  # equal crops are cut together
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(
                 f"A crop scale of {list(self.scale)} is out of range: give two shares of the image's area, "

@@ -11,7 +11,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from sslvision.errors import UsageError
-from sslvision.nn.image_size import height_and_width
+from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 
 Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
@@ -58,8 +58,7 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
             values[key] = fit(f"{section}.{key}" if section else key, values[key], known[section][key])
     backbone = sections.get("backbone", {})
     if backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
-        height, width = height_and_width(backbone["image_size"], "backbone.image_size")
-        backbone["image_size"] = height if height == width else [height, width]
+        backbone["image_size"] = shortest(height_and_width(backbone["image_size"], "backbone.image_size"))
     return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
 
 

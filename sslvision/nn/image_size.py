@@ -24,9 +24,9 @@ def height_and_width(size: Any, key: str = "image_size") -> tuple[int, int]:
     return height, width
 
 
-def shortest(size: tuple[int, int]) -> int | tuple[int, int]:
-    """Return a height and width as files and timm have them: a square's side as one number."""
-    return size[0] if size[0] == size[1] else size
+def shortest(size: tuple[int, int]) -> int | list[int]:
+    """Return a height and width as settings, files and timm have them: a square's side as one number."""
+    return size[0] if size[0] == size[1] else [*size]
 
 
 def written(size: tuple[int, int]) -> str:
