@@ -50,17 +50,16 @@ FACTORY = {
     "in_chans": "data.channels",
     "num_classes": "nothing: methods have heads of their own, and fine-tuning makes one for the classes of the data",
 }
-LARGEST_IMAGE = 16_384  # pixels per side
 
 
 def check_backbone(options: Mapping[str, Any]) -> None:
     """Check the settings of a backbone that need no model to be checked.
 
     Args:
-        options: `image_size`, and options of the timm model.
+        options: Options of the timm model.
 
     Raises:
-        UsageError: An argument of timm's factory, which would load weights or wrap the model; an impossible image size.
+        UsageError: An argument of timm's factory, which would load weights or wrap the model.
     """
     instead: dict[str, list[str]] = {}
     for key in options:
@@ -69,12 +68,6 @@ def check_backbone(options: Mapping[str, Any]) -> None:
     if instead:
         shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
         raise UsageError(f"These are arguments of timm.create_model and not options of a model. {shown}.")
-    size = options.get("image_size")
-    for side in size if isinstance(size, list | tuple) else [] if size is None else [size]:
-        if type(side) is not int or not 1 <= side <= LARGEST_IMAGE:
-            raise UsageError(
-                f"backbone.image_size={size} must be a whole number of pixels from 1 to {LARGEST_IMAGE:,}."
-            )
 
 
 _BACKBONE = "sslvision.backbones.build.build_backbone"
@@ -91,18 +84,14 @@ class Pretrain:
     """All settings of a pretraining run."""
 
     sections: ClassVar[Sections] = {"method": None, "backbone": _BACKBONE, "data": None, "trainer": _TRAINER}
-    elsewhere: ClassVar[tuple[str, ...]] = (
-        "backbone",
-        "lr",
-        "mean",
-        "std",
-        "seed",
-    )  # parameters that other settings give
+    # Parameters that other settings give.
+    elsewhere: ClassVar[tuple[str, ...]] = ("backbone", "lr", "mean", "std", "seed")
 
     method: dict[str, Any] = _option({}, "settings of the method; mask_ratio=0.6 is short for method.mask_ratio=0.6")
     backbone: dict[str, Any] = _option(
         {},
-        "name (any timm model; for MAE a ViT or Swin), image_size, pool, and any timm option: patch_size, depth, ...",
+        "name (any timm model; for MAE a ViT or Swin), image_size (side, or [height,width]), pool, and any timm option: "
+        "patch_size, depth, ...",
     )
     data: dict[str, Any] = _option(
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
@@ -212,7 +201,8 @@ class Probe:
         None, "protocol dino: number of last blocks whose class tokens are used (default: 4; for ViT-B and larger 1)"
     )
     pixels: bool = _option(
-        True, "also measure raw 32x32 pixels, on at most 10,000 images: the score that features must beat"
+        True,
+        "also measure raw pixels (32x32, or as many in the shape of the images), on at most 10,000 images: the score to beat",
     )
     train_images: int = _option(0, "maximum number of training images, drawn at random (0: all)")
     seed: int = _option(0, "random seed for drawing images, order and crops")

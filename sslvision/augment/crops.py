@@ -19,10 +19,11 @@ from torch.nn import functional as F
 from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 from sslvision.nn.exact_products import exact_products
+from sslvision.nn.image_size import height_and_width
 
 MAX_CACHED = 8 << 20  # weights, 32 MB; 32 x 32 crops of 32 x 32 pixels have 2.2 million
 CROP_PCT = 0.875  # of the short side, in the usual evaluation of ImageNet models
-LONGEST = 4  # long side over short side, above which only the central square of an evaluated image is resized
+LONGEST = 4  # length over width of what is resized, for squares, above which only the part that is evaluated is resized
 ATTEMPTS = 10  # boxes drawn before falling back to a central one, as in torchvision's RandomResizedCrop
 
 
@@ -31,26 +32,36 @@ class Crop:
     """One random resized crop of an image.
 
     Attributes:
-        size: Side of the result in pixels.
+        size: Side of the result in pixels, or its (height, width).
         scale: Smallest and largest share of the image's area.
-        ratio: Smallest and largest width / height.
+        ratio: Smallest and largest width / height of the box that is cut, relative to that of the result: what is seen is
+            stretched by no more than this, whatever its shape. A result of h x w pixels is torchvision's
+            RandomResizedCrop((h, w), scale, (ratio[0] * w / h, ratio[1] * w / h)). Without the factor, as for squares, hardly
+            a box of the usual shares would fit into a wide image, and a wide result would show square boxes stretched.
         flip: Mirror half of the crops.
 
     Raises:
-        UsageError: The scale is out of range.
+        UsageError: The size or the scale is out of range.
     """
 
-    size: int
+    size: int | tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
     def __post_init__(self) -> None:
+        height, width = self.shape
+        object.__setattr__(self, "size", height if height == width else (height, width))  # equal crops are cut together
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise UsageError(
                 f"A crop scale of {list(self.scale)} is out of range: give two shares of the image's area, "
                 "0 < smallest <= largest <= 1."
             )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Return height and width of the result."""
+        return height_and_width(self.size, "a crop's size")
 
 
 def crop_noise(rng: ImageRandom, views: Sequence[int]) -> Tensor:
@@ -100,7 +111,8 @@ def _ranges(crops: tuple[Crop, ...], device: torch.device) -> Tensor:
     ranges = [
         (share, most - share, math.log(low), math.log(high) - math.log(low), low, high, 0.5 * crop.flip)
         for crop in crops
-        for (share, most), (low, high) in [(crop.scale, crop.ratio)]
+        for (share, most), wide in [(crop.scale, crop.shape[1] / crop.shape[0])]
+        for low, high in [(crop.ratio[0] * wide, crop.ratio[1] * wide)]
     ]
     return torch.tensor(ranges, dtype=torch.float32, device=device).T[..., None]
 
@@ -114,18 +126,18 @@ def crop_each(images: list[Tensor], noise: Tensor, crops: Sequence[Crop]) -> Ite
         crops: V descriptions of crops.
 
     Yields:
-        V * B crops (C, size, size) uint8, all images of the first crop first.
+        V * B crops (C, *crop.shape) uint8, all images of the first crop first.
     """
     height, width = torch.tensor([image.shape[1:] for image in images]).unbind(1)  # (B,) each
     boxes, flipped = draw(noise, height, width, crops)
     for crop, boxes_here, flipped_here in zip(crops, boxes.tolist(), flipped.tolist(), strict=True):
         for image, (top, left, rows, columns), mirror in zip(images, boxes_here, flipped_here, strict=True):
-            cut = resize(image[:, top : top + rows, left : left + columns], (crop.size, crop.size))
+            cut = resize(image[:, top : top + rows, left : left + columns], crop.shape)
             yield cut.flip(2) if mirror else cut
 
 
 def crop_one(image: Tensor, rng: ImageRandom, view: int, crop: Crop) -> Tensor:
-    """Return a crop (C, size, size) uint8 of one image (C, H, W) uint8."""
+    """Return a crop (C, *crop.shape) uint8 of one image (C, H, W) uint8."""
     return next(crop_each([image], crop_noise(rng, [view]), [crop]))
 
 
@@ -138,40 +150,40 @@ def crop_batch(images: Tensor, noise: Tensor, crops: Sequence[Crop]) -> list[Ten
         crops: V descriptions of crops.
 
     Returns:
-        V tensors (B, C, size, size) uint8.
+        V tensors (B, C, *crop.shape) uint8.
     """
     height, width = images.shape[2:]
-    if all(crop.scale[0] == 1 and height == width == crop.size and not crop.flip for crop in crops):
+    if all(crop.scale[0] == 1 and (height, width) == crop.shape and not crop.flip for crop in crops):
         return [images] * len(crops)  # the crop is the image itself
     heights, widths = (torch.full((len(images),), side, device=images.device) for side in (height, width))
     boxes, flipped = draw(noise, heights, widths, crops)
     cut, first = list[Tensor](), 0
     for crop, alike in itertools.groupby(crops):
         here = slice(first, first := first + len(list(alike)))
-        cut += cut_boxes(images, boxes[here], flipped[here], crop.size)
+        cut += cut_boxes(images, boxes[here], flipped[here], crop.shape)
     return cut
 
 
-def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
+def cut_boxes(images: Tensor, boxes: Tensor, flipped: Tensor, size: tuple[int, int]) -> Tensor:
     """Resample V boxes of every image of a batch in two matrix products.
 
     Args:
         images: (B, C, H, W) uint8.
         boxes: (V, B, 4) int64: top, left, height and width in pixels.
         flipped: (V, B) bool, True where the crop is mirrored.
-        size: Side of the result in pixels.
+        size: h and w, height and width of the result in pixels.
 
     Returns:
-        (V, B, C, size, size) uint8.
+        (V, B, C, h, w) uint8.
     """
     height, width = images.shape[2:]
     top, left, box_height, box_width = boxes.unbind(2)
-    rows = matrices(top, box_height, height, size)  # (V, B, size, H)
-    columns = matrices(left, box_width, width, size, flipped).transpose(2, 3)  # (V, B, W, size)
+    rows = matrices(top, box_height, height, size[0])  # (V, B, h, H)
+    columns = matrices(left, box_width, width, size[1], flipped).transpose(2, 3)  # (V, B, W, w)
     with torch.autocast(images.device.type, enabled=False), exact_products(images.device):
         # As in Pillow, the horizontal pass comes first and is rounded to bytes.
-        cut = (images.float().flatten(1, 2) @ columns).round_().clamp_(0, 255)  # (V, B, C * H, size)
-        cut = rows[:, :, None] @ cut.unflatten(2, (-1, height))  # (V, B, C, size, size)
+        cut = (images.float().flatten(1, 2) @ columns).round_().clamp_(0, 255)  # (V, B, C * H, w)
+        cut = rows[:, :, None] @ cut.unflatten(2, (-1, height))  # (V, B, C, h, w)
         return cut.round_().clamp_(0, 255).byte()
 
 
@@ -232,29 +244,35 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
-def center_crop(image: Tensor, size: int, crop_pct: float | None = None) -> Tensor:
-    """Resize the short side to `size` / `crop_pct` and crop the center: sizes and offsets are those of timm's evaluation.
+def center_crop(image: Tensor, size: tuple[int, int], crop_pct: float | None = None) -> Tensor:
+    """Resize an image until it just covers `size` / `crop_pct`, and crop the center; the image is never stretched.
+
+    Sizes and offsets are those of timm's evaluation, in which a rectangle is rounded, and a square rounded down.
 
     Args:
         image: (C, H, W) uint8.
-        size: Side of the result in pixels.
-        crop_pct: Share of the short side that is kept, 0..1. None: 0.875, except that images of exactly size x size are
-            returned unchanged.
+        size: Height and width of the result in pixels.
+        crop_pct: Share of each side that is kept where the image has the shape of the result, 0..1. None: 0.875, except that
+            images of exactly this size are returned unchanged.
     """
     height, width = image.shape[1:]
-    if crop_pct is None and (height, width) == (size, size):
+    if crop_pct is None and (height, width) == size:
         return image
-    short, least = math.floor(size / (crop_pct or CROP_PCT)), min(height, width)
-    rows, columns = (int(short * side / least) for side in (height, width))
-    top, left = (round((side - size) / 2) for side in (rows, columns))
-    if max(height, width) > LONGEST * least:  # resized as a whole, 30,000 x 1 pixels would need gigabytes
+    covered = [math.floor(side / (crop_pct or CROP_PCT)) for side in size]
+    factors = height / covered[0], width / covered[1]  # the smaller one is applied
+    if covered[0] == covered[1]:
+        rows, columns = (int(covered[0] * side / min(height, width)) for side in (height, width))
+    else:
+        rows, columns = (round(side / min(factors)) for side in (height, width))
+    top, left = round((rows - size[0]) / 2), round((columns - size[1]) / 2)
+    if max(factors) > LONGEST * min(factors):  # resized as a whole, 30,000 x 1 pixels would need gigabytes
         y, x = height / rows, width / columns  # pixels of the image per pixel of the result
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
+        box = (left * x, top * y, (left + size[1]) * x, (top + size[0]) * y)
         return torch.stack([_resize_box(channel, size, box) for channel in image])
-    return resize(image, (rows, columns))[:, top : top + size, left : left + size]
+    return resize(image, (rows, columns))[:, top : top + size[0], left : left + size[1]]
 
 
-def _resize_box(channel: Tensor, size: int, box: tuple[float, float, float, float]) -> Tensor:
+def _resize_box(channel: Tensor, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
     """Resize a part (left, top, right, bottom) of a channel (H, W) uint8, as if it had been cut from the resized whole."""
-    array = np.ascontiguousarray(channel.numpy())
-    return torch.from_numpy(np.array(Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC, box=box)))
+    array, (height, width) = np.ascontiguousarray(channel.numpy()), size
+    return torch.from_numpy(np.array(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC, box=box)))

@@ -21,7 +21,7 @@ OUTSIDE = 128  # gray level of pixels outside the image
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Augments a uint8 crop (C, S, S) of one or three channels with the random numbers of its image.
+    """Augments a uint8 crop (C, H, W) of one or three channels with the random numbers of its image.
 
     Attributes:
         operations: Number of successive operations.

@@ -1,7 +1,7 @@
 """The contract between a method and a backbone."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import count_batches_once
+from sslvision.nn.image_size import height_and_width, indivisible, written
 
 
 class Backbone(nn.Module, ABC):
@@ -78,9 +79,19 @@ class Backbone(nn.Module, ABC):
     def compile_blocks(self) -> None:
         """Compile repeated blocks on their first call, see nn/compilation.py. Parameter names do not change."""
 
-    def supports_image_size(self, size: int) -> bool:
-        """Return whether square images with this side can be encoded, such as DINO's local crops."""
-        return size > 0 and size % self.stride == 0
+    def supports_image_size(self, size: tuple[int, int]) -> bool:
+        """Return whether images of this height and width can be encoded, such as DINO's local crops."""
+        return not indivisible(size, self.stride)
+
+    def check_image_size(self, size: int | Sequence[int], key: str) -> tuple[int, int]:
+        """Return height and width of a size that a user gives under `key`. Raises UsageError if it cannot be encoded."""
+        shape = height_and_width(size, key)
+        if not self.supports_image_size(shape):
+            raise UsageError(
+                f"{key}={size} is not a size that this backbone reads: give {key}={written(self.image_size)}, or for ViT and "
+                f"Swin any multiple of {self.stride}{indivisible(shape, self.stride)}."
+            )
+        return shape
 
     def forward(self, *images: Tensor) -> Tensor:
         """Return features (B, D) of normalized images (B, C, H, W), given as one tensor for each size."""

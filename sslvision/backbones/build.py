@@ -1,6 +1,7 @@
 """Backbones by their timm name."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import timm
@@ -13,13 +14,14 @@ from sslvision.backbones.dense import Dense, options_for
 from sslvision.backbones.swin import Swin
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import check_backbone
 
 
 def build_backbone(
     name: str,
     *,
-    image_size: int,
+    image_size: int | Sequence[int],
     channels: int = 3,
     pool: Literal["token", "avg"] = "token",
     **timm_options: Any,
@@ -28,7 +30,7 @@ def build_backbone(
 
     Args:
         name: A timm model name, such as "vit_base_patch16_224".
-        image_size: Side of the square images in pixels.
+        image_size: Side of the square images in pixels, or [height, width].
         channels: Number of image channels.
         pool: Feature of a plain ViT: the class token, or the mean of the patch tokens (both after the final norm). Other
             models have their own pooling.
@@ -38,7 +40,8 @@ def build_backbone(
         UsageError: The name or an option is unknown to timm, an option is one of timm's factory (pretrained, ...), or the
             model does not support this image size.
     """
-    check_backbone({"image_size": image_size, **timm_options})
+    check_backbone(timm_options)
+    size = height_and_width(image_size, "backbone.image_size")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         raise UsageError(
@@ -49,21 +52,21 @@ def build_backbone(
     module = timm.model_entrypoint(name).__module__.removeprefix("timm.models.")
     options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
     if module == "vision_transformer" or (module == "deit" and "distilled" not in name):
-        options |= {"img_size": image_size, "global_pool": pool, "fc_norm": False}
+        options |= {"img_size": shortest(size), "global_pool": pool, "fc_norm": False}
     elif module == "swin_transformer":
-        options |= {"img_size": image_size}
+        options |= {"img_size": shortest(size)}
     else:
-        options |= options_for(name, image_size)
+        options |= options_for(name, size)
     try:
         model = timm.create_model(name, **options, **timm_options)
     except Exception as error:  # timm raises many types of errors for unknown arguments and invalid values
         raise UsageError(f"timm cannot build backbone.name={name} with {timm_options or options}: {error}") from error
-    backbone = wrap(model, image_size)
+    backbone = wrap(model, size)
     backbone.arguments = {key: value for key, value in {**options, **timm_options}.items() if key != "num_classes"}
     return backbone
 
 
-def wrap(model: Any, image_size: int) -> Backbone:
+def wrap(model: Any, image_size: tuple[int, int]) -> Backbone:
     """Return the backbone for a timm model: ViT and Swin support masking, all others are Dense."""
     if type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed:
         return ViT(model)

@@ -1,5 +1,7 @@
 """Classifiers: a backbone whose timm model has a linear head on its features."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from sslvision.errors import UsageError
 
 
 def classify(backbone: Backbone, images: Tensor) -> Tensor:
-    """Return the logits (B, K) in float32 of normalized images (B, C, S, S), by a backbone with a head."""
+    """Return the logits (B, K) in float32 of normalized images (B, C, H, W), by a backbone with a head."""
     return backbone.model.get_classifier()(backbone(images)).float()
 
 
@@ -40,9 +42,8 @@ def reads_features(backbone: Backbone) -> bool:
         return True
     was_training, read = backbone.training, []
     hook = backbone.model.get_classifier().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    side = backbone.image_size[0]
-    image = torch.linspace(-1, 1, backbone.channels * side**2, device=next(backbone.parameters()).device)
-    image = image.view(1, backbone.channels, side, side)
+    shape = (1, backbone.channels, *backbone.image_size)
+    image = torch.linspace(-1, 1, math.prod(shape), device=next(backbone.parameters()).device).view(shape)
     backbone.eval()
     backbone.model(image)
     same = len(read) == 1 and torch.equal(read[0], backbone(image))

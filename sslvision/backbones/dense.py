@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sslvision.backbones.backbone import Backbone
 from sslvision.errors import UsageError
 from sslvision.nn.compilation import compiled
+from sslvision.nn.image_size import shortest, written
 
 # B images, L indices of the output map, P class and register tokens, D channels of a token, F of a feature
 
@@ -27,22 +28,22 @@ class Dense(Backbone):
 
     Args:
         model: Model built by timm with num_classes=0 and `options_for` its name.
-        image_size: Side of the square images in pixels.
+        image_size: Height and width of the images in pixels.
 
     Attributes:
         embed_dim: F. Tokens have the same number of channels, except if timm's head does more than pooling (MobileNetV3's
             last convolution, VGG's hidden layers).
-        stride: Image side divided by the side of the output map, rounded (InceptionV3: 299 / 8).
+        stride: Height of the image divided by that of the output map, rounded (InceptionV3: 299 / 8).
 
     Raises:
         UsageError: The model does not support this image size, or its head does not return one feature per image.
     """
 
-    def __init__(self, model: Any, *, image_size: int):
+    def __init__(self, model: Any, *, image_size: tuple[int, int]):
         super().__init__()
         self.model = model
         self._compiled: Any = None
-        self.image_size, self.channels = (image_size, image_size), model.in_chans
+        self.image_size, self.channels = image_size, model.in_chans
         # LeViT, EfficientFormer and others cache tensors computed from their weights in eval mode: see _clear_caches.
         self._caching: list[Any] = [module for module in model.modules() if hasattr(module, "attention_bias_cache")]
         try:
@@ -55,7 +56,7 @@ class Dense(Backbone):
                 "global_pool."
             )
         self.embed_dim = shape[1]
-        self.stride = max(1, round(image_size / self.grid[0]))
+        self.stride = max(1, round(image_size[0] / self.grid[0]))
 
     @property
     def name(self) -> str:
@@ -101,7 +102,9 @@ class Dense(Backbone):
         return features.flatten(2).transpose(1, 2)  # (B, L, D)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """Return features (B, F) of the tokens of square images by timm's head: `pool(encode(images))` is `forward(images)`.
+        """Return features (B, F) of tokens by timm's head, of images of `image_size` or square ones.
+
+        `pool(encode(images))` is `forward(images)`.
 
         Raises:
             UsageError: The head needs more than the tokens (see `encode`): CoaT, CrossViT, EfficientViM and PiT.
@@ -112,13 +115,14 @@ class Dense(Backbone):
             )
         if self._layout != "NLC":
             side = math.isqrt(tokens.shape[1])
-            tokens = tokens.unflatten(1, (side, side))  # (B, rows, columns, D)
+            grid = self.grid if tokens.shape[1] == math.prod(self.grid) else (side, side)
+            tokens = tokens.unflatten(1, grid)  # (B, rows, columns, D)
             if self._layout == "NCHW":
                 tokens = tokens.permute(0, 3, 1, 2)  # (B, D, rows, columns)
         return self.model.forward_head(tokens, pre_logits=True)
 
-    def supports_image_size(self, size: int) -> bool:
-        """Return whether the model supports square images with this side in pixels, such as DINO's local crops."""
+    def supports_image_size(self, size: tuple[int, int]) -> bool:
+        """Return whether the model supports images of this height and width in pixels, such as DINO's local crops."""
         try:
             *_, grid, _ = self._survey(size)
         except Exception:  # timm raises many types of errors for sizes
@@ -130,11 +134,11 @@ class Dense(Backbone):
         if not self.activation_checkpointing:  # in one graph batch norms would count recomputed batches twice
             self._compiled = compiled(self.model.forward_features)
 
-    def _survey(self, size: int) -> tuple[str, int, tuple[int, int], tuple[int, ...]]:
-        """Return the layout of timm's features for square images, P, rows and columns, and the shape of the head's output."""
+    def _survey(self, size: tuple[int, int]) -> tuple[str, int, tuple[int, int], tuple[int, ...]]:
+        """Return the layout of timm's features for images of a size, P, rows and columns, and the shape of the features."""
         self._clear_caches()
         with torch.no_grad(), torch.device("meta"):
-            model, images = _on_meta(self.model).eval(), torch.empty(2, self.channels, size, size)
+            model, images = _on_meta(self.model).eval(), torch.empty(2, self.channels, *size)
             features = model.forward_features(images)
             shape = tuple(model.forward_head(features, pre_logits=True).shape)
             if isinstance(features, Tensor) and features.ndim == 4:
@@ -161,13 +165,15 @@ class Dense(Backbone):
 
     def _explain(self, error: Exception) -> str:
         """Return why the model cannot be a backbone, and what to do."""
-        size, said = self.image_size[0], (str(error).splitlines() or [type(error).__name__])[0]
+        size, said = self.image_size, (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, NotImplementedError | AttributeError | TypeError):
             return f"backbone.name={self.name} has no head that makes features: {said} Choose another backbone.name."
-        own = (getattr(self.model, "pretrained_cfg", None) or {}).get("input_size", (size,))[-1]
-        advice = f"set backbone.image_size={own}, its size in timm, or" if own != size else "set another size, or"
+        own = tuple((getattr(self.model, "pretrained_cfg", None) or {}).get("input_size", size)[-2:])
+        advice = (
+            "set another size, or" if own == size else f"set backbone.image_size={written(own)}, its size in timm, or"
+        )
         return (
-            f"backbone.name={self.name} cannot read images of {size}x{size} pixels ({said}): {advice} choose another "
+            f"backbone.name={self.name} cannot read images of {size[0]}x{size[1]} pixels ({said}): {advice} choose another "
             "backbone.name."
         )
 
@@ -181,7 +187,7 @@ def without_cpu_autocast(images: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", enabled=False) if images.device.type == "cpu" else nullcontext()
 
 
-def options_for(name: str, image_size: int) -> dict[str, Any]:
+def options_for(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
     """Return timm's options to build a model for an image size, and flexible in image size if it can be.
 
     Those of `img_size`, `dynamic_img_size` (resamples position embeddings) and `strict_img_size` (pads windows) that the class
@@ -190,7 +196,7 @@ def options_for(name: str, image_size: int) -> dict[str, Any]:
     with torch.device("meta"):
         kind = type(timm.create_model(name, num_classes=0))
     known = {option for part in kind.__mro__[:-1] for option in inspect.signature(part).parameters}
-    options = {"img_size": image_size, "dynamic_img_size": True, "strict_img_size": False}
+    options = {"img_size": shortest(image_size), "dynamic_img_size": True, "strict_img_size": False}
     return {option: value for option, value in options.items() if option in known}
 
 

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.released import OF_VIT, find_network, network_under, vit_arguments
 from sslvision.errors import UsageError
+
+# Rows and columns that position embeddings and bias tables are for, by tensor name.
+Grids = Mapping[str, tuple[int, int]]
 
 
 def load_fitting(module: nn.Module, state: Mapping[str, Tensor], where: str | Path) -> None:
@@ -49,8 +53,19 @@ def check_fit(
         raise UsageError(f"The weights of {where} do not fit this model: {'; '.join(sorted(wrong)[:5])}{more}.")
 
 
+def grids_of(model: Any) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of patches that a timm model's position embeddings are for, and of windows of its bias tables."""
+    grids = {
+        f"{name}.relative_position_bias_table": tuple(module.window_size)
+        for name, module in model.named_modules()
+        if hasattr(module, "relative_position_bias_table") and isinstance(getattr(module, "window_size", None), tuple)
+    }
+    grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
+    return grids if grid is None else {**grids, "pos_embed": tuple(grid)}
+
+
 def backbone_weights(
-    tensors: Mapping[str, Tensor], backbone: Backbone, where: str | Path, *, prefer: str
+    tensors: Mapping[str, Tensor], backbone: Backbone, where: str | Path, *, prefer: str, made_for: Grids
 ) -> tuple[dict[str, Tensor], set[str], list[str]]:
     """Find a backbone's weights among the tensors of a checkpoint, and resample positions made for another image size.
 
@@ -59,6 +74,7 @@ def backbone_weights(
         backbone: The backbone that gets them.
         where: The file, for messages.
         prefer: Word in the prefix of the network to use if there are several, such as "student".
+        made_for: `grids_of` the network there, as far as they are known; others are taken for squares.
 
     Returns:
         The state dict of `backbone.model`, the names of the tensors it was made from, and what was changed, in words.
@@ -75,7 +91,7 @@ def backbone_weights(
     parts = {name.partition(".")[0] for name in [*own, "reg_token"]}
     state = {name: value for name, value in state.items() if name in own or name.partition(".")[0] in parts}
     state = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")} | state
-    state, changes = _resampled(own, state, backbone)
+    state, changes = resampled(own, state, grids_of(backbone.model) | {"pos_embed": backbone.grid}, made_for)
     try:
         check_fit(own, state, where)
     except UsageError as error:
@@ -87,28 +103,41 @@ def backbone_weights(
     return state, used, changes
 
 
-def _resampled(
-    own: Mapping[str, Tensor], state: Mapping[str, Tensor], backbone: Backbone
+def resampled(
+    own: Mapping[str, Tensor], state: Mapping[str, Tensor], grids: Grids, made_for: Grids
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return weights whose position embeddings and tables of relative positions are interpolated to this image size."""
+    """Return weights whose position embeddings and tables of relative positions are interpolated to another image size.
+
+    Args:
+        own: Tensors of the shapes that are needed.
+        state: The weights.
+        grids, made_for: `grids_of` both; where they are not known, grids are squares.
+
+    Returns:
+        The weights, and what was changed, in words.
+    """
     fitted, tables = dict(state), 0
     changes = []
     for name, here in own.items():
-        there = state.get(name)
-        if there is None or there.shape == here.shape:
+        there, grid = state.get(name), grids.get(name)
+        if there is None or there.ndim != here.ndim or there.shape[-1:] != here.shape[-1:]:
             continue
-        if name == "pos_embed" and there.ndim == 3 and there.shape[2] == here.shape[2]:
-            grid = list(backbone.grid)
+        if name == "pos_embed" and there.ndim == 3 and grid is not None:
             prefix = here.shape[1] - grid[0] * grid[1]
             side = math.isqrt(max(0, there.shape[1] - prefix))
-            if side**2 == there.shape[1] - prefix:
-                fitted[name] = resample_abs_pos_embed(there, grid, [side, side], num_prefix_tokens=prefix)
-                changes.append(f"position embeddings interpolated from {side}x{side} to {grid[0]}x{grid[1]} patches")
-        elif name.endswith("relative_position_bias_table") and there.shape[1] == here.shape[1]:
-            window = (math.isqrt(here.shape[0]) + 1) // 2
+            rows, columns = made_for.get(name, (side, side))
+            if (rows, columns) != grid and rows * columns == there.shape[1] - prefix:
+                fitted[name] = resample_abs_pos_embed(there, [*grid], [rows, columns], num_prefix_tokens=prefix)
+                changes.append(f"position embeddings interpolated from {rows}x{columns} to {grid[0]}x{grid[1]} patches")
+        elif name.endswith("relative_position_bias_table") and (
+            there.shape != here.shape or made_for.get(name, grid) != grid
+        ):
+            side = (math.isqrt(here.shape[0]) + 1) // 2
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about timm's interpolation
-                fitted[name] = resize_rel_pos_bias_table(there, (window, window), tuple(here.shape))
+                fitted[name] = resize_rel_pos_bias_table(
+                    there, grid or (side, side), tuple(here.shape), old_window_size=made_for.get(name)
+                )
             tables += 1
     if tables:
         changes.append(f"{tables} tables of relative positions interpolated to the windows here")

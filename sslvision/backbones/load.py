@@ -3,7 +3,7 @@
 import difflib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone, wrap
 from sslvision.backbones.dense import options_for
-from sslvision.backbones.fitting import check_fit, load_fitting
+from sslvision.backbones.fitting import Grids, check_fit, grids_of, load_fitting, resampled
 from sslvision.backbones.released import part_of, read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 OF_METHODS = (
@@ -44,7 +45,7 @@ class _Source(NamedTuple):
 
     name: str  # timm's model name
     arguments: dict[str, Any]  # of timm.create_model
-    image_size: int
+    image_size: tuple[int, int]
     channels: int
     mean: list[float] | None
     std: list[float] | None
@@ -58,7 +59,7 @@ class _Source(NamedTuple):
 def load_backbone(
     where: str | Path,
     *,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     channels: int | None = None,
     pool: Literal["token", "avg"] | None = None,
     pretrained: bool = True,
@@ -74,8 +75,8 @@ def load_backbone(
             - an export folder: config.json beside model.safetensors, as `export_backbone` or timm's `save_for_hf` writes;
             - a .pth or .safetensors file as the authors of MAE, DINO, DINOv2 or SwAV released them (see `released_network`);
             - a timm model name, with or without a tag; its weights are downloaded, or taken from the cache.
-        image_size: Side of the square images in pixels; by default that of the weights. For other sizes timm resamples position
-            embeddings and bias tables.
+        image_size: Side of the square images in pixels, or [height, width]; by default that of the weights. For other sizes
+            position embeddings and bias tables are resampled.
         channels: Number of image channels, which must be that of the weights; timm adapts its own weights to any number.
         pool: Feature of a plain ViT, "token" or "avg"; by default that of the weights. Other models have their own pooling.
         pretrained: False leaves the model randomly initialized.
@@ -86,8 +87,9 @@ def load_backbone(
     Raises:
         UsageError: `where` is none of these, the weights cannot be loaded, or they do not fit the arguments.
     """
-    source = _find(where, pretrained=pretrained, heads=timm_options.get("num_heads"))
-    size, depth = image_size or source.image_size, channels or source.channels
+    given = height_and_width(image_size) if image_size else None
+    source = _find(where, pretrained=pretrained, heads=timm_options.get("num_heads"), image_size=given)
+    size, depth = given or source.image_size, channels or source.channels
     if depth != source.channels and not source.any_channels:
         raise UsageError(
             f"The weights of {where} read {source.channels} channel(s), and the images have {depth}: set "
@@ -107,7 +109,7 @@ def load_backbone(
             if source.classes and not head:
                 state = {name: value for name, value in state.items() if name in own}
             if (size, depth) != (source.image_size, source.channels):
-                state = _adapt(state, own, source, len(classes), arguments)
+                state = _adapt(state, backbone, source, len(classes), arguments)
             load_fitting(backbone.model, state, where)
     if pool is not None:
         _pool_by(backbone, pool)
@@ -115,7 +117,7 @@ def load_backbone(
         values if values and len(values) == backbone.channels else None for values in (source.mean, source.std)
     )
     weights = source.weights + (
-        f", made for {source.image_size}x{source.image_size} pixels" if size != source.image_size else ""
+        f", made for {source.image_size[0]}x{source.image_size[1]} pixels" if size != source.image_size else ""
     )
     return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
 
@@ -129,13 +131,13 @@ def backbone_of_weights(where: str | Path) -> dict[str, Any]:
     Raises:
         UsageError: `where` is nothing that a backbone can be loaded from.
     """
-    source = _find(where, pretrained=True, heads=None)
+    source = _find(where, pretrained=True, heads=None, image_size=None)
     own = {"in_chans", "num_classes", "fc_norm", "global_pool", *size_options(source.name, source.image_size)}
     options = {key: value for key, value in source.arguments.items() if key not in own}
     pool = source.arguments.get("global_pool")
     return {
         "name": source.name,
-        "image_size": source.image_size,
+        "image_size": shortest(source.image_size),
         **({"pool": pool} if pool in ("token", "avg") else {}),
     } | options
 
@@ -147,15 +149,38 @@ def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
         raise UsageError(f"{file} would make timm load other files ({', '.join(keys)}), which is refused.")
 
 
-def size_options(name: str, image_size: int) -> dict[str, Any]:
+def size_options(name: str, image_size: tuple[int, int]) -> dict[str, Any]:
     """Return timm's options to build a model for an image size, as `build_backbone` does."""
     module = timm.model_entrypoint(name).__module__.removeprefix("timm.models.")
     if module in ("vision_transformer", "swin_transformer") or (module == "deit" and "distilled" not in name):
-        return {"img_size": image_size}
+        return {"img_size": shortest(image_size)}
     return options_for(name, image_size)
 
 
-def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
+def made_for(file: Path, content: Mapping[str, Any]) -> Grids:
+    """Return `grids_of` the network in a checkpoint or export of a run on images that are not square; else nothing.
+
+    Args:
+        file: The file of the weights.
+        content: What it contains.
+    """
+    method = content.get("method")
+    if isinstance(method, Mapping) and method.get("backbone"):
+        built = _built(content, file)
+        name, arguments, size = built["name"], built["arguments"], height_and_width(built["image_size"])
+    elif file.name in WEIGHTS and (file.parent / "config.json").is_file():
+        name, arguments, size, *_ = _exported(file.parent, file.parent)
+    else:
+        return {}
+    return {} if size[0] == size[1] else _grids(name, arguments)
+
+
+def _grids(name: str, arguments: Mapping[str, Any]) -> Grids:
+    with torch.device("meta"):
+        return grids_of(_create(name, num_classes=0, **arguments))
+
+
+def _find(where: str | Path, *, pretrained: bool, heads: int | None, image_size: tuple[int, int] | None) -> _Source:
     """Return the weights that `where` refers to."""
     path, name = Path(where).expanduser(), str(where)
     for folder in (path / "export", path):
@@ -164,7 +189,7 @@ def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
     if path.is_file():
         if path.name in WEIGHTS and (path.parent / "config.json").is_file():
             return _exported(path.parent, path.parent)
-        return _released(path, heads)
+        return _released(path, heads, image_size)
     if timm.is_model(name):
         return _named(name, pretrained)
     if (path / "config.yaml").is_file():
@@ -182,7 +207,8 @@ def _exported(folder: Path, where: str | Path) -> _Source:
     try:
         config = json.loads((folder / "config.json").read_text())
         name, known = str(config["architecture"]), config["pretrained_cfg"]
-        channels, size, _ = known["input_size"]
+        channels, *sides = known["input_size"]
+        size = height_and_width(sides)
         arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
         names, count = config.get("label_names") or {}, config.get("num_classes") or 0
         if isinstance(names, list):
@@ -235,7 +261,7 @@ def _unfinished(folder: Path, where: str | Path) -> _Source:
         mean, std = (state[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std"))
         classes = tuple(content.get("hyper_parameters", {}).get("classes", ()))
         weights = f"update {content['global_step']:,} in {file} (the run has not ended, and has no export)"
-        size, channels = built["image_size"], built["arguments"]["in_chans"]
+        size, channels = height_and_width(built["image_size"]), built["arguments"]["in_chans"]
         read: Callable[[], dict[str, Tensor]] = partial(dict, network)
         return _Source(
             built["name"],
@@ -263,15 +289,15 @@ def _built(content: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
         refuse_loading(settings["backbone"], file)
         backbone = build_backbone(**settings["backbone"], channels=int(settings["data"].get("channels", 3)))
         name = settings["backbone"]["name"]
-        built = {"name": name, "arguments": backbone.arguments, "image_size": backbone.image_size[0]}
+        built = {"name": name, "arguments": backbone.arguments, "image_size": backbone.image_size}
     refuse_loading(built["arguments"], file)
     return dict(built)
 
 
-def _released(file: Path, heads: int | None) -> _Source:
+def _released(file: Path, heads: int | None, image_size: tuple[int, int] | None) -> _Source:
     """Return the weights of a released checkpoint. All of these were trained with ImageNet's pixel statistics."""
-    name, state, arguments, words = released_network(file, heads=heads)
-    size, mean, std = arguments.get("img_size", 224), list(IMAGENET_MEAN), list(IMAGENET_STD)
+    name, state, arguments, words = released_network(file, heads=heads, image_size=image_size)
+    size, mean, std = height_and_width(arguments.get("img_size", 224)), list(IMAGENET_MEAN), list(IMAGENET_STD)
     weights = f"released checkpoint {file}{words}"
     return _Source(name, arguments, size, arguments["in_chans"], mean, std, weights, lambda: state)
 
@@ -291,7 +317,8 @@ def _named(name: str, pretrained: bool) -> _Source:
             "or pretrained=false for random weights."
         )
     full = f"{name}.{known.tag}" if known.tag and "." not in name else name
-    channels, size = known.input_size[0], known.input_size[-1]
+    channels, *sides = known.input_size
+    size = height_and_width(sides)
     arguments = {"in_chans": channels, **size_options(name, size)}
     mean, std = (list(known.mean), list(known.std)) if pretrained else (None, None)
     weights, read = f"timm's pretrained {full}", partial(_fetch, name)
@@ -319,27 +346,34 @@ def _create(name: str, **arguments: Any) -> Any:
 
 
 def _adapt(
-    state: dict[str, Tensor], own: Mapping[str, Tensor], source: _Source, num_classes: int, arguments: dict[str, Any]
+    state: dict[str, Tensor], backbone: Backbone, source: _Source, num_classes: int, arguments: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Return weights adapted by timm to another image size or number of channels."""
+    """Return weights adapted by timm to another image size or number of channels.
+
+    Position embeddings and bias tables are resampled before, if a size is not square: timm takes some of them for square ones.
+    """
+    own, size, known = backbone.model.state_dict(), source.image_size, source.arguments
     check_fit(own, state, source.weights, shapes=False)
+    if any(height != width for height, width in (source.image_size, backbone.image_size)):
+        state, _ = resampled(own, state, grids_of(backbone.model), _grids(source.name, source.arguments))
+        size, known = backbone.image_size, arguments
     overlay = {
         "state_dict": state,
-        "input_size": (source.channels, source.image_size, source.image_size),
+        "input_size": (source.channels, *size),
         "num_classes": num_classes,
         "label_offset": 0,
         "custom_load": False,
     }
-    made_for = {"img_size": source.image_size} | source.arguments
-    options = {"pretrained_cfg_overlay": overlay, "pretrained_model_args": made_for, "num_classes": num_classes}
+    args = {"img_size": shortest(size)} | known
+    options = {"pretrained_cfg_overlay": overlay, "pretrained_model_args": args, "num_classes": num_classes}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about timm's interpolation
             return dict(timm.create_model(source.name, pretrained=True, **options, **arguments).state_dict())
     except RuntimeError as error:  # of load_state_dict
         raise UsageError(
-            f"timm cannot adapt the weights to these settings ({source.weights}, of {source.image_size}x"
-            f"{source.image_size} pixels): {' '.join(str(error).split())[:300]} Do not change image_size and channels."
+            f"timm cannot adapt the weights to these settings ({source.weights}, of {source.image_size[0]}x"
+            f"{source.image_size[1]} pixels): {' '.join(str(error).split())[:300]} Do not change image_size and channels."
         ) from error
 
 

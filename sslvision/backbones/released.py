@@ -1,5 +1,6 @@
 """Reading checkpoints in the formats of MAE's and DINO's authors."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -101,7 +102,7 @@ def network_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
 
 
 def released_network(
-    file: str | Path, *, heads: int | None = None
+    file: str | Path, *, heads: int | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[str, dict[str, Tensor], dict[str, Any], str]:
     """Return the ViT or ResNet in a checkpoint that others published: timm's model name, weights, arguments, and what it is.
 
@@ -111,6 +112,7 @@ def released_network(
     Args:
         file: A .pth or .safetensors file.
         heads: Number of attention heads, which weights do not tell; by default one per 64 channels (80 for ViT-H).
+        image_size: Height and width of the images of a ViT whose positions are not those of a square.
 
     Raises:
         UsageError: The file cannot be read, or contains no such network.
@@ -129,7 +131,9 @@ def released_network(
         state = {name: value for name, value in state.items() if not name.startswith(HEADS)}
         if missing := [name for name in anchors if name not in state]:
             raise UsageError(f"{file} is no whole network: it has {anchors[0]}, and no {', '.join(missing)}.")
-        name, arguments = vit_arguments(state, heads) if anchors is OF_VIT else resnet_arguments(state, file)
+        name, arguments = (
+            vit_arguments(state, heads, image_size) if anchors is OF_VIT else resnet_arguments(state, file)
+        )
         left = len(tensors) - len(state)
         words = ([f"under {prefix[:-1]}"] if prefix else []) + ([f"{left} other tensors left out"] if left else [])
         return name, state, arguments, f" ({', '.join(words)})" if words else ""
@@ -140,9 +144,11 @@ def released_network(
     )
 
 
-def vit_arguments(state: Mapping[str, Tensor], heads: int | None) -> tuple[str, dict[str, Any]]:
-    """Return timm's name and arguments for a ViT with these weights."""
-    sizes = vit_sizes(state, heads=heads)
+def vit_arguments(
+    state: Mapping[str, Tensor], heads: int | None, image_size: tuple[int, int] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Return timm's name and arguments for a ViT with these weights. See vit_sizes."""
+    sizes = vit_sizes(state, heads=heads, image_size=image_size)
     arguments = {"in_chans": sizes.pop("channels"), "img_size": sizes.pop("image_size"), **sizes}
     if "fc_norm.weight" in state:  # fine-tuned MAE has its final norm after pooling
         arguments |= {"global_pool": "avg", "fc_norm": True}
@@ -224,11 +230,14 @@ def vit_like(state: Mapping[str, Tensor], *, heads: int | None) -> Backbone:
     return build_backbone("vit_base_patch16_224", **vit_sizes(state, heads=heads))
 
 
-def vit_sizes(state: Mapping[str, Tensor], *, heads: int | None) -> dict[str, Any]:
+def vit_sizes(
+    state: Mapping[str, Tensor], *, heads: int | None, image_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
     """Return the arguments of `build_backbone` for a ViT with these weights. See vit_like.
 
     Raises:
-        UsageError: `heads` is not given and cannot be inferred from this width.
+        UsageError: `heads` is not given and cannot be inferred from this width; or the positions are not those of a square,
+            nor of `image_size`.
     """
     width, channels, patch = state["patch_embed.proj.weight"].shape[:3]
     usual = 80 if width == 1280 else 64
@@ -238,10 +247,26 @@ def vit_sizes(state: Mapping[str, Tensor], *, heads: int | None) -> dict[str, An
             "the number of its attention heads: set num_heads."
         )
     return {
-        "image_size": round((state["pos_embed"].shape[1] - ("reg_token" not in state)) ** 0.5) * patch,
+        "image_size": _size_of_positions(state, patch, image_size),
         "channels": channels,
         "patch_size": patch,
         "embed_dim": width,
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
         "num_heads": heads or width // usual,
     }
+
+
+def _size_of_positions(
+    state: Mapping[str, Tensor], patch: int, image_size: tuple[int, int] | None
+) -> int | tuple[int, int]:
+    """Return the image size that position embeddings are for: of a square, or `image_size` if it has as many patches."""
+    positions = state["pos_embed"].shape[1] - ("reg_token" not in state)
+    side = math.isqrt(positions)
+    if side**2 == positions:
+        return side * patch
+    if image_size is None or image_size[0] // patch * (image_size[1] // patch) != positions:
+        raise UsageError(
+            f"The {positions} positions of this ViT are not those of a square, and weights do not tell rows and columns: give "
+            f"the size that it was made for, backbone.image_size=[height,width], of patches of {patch}x{patch} pixels."
+        )
+    return image_size

@@ -1,5 +1,7 @@
 """Swin transformers (Liu et al. 2021, arXiv:2103.14030): any timm `SwinTransformer`, which can encode visible units only."""
 
+import math
+
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, SwinTransformerStage, WindowAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,7 @@ from sslvision.backbones.vit import init_transformer
 from sslvision.errors import UsageError
 from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.image_size import indivisible
 from sslvision.nn.patches import gather_patches, patchify
 from sslvision.nn.windows import (
     SafeWindowAttention,
@@ -52,6 +55,7 @@ class Swin(Backbone):
             )
         for module in model.modules():
             if type(module) is WindowAttention:
+                refuse_ambiguous(*module.window_size)
                 module.__class__ = SafeWindowAttention
         self.model = model
         self.levels = len(model.layers) - 1  # number of patch mergings
@@ -105,10 +109,11 @@ class Swin(Backbone):
 
     def units_of(self, height: int, width: int) -> tuple[int, int]:
         """Return the number of rows and columns of units of an image with sides in pixels."""
-        if height % self.stride or width % self.stride:
+        if wrong := indivisible((height, width), self.stride):
             raise UsageError(
                 f"Images of {height}x{width} pixels cannot be divided into this Swin's units of {self.stride}x{self.stride}, "
-                f"one output token each: give sides that are multiples of {self.stride} (backbone.image_size, local_size)."
+                f"one output token each: give sides that are multiples of {self.stride} (backbone.image_size, local_size)"
+                f"{wrong}."
             )
         return height // self.stride, width // self.stride
 
@@ -163,6 +168,17 @@ class Swin(Backbone):
         for stage in self.model.layers:
             for block in stage.blocks:
                 nn.init.normal_(block.attn.relative_position_bias_table, std=0.02)
+
+
+def refuse_ambiguous(rows: int, columns: int) -> None:
+    """Raise UsageError for windows whose table of biases timm takes for that of a square window when it loads weights."""
+    length = (2 * rows - 1) * (2 * columns - 1)
+    if rows != columns and math.isqrt(length) ** 2 == length:
+        raise UsageError(
+            f"For this image_size a stage of this Swin has windows of {rows}x{columns} tokens. Their bias table has {length} "
+            "entries, like that of a square window, which timm takes it for when it loads weights: set another "
+            "backbone.image_size, or a smaller backbone.window_size."
+        )
 
 
 def partition_of(block: SwinTransformerBlock, size: tuple[int, int]) -> WindowPartition:

@@ -18,7 +18,7 @@ def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) ->
     class token is the feature.
 
     Args:
-        images: (N, C, S, S) normalized.
+        images: (N, C, H, W) normalized.
         originals: The same images on the scale 0..1.
     """
     stride = backbone.stride

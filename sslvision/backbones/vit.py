@@ -14,6 +14,7 @@ from sslvision.nn.activation_checkpointing import run_checkpointed
 from sslvision.nn.attention import attention_weights, block_joined, block_part, divisible
 from sslvision.nn.autocast import to_autocast_dtype
 from sslvision.nn.compilation import compile_module, compiled, share_graphs
+from sslvision.nn.image_size import indivisible
 from sslvision.nn.patches import gather_patches, gather_tokens, patchify
 from sslvision.nn.position import sincos_position
 
@@ -38,11 +39,12 @@ class ViT(Backbone):
         self.stride = embed.patch_size[0]
         self.num_prefix = model.num_prefix_tokens
         self._block_part, self._block_joined = block_part, block_joined
-        if embed.patch_size[0] != embed.patch_size[1] or any(side % self.stride for side in self.image_size):
+        wrong = indivisible(self.image_size, self.stride)
+        if embed.patch_size[0] != embed.patch_size[1] or wrong:
             raise UsageError(
                 f"Images of {self.image_size[0]}x{self.image_size[1]} pixels cannot be divided into patches of "
-                f"{embed.patch_size[0]}x{embed.patch_size[1]}: give a backbone.image_size that is a multiple of "
-                "backbone.patch_size, and square patches."
+                f"{embed.patch_size[0]}x{embed.patch_size[1]}: give square patches, and a backbone.image_size with each side "
+                f"a multiple of backbone.patch_size{wrong}."
             )
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 
 Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
@@ -55,6 +56,9 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     for section, values in sections.items():
         for key in [key for key in values if key in known[section]]:
             values[key] = fit(f"{section}.{key}" if section else key, values[key], known[section][key])
+    backbone = sections.get("backbone", {})
+    if backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
+        backbone["image_size"] = shortest(height_and_width(backbone["image_size"], "backbone.image_size"))
     return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
 
 

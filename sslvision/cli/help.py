@@ -26,6 +26,10 @@ EXAMPLES = {
             "train on your own images, in any folder; the same as data=folder data.root=photos",
         ),
         (
+            'recipe=mae data=photos data.channels=3 "backbone.image_size=[64,128]"',
+            "images of 64 pixels in height and 128 in width, instead of squares",
+        ),
+        (
             "recipe=mae data=torchvision data.name=CIFAR10 data.root=sets data.download=true",
             "train on a torchvision data set",
         ),

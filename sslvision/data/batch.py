@@ -13,7 +13,7 @@ class Batch(NamedTuple):
     """One process's share of a batch: B images.
 
     Attributes:
-        crops: One uint8 tensor (B, C, S, S) for each crop of the method.
+        crops: One uint8 tensor (B, C, H, W) for each crop of the method, of the crop's size.
         indices: (B,) int64, data set index of each requested image, which its random numbers depend on.
         epoch: (B,) int64.
         unreadable: (index, reason) of images that could not be decoded and were replaced by others.

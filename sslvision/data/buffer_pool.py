@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 HEADER = 64  # bytes before the crops; the first is 1 while the batch is in use
 MAX_BUFFERS = 8  # buffers kept, more than a loader prefetches; further batches get fresh memory
 
-Shape = tuple[int, int, int, int]  # (B, C, S, S); in memory (B, S, S, C), as images are cropped
+Shape = tuple[int, int, int, int]  # (B, C, H, W); in memory (B, H, W, C), as images are cropped
 
 
 class BufferPool:
@@ -61,8 +61,8 @@ def _received(memory: Tensor, shapes: list[Shape]) -> list[Tensor]:
 
 def _crops_in(memory: Tensor, shapes: list[Shape]) -> list[Tensor]:
     crops, start = [], HEADER
-    for B, C, S, _ in shapes:
-        end = start + B * C * S * S
-        crops.append(memory[start:end].view(B, S, S, C).permute(0, 3, 1, 2))  # (B, C, S, S)
+    for B, C, H, W in shapes:
+        end = start + B * C * H * W
+        crops.append(memory[start:end].view(B, H, W, C).permute(0, 3, 1, 2))  # (B, C, H, W)
         start = end
     return crops

@@ -100,9 +100,9 @@ class ImageData(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return this process's share of the validation images, (indices (B,), images (B, C, S, S) uint8); [] without any.
+        """Return this process's share of the validation images, (indices (B,), images (B, C, H, W) uint8); [] without any.
 
-        S is the size of the method's first crop. Unreadable images are skipped, so a batch may be empty.
+        H and W are those of the method's first crop. Unreadable images are skipped, so a batch may be empty.
         """
         trainer, source = self.trainer, self.splits.validation
         if source is None:
@@ -111,7 +111,7 @@ class ImageData(L.LightningDataModule):
         indices = list(range(trainer.global_rank, len(source), trainer.world_size))
         return evaluation_loader(
             source,
-            self.crops[0].size,
+            self.crops[0].shape,
             indices,
             batch_size=self.evaluate_batch,
             workers=self.workers,
@@ -119,7 +119,7 @@ class ImageData(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Crop images that came whole; make the other crops, which have memory format (B, S, S, C), contiguous."""
+        """Crop images that came whole; make the other crops, which have memory format (B, H, W, C), contiguous."""
         if not isinstance(batch, Batch):
             return batch
         if self.splits.train.images is not None and self.augment is None:

@@ -23,7 +23,7 @@ from sslvision.data.workers import begin_worker
 STAND_INS = 100  # images tried instead of an unreadable one
 CHUNK = 16  # decoded images in memory at once
 
-# Maps a uint8 crop (C, S, S) to another of that shape. All its random numbers come from the given ImageRandom (B = 1).
+# Maps a uint8 crop (C, H, W) to another of that shape. All its random numbers come from the given ImageRandom (B = 1).
 Augment = Callable[[Tensor, ImageRandom], Tensor]
 
 
@@ -83,7 +83,7 @@ class TrainingImages(Dataset[Batch]):
         return batch._replace(crops=augmented)
 
     def _take_buffers(self, images: int) -> list[Tensor]:
-        return self.buffers.take([(images, self.source.channels, crop.size, crop.size) for crop in self.crops])
+        return self.buffers.take([(images, self.source.channels, *crop.shape) for crop in self.crops])
 
 
 def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
@@ -95,14 +95,14 @@ def cut_crops(batch: Batch, crops: tuple[Crop, ...], seed: int) -> Batch:
 class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
     """Images of a source, resized and center-cropped to one size: (index, image or None, reason)."""
 
-    def __init__(self, source: Source, size: int, indices: list[int], crop_pct: float | None = None):
+    def __init__(self, source: Source, size: tuple[int, int], indices: list[int], crop_pct: float | None = None):
         self.source, self.size, self.indices, self.crop_pct = source, size, indices, crop_pct
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[int, Tensor | None, str]:
-        """Return one image (C, size, size) uint8, or None and why it cannot be read."""
+        """Return one image (C, *size) uint8, or None and why it cannot be read."""
         index = self.indices[position]
         try:
             return index, center_crop(self.source.read(index), self.size, self.crop_pct), ""
@@ -112,16 +112,16 @@ class EvaluationImages(Dataset[tuple[int, Tensor | None, str]]):
 
 def evaluation_loader(
     source: Source,
-    size: int,
+    size: tuple[int, int],
     indices: list[int],
     *,
     batch_size: int = 256,
     workers: int = 0,
     crop_pct: float | None = None,
 ) -> DataLoader[Any]:
-    """Return a loader of (indices (B,), images (B, C, size, size) uint8); unreadable images are skipped.
+    """Return a loader of (indices (B,), images (B, C, *size) uint8); unreadable images are skipped.
 
-    `crop_pct`: see center_crop.
+    `size` and `crop_pct`: see center_crop.
     """
     return DataLoader(
         EvaluationImages(source, size, indices, crop_pct),

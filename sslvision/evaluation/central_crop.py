@@ -1,5 +1,6 @@
 """Which central share of the images is evaluated: one rule for a whole data set, which its export records."""
 
+import math
 from collections.abc import Sequence
 
 from sslvision.augment.crops import CROP_PCT
@@ -8,8 +9,8 @@ from sslvision.data.source import Source, UnreadableImage
 LOOKED_AT = 64  # images of a source whose sizes are compared, spread over it
 
 
-def choose_crop_pct(sources: Sequence[Source | None], size: int) -> float:
-    """Return 1.0 if all images that are looked at are exactly `size` x `size` pixels, so that no border is lost; else 0.875.
+def choose_crop_pct(sources: Sequence[Source | None], size: tuple[int, int]) -> float:
+    """Return 1.0 if all images that are looked at have exactly this height and width, so that no border is lost; else 0.875.
 
     The choice is made from a sample, and then holds for every image, so that timm's single `crop_pct` repeats it.
     """
@@ -22,7 +23,7 @@ def choose_crop_pct(sources: Sequence[Source | None], size: int) -> float:
                 height, width = source.read(index).shape[1:]
             except UnreadableImage:
                 continue
-            if (height, width) != (size, size):
+            if (height, width) != size:
                 return CROP_PCT
             looked_at += 1
     return 1.0 if looked_at else CROP_PCT
@@ -33,7 +34,8 @@ def _spread(images: int) -> list[int]:
     return sorted({number * (images - 1) // (LOOKED_AT - 1) for number in range(LOOKED_AT)})
 
 
-def describe_crop(crop_pct: float | None) -> str:
-    """Return in words what is evaluated of an image."""
-    share = crop_pct or CROP_PCT
-    return f"the central {'' if share == 1 else f'{100 * share:g} % '}square of every image (crop_pct {share:g})"
+def describe_crop(crop_pct: float | None, size: tuple[int, int]) -> str:
+    """Return in words what is evaluated of an image for a backbone that reads images of this height and width."""
+    share, (height, width) = crop_pct or CROP_PCT, (side // math.gcd(*size) for side in size)
+    part = "square" if height == width else f"rectangle of shape {height}:{width} (height:width)"
+    return f"the central {'' if share == 1 else f'{100 * share:g} % '}{part} of every image (crop_pct {share:g})"

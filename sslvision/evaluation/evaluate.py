@@ -1,5 +1,6 @@
 """Evaluation of a backbone: k-NN and linear probe on frozen features of labeled images, and raw pixels for comparison."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
 from sslvision.nn.normalize import Normalize
 
-PIXELS = 32  # side to which larger images are resized before their pixels are compared
+PIXELS = 32  # side of the square of as many pixels as the images have whose pixels are compared
 
 Features = Callable[[Source, list[int]], tuple[Tensor, Tensor]]
 
@@ -70,13 +71,29 @@ def evaluate_backbone(
     )
 
 
+def size_of_pixels(image_size: tuple[int, int]) -> tuple[int, int]:
+    """Return the height and width at which pixels are compared: 32x32, or about as many in the shape of a rectangle."""
+    stretch = math.sqrt(image_size[1] / image_size[0])
+    return max(1, round(PIXELS / stretch)), max(1, round(PIXELS * stretch))
+
+
 def evaluate_pixels(
-    splits: Splits, *, at_most: int, seed: int = 0, workers: int = 0, device: torch.device | None = None
+    splits: Splits,
+    image_size: tuple[int, int] = (PIXELS, PIXELS),
+    *,
+    at_most: int,
+    seed: int = 0,
+    workers: int = 0,
+    device: torch.device | None = None,
 ) -> dict[str, float]:
-    """Return the same scores with pixels at 32x32 as features, computed on `device` (None: the CPU)."""
+    """Return the same scores with the pixels of what a backbone sees, at `size_of_pixels`, as features.
+
+    They are computed on `device` (None: the CPU). `image_size` is the backbone's.
+    """
+    size = size_of_pixels(image_size)
 
     def pixels(source: Source, indices: list[int]) -> tuple[Tensor, Tensor]:
-        batches = list(evaluation_loader(source, PIXELS, indices, workers=workers))
+        batches = list(evaluation_loader(source, size, indices, workers=workers))
         where = torch.cat([where for where, _ in batches])
         rows = [images.flatten(1) for _, images in batches if images.numel()]
         return where, torch.cat(rows).float() / 255 if rows else torch.empty(0)

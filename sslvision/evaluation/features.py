@@ -20,6 +20,7 @@ from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source
 from sslvision.errors import UsageError
 from sslvision.nn.compilation import force_eager
+from sslvision.nn.image_size import shortest
 from sslvision.nn.normalize import Normalize
 
 Progress = Callable[[int, int], None]  # images done and all images, over all processes
@@ -52,7 +53,7 @@ class RandomCrops:
 
     def read(self, index: int) -> Tensor:
         rng = ImageRandom(self.seed, torch.tensor([self.epoch]), torch.tensor([index]))
-        return crop_one(self.source.read(index), rng, 0, self.crop)  # (C, size, size)
+        return crop_one(self.source.read(index), rng, 0, self.crop)  # (C, *crop.shape)
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
@@ -138,11 +139,11 @@ def feature_batches(
     how: Extraction = DEFAULT,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the result of `extract_features` in parts, in the same order, the same on every process."""
-    size, device = backbone.image_size[0], next(backbone.parameters()).device
-    if isinstance(source, RandomCrops) and source.crop.size != size:
+    size, device = backbone.image_size, next(backbone.parameters()).device
+    if isinstance(source, RandomCrops) and source.crop.shape != size:
         raise UsageError(
-            f"Features are computed from images of {size} pixels, the backbone's size, but the random crops have "
-            f"{source.crop.size}: use crops of {size}, or load the backbone for images of {source.crop.size}."
+            f"Features are computed from images of {shortest(size)} pixels, the backbone's size, but the random crops have "
+            f"{source.crop.size}: use crops of {shortest(size)}, or load the backbone for images of {source.crop.size}."
         )
     nothing = torch.empty(0, dtype=torch.int64), torch.empty(0, feature_dim(backbone, kind))
     indices, batch_size, world_size = sorted(indices), how.batch_size, how.world_size

@@ -14,21 +14,24 @@ from torch import Tensor
 
 from sslvision.figures.curves import INK, MUTED, WIDTH
 
-CELL = 160  # pixels: small images are enlarged by an integer factor to at least this
+CELL = 160  # pixels: small images are enlarged by an integer factor to at least the area of a square of this side
 
 
 def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figure:
     """Return a grid of images with a row for each and a column for each output, in two groups side by side.
 
+    Images three times as wide as high, or wider, are in one group, those twice as high in four.
+
     `columns` are (heading, images) with images (N, C, H, W) in 0..1 of the same N, H and W; N = 16 fills a page. Other values
     are clipped, and NaN is drawn in gray. Of more than three channels the first three are drawn, of two the first.
     """
     rows = np.stack([_drawable(images) for _, images in columns], axis=1)  # (N, columns, H, W, 3)
-    groups = min(2, len(rows))
+    wide, tall = rows.shape[3] >= 3 * rows.shape[2], rows.shape[2] >= 2 * rows.shape[3]
+    groups = min(1 if wide else 4 if tall else 2, len(rows))
     canvas, column_centers = _canvas(rows, groups)
     px_height, px_width = canvas.shape[:2]
 
-    dpi = px_width / (WIDTH * groups / 2)
+    dpi = px_width / (WIDTH if wide else WIDTH * groups / 2)
     top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a margin elsewhere
     width, height = px_width + 2 * edge, px_height + top + edge
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
@@ -52,7 +55,7 @@ def _drawable(images: Tensor) -> np.ndarray:
 def _canvas(rows: np.ndarray, groups: int) -> tuple[np.ndarray, list[float]]:
     """Arrange (N, columns, H, W, 3) on white; return the canvas, and the horizontal center of each column in pixels."""
     N, columns, H, W, _ = rows.shape
-    factor = max(1, math.ceil(CELL / W))
+    factor = max(1, math.ceil(CELL / math.sqrt(H * W)))
     rows = rows.repeat(factor, axis=2).repeat(factor, axis=3)
     H, W = H * factor, W * factor
     gap, gutter = max(2, W // 28), max(8, W // 6)

@@ -28,20 +28,20 @@ def at_offsets(maps_of: Callable[[Tensor], Tensor], images: Tensor, stride: int,
     """Return maps with more than one value per patch, from images shifted by fractions of a patch.
 
     Args:
-        maps_of: Maps images (N, C, S, S) to (N, M, rows, columns), one value per patch.
-        images: (N, C, S, S); their borders are replicated.
+        maps_of: Maps images (N, C, H, W) to (N, M, rows, columns), one value per patch.
+        images: (N, C, H, W); their borders are replicated.
         stride: p, side of a patch in pixels.
         offsets: k, number of shifts along each axis; at most p.
 
     Returns:
         (N, M, k * rows, k * columns), one value for each p / k pixels: that of the patch around them.
     """
-    S, k = images.shape[-1], next(k for k in range(min(offsets, stride), 0, -1) if stride % k == 0)
+    (H, W), k = images.shape[2:], next(k for k in range(min(offsets, stride), 0, -1) if stride % k == 0)
     step = stride // k
     padded = F.pad(images, [stride] * 4, mode="replicate")
     starts = [stride + offset * step - (stride - step) // 2 for offset in range(k)]
     rows = [
-        torch.stack([maps_of(padded[:, :, y : y + S, x : x + S]) for x in starts], dim=-1)  # (N, M, rows, columns, k)
+        torch.stack([maps_of(padded[:, :, y : y + H, x : x + W]) for x in starts], dim=-1)  # (N, M, rows, columns, k)
         for y in starts
     ]
     return torch.stack(rows, dim=3).flatten(2, 3).flatten(3, 4)
@@ -53,5 +53,5 @@ def enlarged(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def heat(shares: Tensor) -> Tensor:
-    """Return values (N, S, S) in 0..1 as colors (N, 3, S, S): black, red, yellow, white."""
+    """Return values (N, H, W) in 0..1 as colors (N, 3, H, W): black, red, yellow, white."""
     return (3 * shares[:, None] - torch.arange(3, device=shares.device)[:, None, None]).clamp(0, 1)

@@ -165,7 +165,7 @@ class Method(LightningLoop, ABC):
         return {}
 
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return figures of uint8 images (N, C, S, S): by file name, columns of (heading, images in 0..1)."""
+        """Return figures of uint8 images (N, C, H, W): by file name, columns of (heading, images in 0..1)."""
         return {}
 
     def describe(self) -> dict[str, str]:

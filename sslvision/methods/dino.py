@@ -54,7 +54,7 @@ class DINO(Method):
         freeze_prototypes_epochs: Epochs in which the prototypes are not updated.
         clip_gradient: Largest norm of each parameter's gradient; 0 for no clipping.
         global_scale, local_scale: Share of the image's area that a global and a local crop covers.
-        local_crops, local_size: Number of local crops, and their side in pixels.
+        local_crops, local_size: Number of local crops, and their side in pixels (squares of images of any shape), or [h, w].
         jitter, gray: Probabilities of color jitter and of grayscale.
         jitter_strength: See Photometry.
         blur: Probabilities of blurring the first global crop, the second one, and local crops.
@@ -107,7 +107,7 @@ class DINO(Method):
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_crops: int = 8,
-        local_size: int = 96,
+        local_size: int | Sequence[int] = 96,
         jitter: float = 0.8,
         jitter_strength: float = 1.0,
         gray: float = 0.2,
@@ -131,8 +131,8 @@ class DINO(Method):
             raise UsageError(f"{student_temp=}, {warmup_teacher_temp=} and {teacher_temp=} must each be more than 0.")
         if not (0 <= momentum <= 1 and 0 <= center_momentum <= 1):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
-        check_local_crops(backbone, local_crops, local_size)
-        crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
+        local_shape = check_local_crops(backbone, local_crops, local_size)
+        crops = [Crop(backbone.image_size, global_scale)] * 2 + [Crop(local_shape, local_scale)] * local_crops
         common: dict[str, Any] = {"mean": mean, "std": std, "betas": betas, "seed": seed}
         common |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
         super().__init__(crops=crops, freeze_backbone_epochs=freeze_backbone_epochs, **common)
@@ -147,7 +147,6 @@ class DINO(Method):
         self.schedule_lr = partial(cosine_by_step, start=lr, end=min_lr)
         self.schedule_weight_decay = partial(cosine_by_step, start=weight_decay, end=weight_decay_end)
         self.schedule_momentum = partial(cosine_by_step, start=momentum, end=1.0)
-
         head = DINOHead(
             backbone.embed_dim,
             prototypes,
@@ -166,7 +165,7 @@ class DINO(Method):
         self.pair_loss, self.recolor, self.finish = cross_entropy_of_pairs, recolor, solarize_and_normalize
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return S augmented, normalized crops: two (B, C, G, G) and the local ones (B, C, L, L)."""
+        """Return S augmented, normalized crops: two of the backbone's image size, and the local ones, (B, C, h, w) each."""
         augmented, B = list[Tensor](), len(batch.indices)
         drawn = draw_photometry(rng, range(len(self.crops)), self.photometry)
         finish = partial(self.finish, normalize=self.normalize)
@@ -302,17 +301,15 @@ class DINO(Method):
         return method
 
 
-def check_local_crops(backbone: Backbone, local_crops: int, local_size: int) -> None:
-    """Raise UsageError for a number or a size of local crops that is impossible."""
-    if local_crops < 0 or (local_crops and not backbone.supports_image_size(local_size)):
-        raise UsageError(
-            f"{local_crops=} of {local_size=} pixels is impossible: give 0 or more, of a size that the backbone accepts, "
-            f"such as local_size={backbone.image_size[0]}, or for ViT and Swin any multiple of {backbone.stride}."
-        )
+def check_local_crops(backbone: Backbone, local_crops: int, local_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return height and width of local crops. Raises UsageError for a number or a size that is impossible."""
+    if local_crops < 0:
+        raise UsageError(f"{local_crops=} must be 0 or more.")
+    return backbone.check_image_size(local_size, "local_size") if local_crops else backbone.image_size
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
-    """Return the logits (N, K) of images (n, C, S, S), given as one tensor for each size."""
+    """Return the logits (N, K) of images (n, C, h, w), given as one tensor for each size."""
     return network["head"](network["backbone"](*images))
 
 

@@ -66,7 +66,8 @@ class MAE(Method):
     compilable = ("error", "block_part", "block_with_mask_tokens")
     capturable = True
 
-    # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side
+    # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side,
+    # h x w pixels of an image
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class MAE(Method):
         seed: int = 0,
     ):
         check_settings(backbone, mask_ratio, decoder_embed_dim, decoder_depth, decoder_num_heads)
-        crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
+        crop = Crop(backbone.image_size, (crop_scale[0], crop_scale[1]), flip=flip)
         common: dict[str, Any] = {"mean": mean, "std": std, "betas": betas, "seed": seed}
         common |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
         super().__init__(crops=[crop], freeze_backbone_epochs=freeze_backbone_epochs, **common)
@@ -119,7 +120,7 @@ class MAE(Method):
         self.init_weights()
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalized images (B, C, S, S) and the noise (B, L) whose smallest values stay visible."""
+        """Return normalized images (B, C, h, w) and the noise (B, L) whose smallest values stay visible."""
         rows, columns = self.backbone.grid
         return [self.normalize(batch.crops[0]), rng.uniform("mask", rows * columns)]
 
@@ -197,7 +198,7 @@ class MAE(Method):
 
     @torch.no_grad()
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
-        """Return uint8 images (N, C, S, S), their visible patches, and reconstructions; and `visualize_features`.
+        """Return uint8 images (N, C, h, w), their visible patches, and reconstructions; and `visualize_features`.
 
         Where targets are normalized, a prediction is rescaled by the mean and deviation of the original patch, as in the
         authors' pictures: the reconstruction shows structure, not brightness.

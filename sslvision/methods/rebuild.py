@@ -13,6 +13,7 @@ from sslvision.backbones.build import build_backbone, wrap
 from sslvision.backbones.load import refuse_loading
 from sslvision.backbones.released import read_released
 from sslvision.errors import UsageError
+from sslvision.nn.image_size import height_and_width, shortest
 
 SETTINGS, METHOD = "hyper_parameters", "method"  # keys of a checkpoint
 
@@ -20,7 +21,7 @@ SETTINGS, METHOD = "hyper_parameters", "method"  # keys of a checkpoint
 def describe_method(checkpoint: dict[str, Any], kind: type, backbone: Backbone) -> None:
     """Add to a checkpoint which method on which backbone it is of, as far as that is plain containers."""
     name = (backbone.model.pretrained_cfg or {}).get("architecture")
-    built = {"name": name, "arguments": dict(backbone.arguments), "image_size": backbone.image_size[0]}
+    built = {"name": name, "arguments": dict(backbone.arguments), "image_size": shortest(backbone.image_size)}
     built["crop_pct"] = backbone.crop_pct
     checkpoint[METHOD] = {"class": kind.__name__, "backbone": built if is_plain(built) else None}
     if SETTINGS in checkpoint:  # what is not plain could not be loaded again
@@ -74,7 +75,9 @@ def _backbone(built: Mapping[str, Any] | None, record: Mapping[str, Any], file: 
     """Return the backbone with random weights."""
     if built:
         refuse_loading(built["arguments"], Path(file))
-        return wrap(timm.create_model(built["name"], num_classes=0, **built["arguments"]), built["image_size"])
+        return wrap(
+            timm.create_model(built["name"], num_classes=0, **built["arguments"]), height_and_width(built["image_size"])
+        )
     if "name" in record.get("backbone", {}):  # of earlier versions
         refuse_loading(record["backbone"], Path(file))
         return build_backbone(**record["backbone"], channels=int(record.get("data", {}).get("channels", 3)))

@@ -103,7 +103,7 @@ class Supervised(Method):
         check_settings(lr, min_lr, warmup_epochs, weight_decay, label_smoothing, ema)
         for name, share in (("mixup", mixup), ("cutmix", cutmix), ("erase", erase)):
             check_share(name, share)
-        crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
+        crop = Crop(backbone.image_size, (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, seed=seed)
         self.save_hyperparameters(ignore=["backbone", "labels", "validation_labels"], logger=False)
         self.classes, K = tuple(classes), len(classes)
@@ -164,7 +164,7 @@ class Supervised(Method):
         raise UsageError("Supervised finds labels by the index of an image: train it with sslvision's ImageData.")
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalized, erased and mixed images (B, C, S, S) and their targets (B, K), shares of the classes."""
+        """Return normalized, erased and mixed images (B, C, H, W) and their targets (B, K), shares of the classes."""
         labels = self.labels[batch.shown][:, None]  # (B, 1)
         targets = torch.zeros(len(labels), len(self.classes), device=labels.device).scatter_(1, labels, 1.0)
         images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
@@ -203,7 +203,7 @@ class Supervised(Method):
     @torch.no_grad()
     @force_eager()
     def classify(self, images: Tensor) -> Tensor:
-        """Return the logits (B, K) of uint8 images (B, C, S, S) by `evaluated` in eval mode."""
+        """Return the logits (B, K) of uint8 images (B, C, H, W) by `evaluated` in eval mode."""
         was_training = self.training
         self.eval()
         logits = classify(self.evaluated, self.normalize(images))
@@ -212,7 +212,7 @@ class Supervised(Method):
 
     @force_eager()
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Measure one validation batch: indices (B,) and uint8 images (B, C, S, S)."""
+        """Measure one validation batch: indices (B,) and uint8 images (B, C, H, W)."""
         indices, images = batch
         if not len(indices):  # no image of this batch could be read
             return

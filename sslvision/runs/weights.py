@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sslvision.augment.crops import CROP_PCT
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.fitting import backbone_weights, refuse_nonfinite
-from sslvision.backbones.load import WEIGHTS, load_backbone
+from sslvision.backbones.fitting import Grids, backbone_weights, grids_of, refuse_nonfinite
+from sslvision.backbones.load import WEIGHTS, load_backbone, made_for
 from sslvision.backbones.released import flat_tensors, read_released
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
@@ -101,12 +101,12 @@ def load_weights(method: Method, path: str | Path | None) -> tuple[str, list[str
     if path is None:
         return "random", []
     own, notes = method.state_dict(), list[str]()
-    where, tensors = _tensors_of(method, Path(path).expanduser())
+    where, tensors, grids = _tensors_of(method, Path(path).expanduser())
     found, used = dict[str, Tensor](), set[str]()
     for name, backbone in method.named_modules():
         if isinstance(backbone, Backbone):
             prefer = "student" if "student" in name else "teacher"
-            state, taken, changes = backbone_weights(tensors, backbone, where, prefer=prefer)
+            state, taken, changes = backbone_weights(tensors, backbone, where, prefer=prefer, made_for=grids)
             found |= {f"{name}.model.{key}": value for key, value in state.items()}
             used |= taken
             notes += [change for change in changes if change not in notes]
@@ -115,7 +115,10 @@ def load_weights(method: Method, path: str | Path | None) -> tuple[str, list[str
     differing = [name for name in heads if name not in rest or tensors[rest[name]].shape != own[name].shape]
     if not differing:
         fitting = [name for name in own if name in rest and tensors[rest[name]].shape == own[name].shape]
-        found |= {name: tensors[rest[name]] for name in fitting if name not in found}
+        more = {name: tensors[rest[name]] for name in fitting if name not in found}
+        # Fixed positions of a decoder are those of the grid here, if as many patches lie in other rows there.
+        fixed = {name for name in more if name.endswith("pos_embed") and not more[name].allclose(own[name], atol=1e-4)}
+        found |= {name: value for name, value in more.items() if name not in fixed}
         used |= {rest[name] for name in fitting}
     elif there := [name for name in heads if name in rest]:
         name = next((name for name in differing if name in rest), differing[0])
@@ -134,20 +137,22 @@ def load_weights(method: Method, path: str | Path | None) -> tuple[str, list[str
     return f"{what} of {where} ({'; '.join(notes)})", [f"init_from={path}: {'; '.join(notes)}."]
 
 
-def _tensors_of(method: Method, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return where weights come from, in words, and their tensors under dotted names."""
+def _tensors_of(method: Method, path: Path) -> tuple[str, dict[str, Tensor], Grids]:
+    """Return where weights come from, in words, their tensors under dotted names, and what grids they are `made_for`."""
     name, backbone = str(path), method.pretrained()
     if path.exists() or not timm.is_model(name):
         file = find_weights(path)
-        return str(file), flat_tensors(read_released(file))
+        content = read_released(file)
+        return str(file), flat_tensors(content), made_for(file, content)
     try:
-        loaded = load_backbone(name, image_size=backbone.image_size[0], channels=backbone.channels, head=False)
+        loaded = load_backbone(name, image_size=backbone.image_size, channels=backbone.channels, head=False)
     except UsageError as error:  # its words are about probing
         said = str(error).replace(f"run={name}", f"init_from={name}")
         raise UsageError(
             said.replace("pretrained=false for random weights", "no init_from for random weights")
         ) from error
-    return loaded.weights, dict(loaded.backbone.model.state_dict())
+    network = loaded.backbone.model
+    return loaded.weights, dict(network.state_dict()), grids_of(network)
 
 
 def _plain(name: str) -> str:

@@ -194,7 +194,7 @@ def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) ->
     indices = permutation(len(labeled.train), seed=seed, epoch=0)[:ADAPT_ON].tolist()
     loader = evaluation_loader(
         labeled.train,
-        backbone.image_size[0],
+        backbone.image_size,
         indices,
         batch_size=batch_size,
         workers=labeled.workers,

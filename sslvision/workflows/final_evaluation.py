@@ -69,7 +69,9 @@ def export_and_evaluate(
                 *(backbone, method.normalize, evaluated), at_most=at_most, workers=data.workers, precision=precision
             )
             for prefix, (_, backbone) in compared.items()
-        } | {"pixels_": evaluate_pixels(evaluated, device=device, at_most=at_most, workers=data.workers)}
+        }
+        size = method.pretrained().image_size
+        rows["pixels_"] = evaluate_pixels(evaluated, size, device=device, at_most=at_most, workers=data.workers)
         if unreadable := max([row.pop("unreadable_share") for row in rows.values()]):
             findings.append(
                 f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."

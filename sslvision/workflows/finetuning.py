@@ -239,7 +239,7 @@ def effective_configuration(plan: TrainingPlan, labeled: LabeledData, method: Su
         "weights": labeled.weights,
         "images": f"{labeled.train.name}: {len(labeled.train):,} for training, {validation}, {len(labeled.test):,} for testing",
         **method.describe(),
-        "evaluation": describe_crop(labeled.crop_pct),
+        "evaluation": describe_crop(labeled.crop_pct, method.backbone.image_size),
         "learning rate": f"{plan.lr:.3g}, {ratio:.3g} of pretraining's for {plan.batch_size} images",
         "updates": f"{plan.updates:,} of {plan.batch_size} images, validation every {plan.validate_every:,}",
         "run folder": str(plan.folder),

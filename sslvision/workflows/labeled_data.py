@@ -96,7 +96,7 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
         weights=loaded.weights,
         remarks=remarks,
         value_range=settings.data.get("value_range"),
-        crop_pct=choose_crop_pct([train, validation, test], loaded.backbone.image_size[0]),
+        crop_pct=choose_crop_pct([train, validation, test], loaded.backbone.image_size),
     )
 
 

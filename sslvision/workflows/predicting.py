@@ -191,7 +191,7 @@ def predict(
     top: int = 5,
     precision: torch.dtype = torch.float32,
 ) -> Iterator[Prediction]:
-    """Classify all images of a source, each by its central square, as in evaluation.
+    """Classify all images of a source, each by its central part, as in evaluation.
 
     Args:
         backbone: A classifier; it runs in eval mode, and gets its training mode back afterwards.
@@ -231,7 +231,7 @@ def _rows(
     precision: torch.dtype,
 ) -> Iterator[Prediction]:
     loader = DataLoader(
-        EvaluationImages(source, backbone.image_size[0], list(range(len(source))), backbone.crop_pct),
+        EvaluationImages(source, backbone.image_size, list(range(len(source))), backbone.crop_pct),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_readable_and_not,
@@ -256,7 +256,7 @@ def _rows(
 
 @torch.no_grad()
 def _probabilities(backbone: Backbone, normalize: Normalize, images: Tensor, precision: torch.dtype) -> Tensor:
-    """Return the class probabilities (B, K), in main memory, of uint8 images (B, C, S, S)."""
+    """Return the class probabilities (B, K), in main memory, of uint8 images (B, C, H, W)."""
     device = next(backbone.parameters()).device
     with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
         features = backbone(normalize(images.to(device, non_blocking=True)))  # (B, D)

@@ -169,7 +169,7 @@ def open_data(settings: Pretrain, method: Method) -> ImageData:
     splits, normalize = open_splits(settings.data), settings.data.get("normalize", "computed")
     settings.data |= decided_from(splits)
     method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
-    crop_pct = choose_crop_pct([splits.train, splits.test], method.pretrained().image_size[0])
+    crop_pct = choose_crop_pct([splits.train, splits.test], method.pretrained().image_size)
     for module in method.modules():
         if isinstance(module, Backbone):
             module.crop_pct = crop_pct
@@ -267,7 +267,7 @@ def effective_configuration(
         "steps": f"{steps:,} = {steps / steps_per_epoch:.4g} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
-        "evaluation": describe_crop(method.pretrained().crop_pct),
+        "evaluation": describe_crop(method.pretrained().crop_pct, method.pretrained().image_size),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {precision}",
     }
     if length is not None:

@@ -26,7 +26,7 @@ from sslvision.data.sources.list_images import share
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
 from sslvision.evaluation.confidence import Scores, as_json, score
-from sslvision.evaluation.evaluate import evaluate_pixels, has_labels, why_not_evaluated
+from sslvision.evaluation.evaluate import evaluate_pixels, has_labels, size_of_pixels, why_not_evaluated
 from sslvision.evaluation.feature_cache import cached_features, cached_views
 from sslvision.evaluation.features import POOLED, Extraction, FeatureKind, dino_features, sample_indices
 from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_rankings
@@ -111,7 +111,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     mean, std = statistics_of(loaded, splits.train, settings.data)
     loaded = loaded._replace(mean=mean, std=std)
     if loaded.backbone.crop_pct is None:
-        loaded.backbone.crop_pct = choose_crop_pct([splits.train, splits.test], loaded.backbone.image_size[0])
+        loaded.backbone.crop_pct = choose_crop_pct([splits.train, splits.test], loaded.backbone.image_size)
     if process.rank == 0:
         print_configuration(
             console, effective_configuration(settings, loaded, splits, process.device), title=folder.name
@@ -127,7 +127,10 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     classes = splits.train.classes or tuple(map(str, range(int(splits.train.labels.max()) + 1)))
     scores, facts = score_features(settings, train, test, classes=len(classes), device=process.device)
     print_classifiers(console, scores, title=f"Frozen features, accuracy on {len(test.labels):,} test images")
-    pixels = score_pixels(settings, splits, len(indices), process.device, console) if settings.pixels else {}
+    pixels = {}
+    if settings.pixels:
+        size = loaded.backbone.image_size
+        pixels = score_pixels(settings, splits, size, len(indices), process.device, console)
     linear = scores[LINEAR.format(settings.protocol)]
     unreadable = unreadable_among(training=(indices, train), test=(splits.test, test))
     findings = [*splits.remarks, *unreadable]
@@ -204,7 +207,7 @@ def effective_configuration(settings: Probe, loaded: Loaded, splits: Splits, dev
         "weights": loaded.weights,
         "backbone": f"{type(backbone.model).__name__} on {backbone.channels}x{backbone.image_size[0]}x{backbone.image_size[1]}",
         "images": f"{splits.train.name}: {used:,} for training, {len(splits.test):,} for testing",
-        "evaluation": describe_crop(backbone.crop_pct),
+        "evaluation": describe_crop(backbone.crop_pct, backbone.image_size),
         "linear probe": f"{protocol.name}: {protocol.source}",
         "device": str(device),
     }
@@ -249,7 +252,7 @@ def labeled_features(
         if kind.last_blocks:
             _, linear = cached_features(*given, kind, how, folder=cache)
         if views > 1:
-            crop = Crop(backbone.image_size[0], PROTOCOLS[settings.protocol].crop_scale, flip=True)
+            crop = Crop(backbone.image_size, PROTOCOLS[settings.protocol].crop_scale, flip=True)
             _, crops = cached_views(*given, kind, how, folder=cache, crop=crop, views=views, seed=settings.seed)
     assert source.labels is not None
     return LabeledFeatures(pooled, linear, crops, source.labels[read])
@@ -281,15 +284,16 @@ def score_features(
 
 
 def score_pixels(
-    settings: Probe, splits: Splits, images: int, device: torch.device, console: Console
+    settings: Probe, splits: Splits, size: tuple[int, int], images: int, device: torch.device, console: Console
 ) -> dict[str, float]:
-    """Return and print the scores of raw pixels, for comparison."""
+    """Return and print the scores of raw pixels, for comparison with a backbone of this image size."""
     pixels = evaluate_pixels(
-        splits, at_most=min(images, PIXELS_OF), seed=settings.seed, workers=workers_of(settings), device=device
+        splits, size, at_most=min(images, PIXELS_OF), seed=settings.seed, workers=workers_of(settings), device=device
     )
     del pixels["unreadable_share"]  # told of the features
+    height, width = size_of_pixels(size)
     console.print(
-        f"Raw pixels at 32x32, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
+        f"Raw pixels at {height}x{width}, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
         f"{pixels['linear_top1']:.1f} %."
     )
     return pixels

@@ -193,13 +193,13 @@ def test_pixels_outside_the_box_have_no_weight():
 
 def test_evaluation_sees_the_center_of_seven_eighths():
     image = photograph(100, 200)
-    cut = center_crop(image, 56)
+    cut = center_crop(image, (56, 56))
     assert cut.shape == (3, 56, 56)
     expected = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((128, 64), Image.Resampling.BICUBIC)
     expected = torch.from_numpy(np.array(expected)).permute(2, 0, 1)[:, 4:60, 36:92]
     assert (cut.int() - expected.int()).abs().max() <= 1
-    assert center_crop(image[:, :32, :32], 32) is not None
-    assert torch.equal(center_crop(image[:, :32, :32], 32), image[:, :32, :32])
+    assert center_crop(image[:, :32, :32], (32, 32)) is not None
+    assert torch.equal(center_crop(image[:, :32, :32], (32, 32)), image[:, :32, :32])
 
 
 @pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1), (2, 20_000), (10, 20_000), (3, 3000), (1, 5), (1, 1)])
@@ -211,7 +211,7 @@ def test_a_thin_image_is_cut_before_it_is_resized(shape, monkeypatch):
         return resize(image, size)
 
     monkeypatch.setattr(crops, "resize", measured)
-    cut = center_crop(photograph(*shape), 224)
+    cut = center_crop(photograph(*shape), (224, 224))
     assert cut.shape == (3, 224, 224)
     assert max(areas, default=0) <= 256 * 256 * 10
 
@@ -221,15 +221,15 @@ def test_a_thin_image_is_cut_before_it_is_resized(shape, monkeypatch):
 )
 def test_cutting_a_thin_image_first_gives_the_same_center(shape, monkeypatch):
     image = photograph(*shape)
-    cut = center_crop(image, 32)
+    cut = center_crop(image, (32, 32))
     monkeypatch.setattr(crops, "LONGEST", 10_000)
-    whole = center_crop(image, 32)
+    whole = center_crop(image, (32, 32))
     assert (cut.int() - whole.int()).abs().max() <= 3
 
 
 def test_an_image_of_usual_proportions_is_never_cut_first(monkeypatch):
     monkeypatch.setattr(crops, "_resize_box", lambda *_: pytest.fail("it was cut"))
-    assert center_crop(photograph(100, 400), 32).shape == (3, 32, 32)
+    assert center_crop(photograph(100, 400), (32, 32)).shape == (3, 32, 32)
 
 
 def test_views_cut_together_are_those_cut_one_by_one():

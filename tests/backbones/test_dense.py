@@ -59,12 +59,12 @@ asked = cache(options_for)
 
 def timm_model(kind, size=SIZE, **more):
     name, options, _ = FAMILIES[kind]
-    return timm.create_model(name, num_classes=0, **asked(name, size), **options, **more)
+    return timm.create_model(name, num_classes=0, **asked(name, (size, size)), **options, **more)
 
 
 def build(kind, size=SIZE, **more):
     torch.manual_seed(0)
-    backbone = Dense(timm_model(kind, size, **more), image_size=size)
+    backbone = Dense(timm_model(kind, size, **more), image_size=(size, size))
     for parameter in backbone.parameters():  # nothing may be without effect by initialization
         if parameter.abs().max() < 1e-3:
             nn.init.normal_(parameter, std=0.3)
@@ -116,8 +116,8 @@ def test_dino_trains_it_with_local_crops_and_its_teacher_follows(kind):
     half = FAMILIES[kind][2]
     local = SIZE // 2 if half else SIZE
     backbone = build(kind)
-    assert backbone.supports_image_size(local)
-    assert backbone.supports_image_size(SIZE // 2) == half
+    assert backbone.supports_image_size((local, local))
+    assert backbone.supports_image_size((SIZE // 2, SIZE // 2)) == half
     method = dino(backbone).train()
     optimizer = torch.optim.SGD(method.student.parameters(), lr=0.1)
     images = torch.rand(2, 3, SIZE, SIZE)
@@ -160,7 +160,7 @@ def test_it_takes_the_sizes_that_the_network_really_reads(kind):
             reads = True
         except (AssertionError, RuntimeError):
             reads = False
-        assert backbone.supports_image_size(size) == reads, size
+        assert backbone.supports_image_size((size, size)) == reads, size
 
 
 def test_asking_leaves_weights_statistics_modes_and_random_numbers_alone():
@@ -169,18 +169,18 @@ def test_asking_leaves_weights_statistics_modes_and_random_numbers_alone():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    options_for("test_resnet", SIZE)
-    Dense(model, image_size=SIZE).supports_image_size(32)
+    options_for("test_resnet", (SIZE, SIZE))
+    Dense(model, image_size=(SIZE, SIZE)).supports_image_size((32, 32))
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for module in model.modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_only_options_that_the_model_knows_are_given():
-    assert options_for("resnet18", 96) == {}
-    assert options_for("beit_base_patch16_224", 96) == {"img_size": 96}
-    assert options_for("deit_tiny_distilled_patch16_224", 96) == {"img_size": 96, "dynamic_img_size": True}
-    assert options_for("swinv2_tiny_window8_256", 96)["strict_img_size"] is False
+    assert options_for("resnet18", (96, 96)) == {}
+    assert options_for("beit_base_patch16_224", (96, 96)) == {"img_size": 96}
+    assert options_for("deit_tiny_distilled_patch16_224", (96, 96)) == {"img_size": 96, "dynamic_img_size": True}
+    assert options_for("swinv2_tiny_window8_256", (96, 96))["strict_img_size"] is False
 
 
 def test_in_eval_mode_too_features_follow_the_weights():
@@ -200,7 +200,7 @@ def test_a_model_of_one_channel_says_so():
 
 
 def test_a_map_that_does_not_divide_the_image_has_the_nearest_stride():
-    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=100)
+    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=(100, 100))
     assert backbone.grid == (4, 4)
     assert backbone.stride == 25
     tokens = backbone.encode(torch.rand(2, 3, 100, 100))
@@ -211,19 +211,19 @@ def test_an_image_size_that_the_model_cannot_read_is_refused_with_its_own():
     with torch.device("meta"):
         model = timm.create_model("efficientformer_l1", num_classes=0)
     with pytest.raises(UsageError, match=r"efficientformer_l1 cannot read images of 64x64 .*image_size=224"):
-        Dense(model, image_size=64)
+        Dense(model, image_size=(64, 64))
 
 
 def test_an_encoder_without_a_head_is_refused():
     with torch.device("meta"):
         model = timm.create_model("qwen3_vit_88m_enc", num_classes=0)
     with pytest.raises(UsageError, match="qwen3_vit_88m_enc has no head that makes features"):
-        Dense(model, image_size=64)
+        Dense(model, image_size=(64, 64))
 
 
 def test_a_model_that_does_not_pool_is_refused():
     with pytest.raises(UsageError, match=r"test_resnet makes features of shape.*global_pool"):
-        Dense(timm.create_model("test_resnet", num_classes=0, global_pool=""), image_size=SIZE)
+        Dense(timm.create_model("test_resnet", num_classes=0, global_pool=""), image_size=(SIZE, SIZE))
 
 
 @pytest.mark.parametrize("kind", sorted(APART))
@@ -235,7 +235,7 @@ def test_features_of_tokens_are_refused_where_the_head_reads_more(kind):
 
 def test_the_teachers_batch_norms_keep_statistics_of_its_own_activations_and_the_students_stay_out():
     torch.manual_seed(0)
-    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=32)
+    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=(32, 32))
     method = DINO(backbone, prototypes=32, hidden=16, bottleneck=8, local_crops=0, momentum=0.9).train()
     views, clock = [torch.rand(8, 3, 32, 32) + crop for crop in range(3)], Clock(0, 10, 5)
     model = method.pretrained().model
@@ -254,7 +254,7 @@ def test_the_teachers_batch_norms_keep_statistics_of_its_own_activations_and_the
 
 def test_gradients_on_a_cpu_are_in_full_precision_under_autocast():
     torch.manual_seed(0)
-    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=32)
+    backbone = Dense(timm.create_model("test_resnet", num_classes=0), image_size=(32, 32))
     images, gradients = torch.rand(8, 3, 16, 16), []  # maps of 1 x 1 under kernels of 3 x 3 at the end
     for enabled in (False, True):
         backbone.zero_grad()

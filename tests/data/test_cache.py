@@ -83,7 +83,7 @@ def test_thin_images_are_cached_as_they_are(tmp_path, cache_of, size):
     Image.new("L", size, 9).save(tmp_path / "thin" / "a.png")
     kept = cache_of(open_folder(tmp_path / "thin", holdout=0, channels=1).train)
     assert kept.read(0).shape == (1, *reversed(size))
-    (_, images), *_ = evaluation_loader(kept, 32, [0])
+    (_, images), *_ = evaluation_loader(kept, (32, 32), [0])
     assert images.unique().tolist() == [9]
 
 

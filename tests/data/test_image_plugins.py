@@ -131,7 +131,7 @@ from sslvision.data.sources.folder import open_folder
 if __name__ == "__main__":
     assert "pillow_heif" not in sys.modules
     splits = open_folder(sys.argv[1], holdout=0)
-    images = EvaluationImages(splits.train, 8, [0, 1])
+    images = EvaluationImages(splits.train, (8, 8), [0, 1])
     loader = DataLoader(images, batch_size=None, num_workers=1, multiprocessing_context="spawn")
     print([(image.shape, int(image.min())) for _, image, _ in loader], splits.remarks)
 """

@@ -290,7 +290,7 @@ def test_lightning_validates_on_all_images_if_there_are_any_and_the_method_wants
 
 def test_evaluation_sees_each_asked_image_once_and_leaves_unreadable_ones_out():
     source = Images(in_memory=False, unreadable=[3])
-    seen = list(evaluation_loader(source, 32, [1, 3, 5, 7, 9], batch_size=2))
+    seen = list(evaluation_loader(source, (32, 32), [1, 3, 5, 7, 9], batch_size=2))
     assert torch.cat([indices for indices, _ in seen]).tolist() == [1, 5, 7, 9]
     assert torch.equal(torch.cat([images for _, images in seen]), source.stack[[1, 5, 7, 9]])
 

@@ -100,7 +100,9 @@ def read_all(folder, channels):
         source = open_splits(data | {"cache": cache, "cache_dir": str(folder / "cache")}).train
         assert source.labels.bincount().tolist() == [COUNT // 2, COUNT // 2]
         scored = [
-            int(index) for indices, _ in evaluation_loader(source, 224, list(range(len(source)))) for index in indices
+            int(index)
+            for indices, _ in evaluation_loader(source, (224, 224), list(range(len(source))))
+            for index in indices
         ]
         unreadable = dict(reasons(source, set(range(COUNT)) - set(scored)))
         if channels != 5:  # few files have five bands: training would end there

@@ -122,7 +122,7 @@ def test_sizes_and_offsets_are_timms_and_hardly_a_pixel_differs_by_more_than_rou
     for height, width in [(size, size), (97, 41), (40, 333), (500, 375), (size + 1, size), (3, 5)]:
         pixels = np.random.default_rng(height).normal(128, 20, (height, width, 3)).clip(0, 255).astype(np.uint8)
         theirs = transform(Image.fromarray(pixels)).int()
-        ours = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), size, crop_pct).int()
+        ours = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), (size, size), crop_pct).int()
         assert (ours - theirs).abs().max() <= 2, (height, width)
 
 
@@ -133,25 +133,25 @@ def test_of_a_thin_image_only_the_square_is_resized_and_it_is_timms(crop_pct):
             (3, size, size), interpolation="bicubic", crop_pct=crop_pct or 0.875, normalize=False
         )
         pixels = np.random.default_rng(height).normal(128, 20, (height, width, 3)).clip(0, 255).astype(np.uint8)
-        cut = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), size, crop_pct)
+        cut = center_crop(torch.from_numpy(pixels).permute(2, 0, 1), (size, size), crop_pct)
         assert (cut.int() - transform(Image.fromarray(pixels)).int()).abs().max() <= 2
-    assert center_crop(torch.full((1, 1, 30_000), 7, dtype=torch.uint8), 224, crop_pct).unique().tolist() == [7]
+    assert center_crop(torch.full((1, 1, 30_000), 7, dtype=torch.uint8), (224, 224), crop_pct).unique().tolist() == [7]
 
 
 def test_one_image_of_another_size_among_the_first_of_a_set_decides_for_all_of_it(tmp_path):
     source = open_folder(labeled_images(tmp_path / "photos", "exact")).train
-    assert choose_crop_pct([source, None], SIDE) == 1.0
-    assert choose_crop_pct([source], SIDE + 1) == 0.875
+    assert choose_crop_pct([source, None], (SIDE, SIDE)) == 1.0
+    assert choose_crop_pct([source], (SIDE, SIDE + 1)) == 0.875
     Image.new("RGB", (32, 33)).save(source.describe(0))
-    assert choose_crop_pct([None, source], SIDE) == 0.875
+    assert choose_crop_pct([None, source], (SIDE, SIDE)) == 0.875
     (tmp_path / "photos" / "train" / "left" / "000.png").write_bytes(b"no image")
-    assert choose_crop_pct([source], SIDE) == 1.0  # nobody can say what its size is
-    assert choose_crop_pct([], SIDE) == 0.875
+    assert choose_crop_pct([source], (SIDE, SIDE)) == 1.0  # nobody can say what its size is
+    assert choose_crop_pct([], (SIDE, SIDE)) == 0.875
 
 
 def test_images_in_memory_decide_by_the_size_that_all_of_them_have():
-    assert choose_crop_pct(open_digits(size=32)[:2], 32) == 1.0
-    assert choose_crop_pct(open_digits(size=16)[:2], 32) == 0.875
+    assert choose_crop_pct(open_digits(size=32)[:2], (32, 32)) == 1.0
+    assert choose_crop_pct(open_digits(size=16)[:2], (32, 32)) == 0.875
 
 
 def test_exports_of_earlier_versions_are_evaluated_as_they_were_then(tmp_path):

@@ -85,7 +85,7 @@ def test_evaluation_stops_as_well_instead_of_scoring_what_is_left(photos):
     shutil.rmtree(photos)
     for workers in (0, 1):
         with pytest.raises(SourceGone, match=r"^The folder of the images is gone"):
-            list(evaluation_loader(source, 16, [0, 1], workers=workers))
+            list(evaluation_loader(source, (16, 16), [0, 1], workers=workers))
 
 
 def test_the_folder_of_a_torchvision_set_may_vanish_too(photos):

@@ -115,6 +115,16 @@ def test_a_run_that_broke_in_mid_epoch_and_at_its_end_goes_on_as_if_it_had_not(r
     assert_same_end(whole, broken)
 
 
+@pytest.mark.parametrize("recipe", ["mae", "dino"])
+def test_a_run_on_rectangles_goes_on_as_if_it_had_not_broken(recipe, run, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    words = ["backbone.image_size=[16,32]", *(["local_size=[8,16]"] if recipe == "dino" else [])]
+    run(whole, *words, recipe=recipe)
+    run(broken, *words, recipe=recipe, cut=3)
+    run(broken, "resume=auto", *words, recipe=recipe)
+    assert_same_end(whole, broken)
+
+
 @pytest.mark.e2e
 def test_accumulated_batches_of_an_update_that_broke_count_once(run, tmp_path):
     whole, broken, words = tmp_path / "whole", tmp_path / "broken", ["trainer.accumulate_grad_batches=2"]

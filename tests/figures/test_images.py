@@ -108,3 +108,13 @@ def test_a_row_may_have_any_number_of_columns(count: int) -> None:
     picture = pixels(figure)
     assert all(len(find(picture, image, 5)) == 1 for stack in stacks for image in stack)
     assert [text.get_text() for text in figure.texts][1:] == [f"head {n}" for n in range(count)] * 2
+
+
+@pytest.mark.parametrize(("height", "width", "groups"), [(16, 64, 1), (16, 32, 2), (32, 32, 2), (32, 16, 4)])
+def test_wide_images_are_in_one_group_and_tall_ones_in_four(height: int, width: int, groups: int) -> None:
+    shown = images(8, side=width, height=height)
+    picture = pixels(picture_figure([("original", shown)], title="run"))
+    factor = math.ceil(160 / math.sqrt(height * width))
+    corners = np.array([find(picture, image, factor)[0] for image in shown])
+    assert len(set(corners[:, 1])) == groups
+    assert len(set(corners[:, 0])) == 8 // groups

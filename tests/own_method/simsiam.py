@@ -47,7 +47,7 @@ class SimSiam(Method):
         std: Sequence[float],
         seed: int = 0,
     ):
-        crop = Crop(backbone.image_size[0], crop_scale)
+        crop = Crop(backbone.image_size, crop_scale)
         super().__init__(crops=[crop, crop], mean=mean, std=std, seed=seed)
         self.lr, self.weight_decay = lr, weight_decay
         self.photometry = [Photometry(blur_probability=0.5)] * 2

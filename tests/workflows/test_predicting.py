@@ -66,7 +66,7 @@ ORDER = [
 
 def probabilities(classifier, path):
     """Return what stock timm says of one image, as its own forward computes it."""
-    image = NORMALIZE(center_crop(read_image(path, 3), 16)[None])
+    image = NORMALIZE(center_crop(read_image(path, 3), (16, 16))[None])
     with torch.no_grad():
         return classifier.model.eval()(image).softmax(dim=1)[0]
 

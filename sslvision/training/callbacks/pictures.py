@@ -44,7 +44,7 @@ class Pictures(Callback):
 def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:
     """Write the method's pictures of some held-out images, spread over the source, and send them to the loggers."""
     indices = _spread(len(source), IMAGES)
-    _, images = next(iter(evaluation_loader(source, method.crops[0].size, indices)))
+    _, images = next(iter(evaluation_loader(source, method.crops[0].shape, indices)))
     if not len(images):
         return
     was_training = method.training
@@ -82,7 +82,7 @@ def draw_neighbors(
         at_most: Number of training images to look among, a random sample of at most AMONG.
         how: How features are computed.
     """
-    backbone, size = method.pretrained(), method.crops[0].size
+    backbone, size = method.pretrained(), method.crops[0].shape
     among = sample_indices(splits.train, min(at_most, AMONG), seed=0)
     asked = splits.train if splits.test is None else splits.test
     looked_up = (
@@ -114,8 +114,8 @@ def _spread(length: int, number: int) -> list[int]:
     return torch.linspace(0, length - 1, min(number, length)).long().tolist()
 
 
-def _pixels(source: Source, indices: Tensor, size: int) -> Tensor:
-    """Return images (n, C, S, S) in 0..1, in the order of the indices."""
+def _pixels(source: Source, indices: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return images (n, C, H, W) in 0..1, in the order of the indices."""
     images = dict[int, Tensor]()
     for where, pixels in evaluation_loader(source, size, sorted(set(indices.tolist()))):
         images |= dict(zip(where.tolist(), pixels, strict=True))
