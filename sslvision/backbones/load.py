@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.build import build_backbone, wrap
+from sslvision.backbones.build import build_backbone, check_dimensions, wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
 from sslvision.backbones.released import part_of, read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
+from sslvision.settings import check_backbone
+from sslvision.system.resuming import command_to_resume
 
 OF_METHODS = (
     "teacher.backbone.model.",
@@ -84,8 +86,11 @@ def load_backbone(
         timm_options: Arguments of the timm model that override those of the weights: drop_path_rate, num_heads, ...
 
     Raises:
-        UsageError: `where` is none of these, the weights cannot be loaded, or they do not fit the arguments.
+        UsageError: `where` is none of these, the weights cannot be loaded, or they do not fit the arguments; or an option is
+            one of timm's factory (checkpoint_path, ...), as the weights are those that `where` refers to.
     """
+    check_backbone(timm_options if image_size is None else {"image_size": image_size, **timm_options})
+    check_dimensions(timm_options)
     source = _find(where, pretrained=pretrained, heads=timm_options.get("num_heads"))
     size, depth = image_size or source.image_size, channels or source.channels
     if depth != source.channels and not source.any_channels:
@@ -231,7 +236,7 @@ def _unfinished(folder: Path, where: str | Path) -> _Source:
         )
     raise UsageError(
         f"run={where} has no export/: it has not ended, and it has no whole checkpoint to read instead. "
-        f"{' '.join(reasons)} Let it finish (resume=auto) first.".replace("  ", " ")
+        f"{' '.join(reasons)} Let it finish first: {command_to_resume(folder)}.".replace("  ", " ")
     )
 
 

@@ -120,6 +120,12 @@ def test_the_number_of_heads_is_asked_for_where_weights_leave_it_open(released, 
         (None, {"nonsense": 1}, "timm cannot build .*nonsense"),
         (None, {"image_size": 33}, "33x33"),
         (None, {"patch_size": 4}, r"patch_embed\.proj\.weight is"),
+        (None, {"checkpoint_path": "other.pth"}, r"Instead of backbone.checkpoint_path use .*in Python: load_backbone"),
+        (None, {"pretrained_cfg": {"file": "x"}}, r"Instead of backbone.pretrained_cfg use"),
+        (None, {"features_only": True}, "Instead of backbone.features_only use nothing"),
+        (None, {"img_size": 48}, "Instead of backbone.img_size use backbone.image_size"),
+        (None, {"image_size": 0}, "backbone.image_size=0 must be a whole number of pixels"),
+        (None, {"depth": 0}, "backbone.depth=0 must be a whole number from 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_words(classes, options, words, tmp_path):
