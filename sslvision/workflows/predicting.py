@@ -21,6 +21,7 @@ from sslvision.data.eight_bits import value_range_from
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.list_images import scan
+from sslvision.data.value_range import look_at
 from sslvision.errors import StorageError, UsageError
 from sslvision.evaluation.confidence import as_json, score
 from sslvision.nn.normalize import Normalize
@@ -63,7 +64,7 @@ def predict_to_csv(settings: Predict) -> Path:
     source = open_images(
         settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels, remarks=remarks
     )
-    source.value_range = value_range_from(recorded_value_range(run))
+    remarks += look_at_values(source, settings)
     output = _output(settings)
     check_output(output)
     if settings.output is None and output.name != "predictions.csv":
@@ -88,6 +89,22 @@ def predict_to_csv(settings: Predict) -> Path:
     if known:
         console.print(write_accuracy(known, loaded.classes, output, unknown=images - problems - len(known)))
     return output
+
+
+def look_at_values(source: FileSource, settings: Predict) -> list[str]:
+    """Choose the value range of the images, that of the run unless it is given, and return what there is to say of it."""
+    recorded, given = (
+        recorded_value_range(settings.run or ""),
+        value_range_from(settings.value_range, name="value_range"),
+    )
+    source.value_range, remarks = look_at(source, given or value_range_from(recorded), of_run=True)
+    if given is None and recorded is None and source.value_range is not None:
+        return [
+            *remarks,
+            f"run={settings.run} was trained on images of 8 bits, and these have more. The range above is decided from them: "
+            "if another one makes them look like those, set value_range=[low,high].",
+        ]
+    return [*remarks]
 
 
 def with_true_classes(
