@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,7 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone, check_dimensions, wrap
 from sslvision.backbones.dense import options_for
 from sslvision.backbones.fitting import check_fit, load_fitting
-from sslvision.backbones.released import part_of, read_released, released_network
+from sslvision.backbones.released import INSTEAD_OF_TRANSFORMERS, part_of, read_released, released_network
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
@@ -154,7 +155,13 @@ def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
         return _named(name, pretrained)
     if (path / "config.yaml").is_file():
         return _unfinished(path, where)
-    near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    if re.match(r"https?:/", name):
+        raise UsageError(f"run={where} is a URL: download the file, and give its path, run={name.rpartition('/')[2]}.")
+    if timm.is_model(short := name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")):
+        raise UsageError(f"run={where} is the name of weights on a hub: timm's name of them is run={short}.")
+    if path.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
+        raise UsageError(f"run={where}: there is no such file in {path.absolute().parent}.")
+    near = timm.list_models(f"{name}_*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     raise UsageError(
         f"run={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
         "config.json and model.safetensors), no .pth or .safetensors file, and no timm model has that name."
@@ -166,6 +173,8 @@ def _exported(folder: Path, where: str | Path) -> _Source:
     """Return the weights in an export folder."""
     try:
         config = json.loads((folder / "config.json").read_text())
+        if "model_type" in config and "architecture" not in config:
+            raise UsageError(f"{folder} holds a model of transformers. {INSTEAD_OF_TRANSFORMERS}")
         name, known = str(config["architecture"]), config["pretrained_cfg"]
         channels, size, _ = known["input_size"]
         arguments = {key: value for key, value in config.get("model_args", {}).items() if key != "num_classes"}
@@ -174,6 +183,8 @@ def _exported(folder: Path, where: str | Path) -> _Source:
             names = dict(enumerate(names))
         classes = tuple(str(names.get(index, names.get(str(index), index))) for index in range(count))
         crop_pct = _crop_pct(known)
+    except UsageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{folder / 'config.json'} is not in timm's format ({type(error).__name__}: {error}): give a folder "

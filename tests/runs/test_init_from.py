@@ -233,7 +233,7 @@ def test_a_timm_name_without_a_network_gives_one_message(monkeypatch):
 
 
 def test_what_is_neither_a_file_nor_a_name_is_refused_with_names_near_it():
-    with pytest.raises(UsageError, match=r"^resnet19 has no weights.*Near it in timm: .*resnet18"):
+    with pytest.raises(UsageError, match=r"^There is no file or folder resnet19.*Near it in timm: .*resnet18"):
         load_weights(mae(), "resnet19")
 
 
