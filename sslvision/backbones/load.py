@@ -155,18 +155,31 @@ def _find(where: str | Path, *, pretrained: bool, heads: int | None) -> _Source:
         return _named(name, pretrained)
     if (path / "config.yaml").is_file():
         return _unfinished(path, where)
-    if re.match(r"https?:/", name):
-        raise UsageError(f"run={where} is a URL: download the file, and give its path, run={name.rpartition('/')[2]}.")
-    if timm.is_model(short := name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")):
-        raise UsageError(f"run={where} is the name of weights on a hub: timm's name of them is run={short}.")
-    if path.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
-        raise UsageError(f"run={where}: there is no such file in {path.absolute().parent}.")
+    if (told := elsewhere(path, "run")) is not None:
+        raise UsageError(told)
     near = timm.list_models(f"{name}_*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     raise UsageError(
         f"run={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
         "config.json and model.safetensors), no .pth or .safetensors file, and no timm model has that name."
         + (f" Near it in timm: {', '.join(near)}." if near else "")
     )
+
+
+def elsewhere(path: Path, setting: str) -> str | None:
+    """Return what to do about a path that does not exist, if it is a URL, a name of weights on a hub, or of a file; or None.
+
+    Args:
+        path: The path.
+        setting: Setting that it was given for.
+    """
+    name = str(path)
+    if re.match(r"https?:/", name):
+        return f"{setting}={name} is a URL: download the file, and give its path, {setting}={path.name}."
+    if timm.is_model(short := name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")):
+        return f"{setting}={name} is the name of weights on a hub: timm's name of them is {setting}={short}."
+    if path.suffix in (".pth", ".pt", ".ckpt", ".bin", ".safetensors"):
+        return f"{setting}={name}: there is no such file in {path.absolute().parent}."
+    return None
 
 
 def _exported(folder: Path, where: str | Path) -> _Source:

@@ -108,6 +108,11 @@ def network_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
     return {name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for name, v in state.items()}
 
 
+def is_of_transformers(tensors: Collection[str]) -> bool:
+    """Return whether weights have the names that the library transformers gives them."""
+    return any(".attention.attention." in name or "patch_embeddings" in name for name in tensors)
+
+
 def released_network(
     file: str | Path, *, heads: int | None = None
 ) -> tuple[str, dict[str, Tensor], dict[str, Any], str]:
@@ -141,7 +146,7 @@ def released_network(
         left = len(tensors) - len(state)
         words = ([f"under {prefix[:-1]}"] if prefix else []) + ([f"{left} other tensors left out"] if left else [])
         return name, state, arguments, f" ({', '.join(words)})" if words else ""
-    if any(".attention.attention." in name or "patch_embeddings" in name for name in tensors):
+    if is_of_transformers(tensors):
         raise UsageError(f"{file} names its weights as transformers does. {INSTEAD_OF_TRANSFORMERS}")
     raise UsageError(
         f"{file} is no checkpoint of a ViT or ResNet as they are published for MAE, DINO, DINOv2, SwAV or MoCo: it has neither "

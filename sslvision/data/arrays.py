@@ -58,6 +58,11 @@ class ArrayImage:
     unused: int = 0
 
 
+def setting_for(channels: int) -> str:
+    """Return the settings that read files of so many channels, as they are typed: statistics of ImageNet are of three."""
+    return f"data.channels={channels}" + ("" if channels in (1, 3) else " data.normalize=computed")
+
+
 def open_numpy(file: IO[bytes], channels: int) -> ArrayImage | None:
     """Return the image in an .npy or .npz file; None for files of other kinds.
 
@@ -124,7 +129,7 @@ def _array_image(
         else f"(H, W, {channels}) or " + (f"({channels}, H, W)")
     )
     bands = min(shape[0], shape[2]) if len(shape) == 3 else 0
-    advice = f": data.channels={bands} reads it" if 0 < bands < 32 else ""
+    advice = f": {setting_for(bands)} reads it" if 0 < bands < 32 else ""
     raise UnreadableImage(f"the array has the shape {shape}, and data.channels={channels} needs {wanted}{advice}")
 
 
@@ -277,11 +282,7 @@ def _from_tifffile(tifffile: Any, file: IO[bytes], tags: dict[int, Any], channel
     if bands == channels or (channels in (1, 3) and bands - alpha in (1, 3)):
         return ArrayImage(*shape, bands, page.dtype, first, unused=pages - 1, **about)
     advice = (
-        f": data.channels={bands} reads them"
-        if bands > 1
-        else f": data.channels={pages} reads them"
-        if pages > 1
-        else ""
+        f": {setting_for(bands)} reads them" if bands > 1 else f": {setting_for(pages)} reads them" if pages > 1 else ""
     )
     raise UnreadableImage(
         f"{channels} channels were asked for, and the file has {pages} page(s) of {bands} band(s) of {page.dtype}{advice}"

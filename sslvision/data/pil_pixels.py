@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from sslvision.data.arrays import BITS, FORMAT, ArrayImage
+from sslvision.data.arrays import BITS, FORMAT, ArrayImage, setting_for
 from sslvision.data.eight_bits import ValueRange, eight_bits
 from sslvision.data.source import UnreadableImage
 
@@ -51,7 +51,7 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS,
         refuse_bomb(image.size, max_pixels, pages)
         return _tensor(_stack(image, pages, scale))
     found = f"{pages} page(s)" if pages <= channels else f"more than {channels} pages"
-    advice = f": data.channels={bands} reads them" if bands > 1 else ""
+    advice = f": {setting_for(bands)} reads them" if bands > 1 else ""
     raise UnreadableImage(
         f"{channels} channels were asked for, and the file has {found} of {bands} band(s) ({image.mode}){advice}"
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from sslvision.augment.crops import CROP_PCT
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.fitting import backbone_weights, refuse_nonfinite
-from sslvision.backbones.load import WEIGHTS, load_backbone
+from sslvision.backbones.load import WEIGHTS, elsewhere, load_backbone
 from sslvision.backbones.released import flat_tensors, read_released
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
@@ -176,6 +176,8 @@ def find_weights(path: Path) -> Path:
     for candidate in [folder / name for folder in (path, path / "export") for name in WEIGHTS]:
         if candidate.is_file():
             return candidate
+    if not path.exists() and (told := elsewhere(path, "init_from")) is not None:
+        raise UsageError(told)
     near = difflib.get_close_matches(str(path), timm.list_models(), n=3, cutoff=0.6)
     what = (
         f"{path} has no weights"

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -288,10 +289,13 @@ def _readable_and_not(
     return (
         [place for place, image, _ in items if image is not None],
         torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
-        [
-            (place, why.replace("data.", "")) for place, image, why in items if image is None
-        ],  # the settings of pretraining
+        [(place, _of_prediction(why)) for place, image, why in items if image is None],
     )
+
+
+def _of_prediction(reason: str) -> str:
+    """Return why an image cannot be read in the settings of predict, whose channels the run determines."""
+    return re.sub(r": data\.channels=.* reads (it|them)", "", reason).replace("data.", "")
 
 
 def _relative(source: FileSource, place: int, start: int) -> str:
