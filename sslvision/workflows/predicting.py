@@ -23,7 +23,7 @@ from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.list_images import scan
 from sslvision.data.value_range import look_at
-from sslvision.errors import StorageError, UsageError
+from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.evaluation.confidence import as_json, score
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.run_files import write_json
@@ -48,8 +48,8 @@ def predict_to_csv(settings: Predict) -> Path:
 
     Raises:
         UsageError: The run has no head, or `output` is not a file.
-        DataError: There are no images.
-        StorageError: The CSV file cannot be written. All are raised before any image is read.
+        DataError: There are no images; or, when the CSV file is written, none of them could be read.
+        StorageError: The CSV file cannot be written. The others are raised before any image is read.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
     device = select_device(settings.device)
@@ -81,11 +81,18 @@ def predict_to_csv(settings: Predict) -> Path:
         top=settings.top,
     )
     known: list[tuple[str, tuple[str, ...]]] = []
-    rows = with_true_classes(rows, loaded.classes, known)
+    reasons: list[str] = []
+    rows = _noting_the_first_problem(with_true_classes(rows, loaded.classes, known), reasons)
     images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
+    if images == problems:
+        raise DataError(
+            f"None of {images:,} images can be read; the first: {reasons[0]}. The reasons are in the column `problem` of "
+            f"{output.absolute()}."
+        )
+    first = f", the first: {reasons[0]}" if reasons else ""
     console.print(
         f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
-        f"`problem`): {output.absolute()}"
+        f"`problem`{first}): {output.absolute()}"
     )
     if known:
         console.print(write_accuracy(known, loaded.classes, output, unknown=images - problems - len(known)))
@@ -106,6 +113,14 @@ def look_at_values(source: FileSource, settings: Predict) -> list[str]:
             "if another one makes them look like those, set value_range=[low,high].",
         ]
     return [*remarks]
+
+
+def _noting_the_first_problem(rows: Iterable[Prediction], reasons: list[str]) -> Iterator[Prediction]:
+    """Yield predictions unchanged; append the first image that cannot be read, with the reason, to `reasons`."""
+    for row in rows:
+        if row.problem and not reasons:
+            reasons.append(f"{row.image} ({row.problem})")
+        yield row
 
 
 def with_true_classes(

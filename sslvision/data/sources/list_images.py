@@ -32,12 +32,15 @@ EXTENSIONS = (
 SAMPLES = 20  # files that are not named as images, of which the content is looked at
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 
+RUN = {"config.yaml", "environment.json"}  # in the folder of every run
+
 # Why paths are left out, by kind.
 LEFT_OUT = {
     "outside": "links that lead outside the folder, as data.follow_symlinks=false asks",
     "lost": "links that lead nowhere or in a circle, and special files",
     "hidden": "hidden images and folders, whose names begin with a dot",
     "closed": "folders that cannot be read",
+    "runs": "folders of sslvision's own runs, with their figures",
 }
 
 
@@ -138,6 +141,9 @@ def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root")
                 entries = list(listing)
         except OSError as error:
             found.left_out["closed"].append(f"{folder or root} ({error.strerror})")
+            continue
+        if {entry.name for entry in entries} >= RUN:
+            found.left_out["runs"].append(folder or root)
             continue
         for entry in entries:
             path = folder + entry.name

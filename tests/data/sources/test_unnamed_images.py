@@ -71,3 +71,16 @@ def test_an_unreadable_file_beside_images_does_no_harm(tmp_path):
     (tmp_path / "secret").chmod(0)
     (tmp_path / "a.png").write_bytes(image_bytes("PNG"))
     assert len(open_folder(tmp_path, holdout=0).train) == 1
+
+
+def test_figures_of_earlier_runs_are_no_images_to_train_on(tmp_path):
+    for folder in ("only", "outputs/first/figures"):
+        (tmp_path / folder).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / folder / f"{number}.png").write_bytes(image_bytes("PNG"))
+    for name in ("config.yaml", "environment.json"):
+        (tmp_path / "outputs" / "first" / name).touch()
+    splits = open_folder(tmp_path, holdout=0)
+    assert len(splits.train) == 3
+    assert splits.remarks[0] == "Left out: folders of sslvision's own runs, with their figures (1): outputs/first/."
+    assert len(open_folder(tmp_path / "outputs" / "first" / "figures", holdout=0).train) == 3
