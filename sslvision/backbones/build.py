@@ -1,7 +1,7 @@
 """Backbones by their timm name."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import timm
@@ -16,6 +16,9 @@ from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import check_backbone
+
+COUNTS = ("depth", "embed_dim", "num_heads", "patch_size", "window_size")  # of units: at least one
+RATES = ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
 
 
 def build_backbone(
@@ -41,6 +44,9 @@ def build_backbone(
             model does not support this image size.
     """
     check_backbone(timm_options)
+    check_dimensions(timm_options)
+    if channels < 1:
+        raise UsageError(f"data.channels={channels} must be a whole number from 1.")
     size = height_and_width(image_size, "backbone.image_size")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
@@ -60,10 +66,36 @@ def build_backbone(
     try:
         model = timm.create_model(name, **options, **timm_options)
     except Exception as error:  # timm raises many types of errors for unknown arguments and invalid values
-        raise UsageError(f"timm cannot build backbone.name={name} with {timm_options or options}: {error}") from error
+        hint = " (backbone.embed_dim must be a multiple of backbone.num_heads)" if "num_heads" in str(error) else ""
+        raise UsageError(
+            f"timm cannot build backbone.name={name} with {timm_options or options}: {error}{hint}"
+        ) from error
     backbone = wrap(model, size)
     backbone.arguments = {key: value for key, value in {**options, **timm_options}.items() if key != "num_classes"}
     return backbone
+
+
+def check_dimensions(options: Mapping[str, Any]) -> None:
+    """Check options of a timm model that timm would accept, or reject without naming them.
+
+    Raises:
+        UsageError: A count below 1, a rate outside 0..1, or heads that cannot share the channels evenly.
+    """
+    for key in COUNTS:
+        given = options.get(key)
+        numbers = given if isinstance(given, list | tuple) else [] if given is None else [given]
+        if not all(type(one) is int and one >= 1 for one in numbers):
+            raise UsageError(f"backbone.{key}={given} must be a whole number from 1, or a list of such numbers.")
+    for key in RATES:
+        rate = options.get(key) or 0
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise UsageError(f"backbone.{key}={rate} must be a number from 0 to below 1.")
+    dim, heads = options.get("embed_dim"), options.get("num_heads")
+    if type(dim) is int and type(heads) is int and dim % heads:
+        raise UsageError(
+            f"backbone.embed_dim={dim} cannot be divided among backbone.num_heads={heads}: {dim - dim % heads or heads} and "
+            f"{dim - dim % heads + heads} can, for example."
+        )
 
 
 def wrap(model: Any, image_size: tuple[int, int]) -> Backbone:

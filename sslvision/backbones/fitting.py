@@ -10,7 +10,14 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.released import OF_VIT, find_network, network_under, vit_arguments
+from sslvision.backbones.released import (
+    INSTEAD_OF_TRANSFORMERS,
+    OF_VIT,
+    find_network,
+    is_of_transformers,
+    network_under,
+    vit_arguments,
+)
 from sslvision.errors import UsageError
 
 # Rows and columns that position embeddings and bias tables are for, by tensor name.
@@ -86,7 +93,8 @@ def backbone_weights(
     prefix = find_network(tensors, [*own, *OF_VIT], prefer=prefer)
     if prefix is None:
         some = ", ".join(list(tensors)[:3]) or "no tensors"
-        raise UsageError(f"The weights of {where} do not fit this model: it has none of its names, but {some}.")
+        hint = f" {INSTEAD_OF_TRANSFORMERS}" if is_of_transformers(tensors) else ""
+        raise UsageError(f"The weights of {where} do not fit this model: it has none of its names, but {some}.{hint}")
     state = network_under(tensors, prefix)
     parts = {name.partition(".")[0] for name in [*own, "reg_token"]}
     state = {name: value for name, value in state.items() if name in own or name.partition(".")[0] in parts}
@@ -95,7 +103,8 @@ def backbone_weights(
     try:
         check_fit(own, state, where)
     except UsageError as error:
-        raise UsageError(f"{error}{_what_it_is(state, own)}") from None
+        hint = f" {INSTEAD_OF_TRANSFORMERS}" if is_of_transformers(tensors) else _what_it_is(state, own)
+        raise UsageError(f"{error}{hint}") from None
     refuse_nonfinite(state, where)
     used = {
         name for name in tensors if name.startswith(prefix) and name.removeprefix(prefix) in {*state, "register_tokens"}

@@ -12,13 +12,17 @@ from torch import Tensor
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
-from sslvision.system.torch_files import is_archive, load_plain, verify
+from sslvision.system.torch_files import is_archive, load_plain, refuse_other_kinds, verify
 
 NO_WEIGHTS = ("optim", "scaler", "loops", "callbacks", "lr_scheduler")  # keys of a checkpoint
 PREFERRED = ("ema", "encoder_q", "base_encoder", "online", "student")
 HEADS = ("decoder", "mask_token", "head", "fc.", "projection_head", "prototypes", "projector", "predictor", "queue")
 OF_VIT = ("patch_embed.proj.weight", "cls_token", "pos_embed", "blocks.0.norm1.weight", "blocks.0.mlp.fc1.weight")
 OF_RESNET = ("layer1.0.conv1.weight", "conv1.weight", "bn1.weight", "layer4.0.conv1.weight")
+INSTEAD_OF_TRANSFORMERS = (
+    "Give the timm model with the same weights, such as vit_base_patch16_224.mae or vit_small_patch14_dinov2.lvd142m "
+    "(timm.list_pretrained() lists all), or the checkpoint that its authors published."
+)
 RESNETS = {  # kind, blocks, channels of the first block
     ("basic", (2, 2, 2, 2), 64): "resnet18",
     ("basic", (3, 4, 6, 3), 64): "resnet34",
@@ -41,12 +45,16 @@ def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     file = Path(checkpoint)
     if not file.is_file():
         raise UsageError(f"{file} does not exist: give a .pth file or a .safetensors file.")
+    refuse_other_kinds(file)
     try:
         if file.suffix == ".safetensors":
             return dict(load_file(file))
         if is_archive(file):
             verify(file)
-        return dict(load_plain(file))
+        content: Any = load_plain(file)
+        if isinstance(content, Mapping):
+            return dict(content)
+        raise ValueError(f"it holds a {type(content).__name__}, and not weights by name.")
     except UsageError:
         raise
     except Exception as error:  # other and damaged files raise many types of errors
@@ -101,6 +109,11 @@ def network_under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tenso
     return {name.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2."): v for name, v in state.items()}
 
 
+def is_of_transformers(tensors: Collection[str]) -> bool:
+    """Return whether weights have the names that the library transformers gives them."""
+    return any(".attention.attention." in name or "patch_embeddings" in name for name in tensors)
+
+
 def released_network(
     file: str | Path, *, heads: int | None = None, image_size: tuple[int, int] | None = None
 ) -> tuple[str, dict[str, Tensor], dict[str, Any], str]:
@@ -137,6 +150,8 @@ def released_network(
         left = len(tensors) - len(state)
         words = ([f"under {prefix[:-1]}"] if prefix else []) + ([f"{left} other tensors left out"] if left else [])
         return name, state, arguments, f" ({', '.join(words)})" if words else ""
+    if is_of_transformers(tensors):
+        raise UsageError(f"{file} names its weights as transformers does. {INSTEAD_OF_TRANSFORMERS}")
     raise UsageError(
         f"{file} is no checkpoint of a ViT or ResNet as they are published for MAE, DINO, DINOv2, SwAV or MoCo: it has neither "
         f"{', '.join(OF_VIT[:2])} nor {OF_RESNET[0]}. For another network give a folder with config.json beside the weights "

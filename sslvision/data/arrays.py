@@ -1,6 +1,7 @@
-"""Images in files that PIL does not read: NumPy's .npy and .npz, and TIFF with many bands or more than 8 bits per band.
+"""Images in files that PIL does not read in full: NumPy's .npy and .npz, TIFF with many bands or more than 8 bits per band, and
+PNG of 16 bits per color.
 
-TIFF needs tifffile, an optional package. A file is recognized by its content.
+TIFF needs tifffile and PNG imagecodecs, optional packages. A file is recognized by its content.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 import numpy as np
-from PIL import TiffImagePlugin
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from sslvision.data.source import UnreadableImage
 
@@ -55,6 +56,11 @@ class ArrayImage:
     orientation: int = 1
     alpha: bool = False
     unused: int = 0
+
+
+def setting_for(channels: int) -> str:
+    """Return the settings that read files of so many channels, as they are typed: statistics of ImageNet are of three."""
+    return f"data.channels={channels}" + ("" if channels in (1, 3) else " data.normalize=computed")
 
 
 def open_numpy(file: IO[bytes], channels: int) -> ArrayImage | None:
@@ -123,7 +129,7 @@ def _array_image(
         else f"(H, W, {channels}) or " + (f"({channels}, H, W)")
     )
     bands = min(shape[0], shape[2]) if len(shape) == 3 else 0
-    advice = f": data.channels={bands} reads it" if 0 < bands < 32 else ""
+    advice = f": {setting_for(bands)} reads it" if 0 < bands < 32 else ""
     raise UnreadableImage(f"the array has the shape {shape}, and data.channels={channels} needs {wanted}{advice}")
 
 
@@ -153,6 +159,40 @@ def open_tiff(file: IO[bytes], channels: int, *, pil_reads: bool = True) -> Arra
             return None
         raise UnreadableImage(f'TIFF of {_described(tags)} is read by tifffile: pip install "sslvision[tiff]"')
     return _from_tifffile(tifffile, file, tags, channels)
+
+
+def open_png(file: IO[bytes], image: Image.Image, channels: int) -> ArrayImage | None:
+    """Return the color image of 16 bits in a PNG that PIL has opened; None for other files, and without imagecodecs."""
+    file.seek(24)  # bit depth and type of color in the header
+    bands = {b"\x10\2": 3, b"\x10\4": 2, b"\x10\6": 4}.get(file.read(2), 0)
+    if not bands or "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+        return None
+    if (channels not in (1, 3) and bands != channels) or (codecs := _imagecodecs()) is None:
+        return None
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF says nothing about the pixels
+        orientation = 1
+
+    def read() -> np.ndarray:
+        file.seek(0)
+        return codecs.png_decode(file.read()).reshape(image.height, image.width, bands)
+
+    alpha = bands in (2, 4) and bands != channels
+    return ArrayImage(image.height, image.width, bands, np.dtype(np.uint16), read, orientation=orientation, alpha=alpha)
+
+
+def reads_deep_color() -> bool:
+    """Return whether all 16 bits of color are read, of TIFF and PNG."""
+    return _imported() is not None and _imagecodecs() is not None
+
+
+def _imagecodecs() -> Any:
+    try:
+        imagecodecs = importlib.import_module("imagecodecs")
+    except ImportError:
+        return None
+    return imagecodecs if imagecodecs.PNG.available else None
 
 
 def _imported() -> Any:
@@ -242,11 +282,7 @@ def _from_tifffile(tifffile: Any, file: IO[bytes], tags: dict[int, Any], channel
     if bands == channels or (channels in (1, 3) and bands - alpha in (1, 3)):
         return ArrayImage(*shape, bands, page.dtype, first, unused=pages - 1, **about)
     advice = (
-        f": data.channels={bands} reads them"
-        if bands > 1
-        else f": data.channels={pages} reads them"
-        if pages > 1
-        else ""
+        f": {setting_for(bands)} reads them" if bands > 1 else f": {setting_for(pages)} reads them" if pages > 1 else ""
     )
     raise UnreadableImage(
         f"{channels} channels were asked for, and the file has {pages} page(s) of {bands} band(s) of {page.dtype}{advice}"

@@ -5,7 +5,8 @@ memory, deleted when the last process that uses it ends. In both cases all proce
 
 A cache is a folder with the files `pixels` and `index.npz`. Its name is a hash of what the pixels depend on: the paths,
 sizes and modification times of the files, and the settings. A changed file results in another cache; the old one may be
-deleted at any time. A cache is built in a temporary folder and renamed when it is complete.
+deleted at any time. A cache is built in a temporary folder and renamed when it is complete. Of the files that could not be
+read, one for each reason is tried again: where it can be read by now, another cache is built.
 
 Images whose short side exceeds data.cache_size are resized to it, so a crop of them is resampled twice and has less detail:
 a crop of a fifth of a 500 x 375 photograph has 194 pixels per side, and 165 from a cache of 320. Scores and pictures are
@@ -19,6 +20,7 @@ import random
 import shutil
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -29,9 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sslvision.data.arrays import reads_deep_color
 from sslvision.data.cache_build import build, shrunk
 from sslvision.data.eight_bits import ValueRange
-from sslvision.data.source import Source, Splits, UnreadableImage
+from sslvision.data.source import Source, SourceGone, Splits, UnreadableImage
 from sslvision.data.sources.folder import FileSource
 from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.system.files import SHARED_MEMORY
@@ -44,6 +47,7 @@ except ImportError:  # Windows
 # Part of the key: increment it when the same files and settings result in other pixels, here or in decode.py.
 VERSION = 2
 INDEX, PIXELS = "index.npz", "pixels"
+TRIED = 16  # unreadable files that are tried again
 
 log = logging.getLogger(__name__)
 _in_use: list[BinaryIO] = []  # the locks of caches in shared memory
@@ -145,6 +149,9 @@ def _cached(source: FileSource, where: Path, side: int, workers: int, *, tempora
                 build(source, where, side=side, workers=workers)
             _share(lock)
         found = _open(source, where, side)
+        if readable := now_readable(source, found.reasons):
+            _tell_of_new_readers(where, found.reasons, readable)
+            return _cached(source, where.with_name(f"{where.name}n"), side, workers, temporary=temporary)
         if temporary:
             _in_use.append(lock)
             until_done.pop_all()  # the lock is held until the process ends
@@ -167,6 +174,31 @@ def _open(source: FileSource, where: Path, side: int) -> CachedSource:
     return CachedSource(*about, source, side, where, starts, sizes, reasons, pixels=pixels)
 
 
+def now_readable(source: Source, reasons: Mapping[int, str]) -> list[int]:
+    """Return images that could not be read before and can be now, for want of a plugin then: one for each reason, of TRIED.
+
+    Args:
+        source: The files.
+        reasons: Why images could not be read, by index.
+    """
+    readable = []
+    for index in list({reason: index for index, reason in reasons.items()}.values())[:TRIED]:
+        with suppress(UnreadableImage, SourceGone):
+            source.read(index)
+            readable.append(index)
+    return readable
+
+
+def _tell_of_new_readers(where: Path, reasons: Mapping[int, str], readable: Sequence[int]) -> None:
+    again = {reasons[index] for index in readable}
+    count = sum(reason in again for reason in reasons.values())
+    log.warning(
+        "The image cache %s lacks %s of %s unreadable images that can be read now, such as with a new plugin (%s). It is built "
+        "again beside it; the old one may be deleted.",
+        *(where, f"{count:,}", f"{len(reasons):,}", min(again)),
+    )
+
+
 def _mapped(file: Path) -> Tensor:
     """Return the bytes of a file, mapped into memory."""
     try:
@@ -180,7 +212,9 @@ def _mapped(file: Path) -> Tensor:
 
 def _key(source: FileSource, side: int) -> str:
     """Return a hash of everything the pixels depend on, except the contents of the files."""
-    settings = (VERSION, source.channels, side, source.at_least, source.max_pixels, source.value_range)
+    settings: tuple[Any, ...] = (VERSION, source.channels, side, source.at_least, source.max_pixels, source.value_range)
+    if source.value_range is not None and not reads_deep_color():
+        settings += ("high bytes of color",)
     digest = blake2b(repr(settings).encode(), digest_size=12)
     for index in range(len(source)):
         path = source.describe(index)

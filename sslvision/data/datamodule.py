@@ -17,7 +17,7 @@ from sslvision.augment.randomness import permutation
 from sslvision.data.batch import Batch
 from sslvision.data.loader import Augment, cut_crops, evaluation_loader, training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.data.source import Source, Splits, UnreadableImage
+from sslvision.data.source import Source, Splits, UnreadableImage, remarks_in_errors
 from sslvision.errors import DataError, UsageError
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 
@@ -72,15 +72,16 @@ class ImageData(L.LightningDataModule):
 
     def batches(self, rank: int, world: int, accumulate: int) -> EpochBatches:
         """Return the sampler of one process."""
-        return EpochBatches(
-            len(self.splits.train),
-            global_batch=self.batch_size,
-            seed=self.seed,
-            rank=rank,
-            world=world,
-            accumulate=accumulate,
-            updates_done=lambda: self.trainer.global_step if self.trainer else 0,
-        )
+        with remarks_in_errors(self.splits.remarks):
+            return EpochBatches(
+                len(self.splits.train),
+                global_batch=self.batch_size,
+                seed=self.seed,
+                rank=rank,
+                world=world,
+                accumulate=accumulate,
+                updates_done=lambda: self.trainer.global_step if self.trainer else 0,
+            )
 
     def batches_of(self, trainer: L.Trainer) -> EpochBatches:
         """Return the sampler of this process of a trainer."""
@@ -180,8 +181,8 @@ def pixel_statistics(
         mean_std = normalize
     if len(mean_std) != 2 or any(len(values) != source.channels for values in mean_std) or min(mean_std[1]) <= 0:
         raise UsageError(
-            f"data.normalize={normalize} does not fit images of {source.channels} channel(s): give [[means], [deviations]] "
-            f"with {source.channels} number(s) each, on the scale 0..1, deviations above 0."
+            f"data.normalize={normalize} does not fit images of {source.channels} channel(s): set data.normalize=computed, or "
+            f"give [[means], [deviations]] with {source.channels} number(s) each, on the scale 0..1, deviations above 0."
         )
     return list(mean_std[0]), list(mean_std[1])
 

@@ -2,14 +2,16 @@
 
 PIL is used because torchvision's decoder crashes the process on a damaged PNG. An upright color JPEG, the most common file,
 is decoded by torchvision, to the same bytes in three quarters of the time, and by PIL if that fails. Arrays (.npy, .npz) are
-read by NumPy; TIFF that PIL does not read in full, of many bands or of more than 8 bits of color, by tifffile. The conversions:
+read by NumPy; TIFF that PIL does not read in full, of many bands or of more than 8 bits of color, by tifffile, and PNG of 16
+bits of color by imagecodecs. The conversions:
 
 - Transparency (RGBA, LA, palettes and color keys) is composited on white.
 - CMYK, YCbCr, palette and 1-bit images become RGB; gray is repeated; color becomes gray by its luma (ITU-R 601).
 - Values of more than 8 bits are scaled by `value_range`, one range for all images of a set. Without it: 16-bit gray and
   32-bit integers within 0..65535 as value / 257, rounded, whatever the image's own range, so that images stay comparable.
   Floats within 0..1: value * 255; floats beyond 1 but within 0..65535: as 16-bit. An image with values outside 0..65535 is
-  scaled from its minimum and maximum. NaN and infinity are rejected. PIL returns the high bytes of 16-bit color.
+  scaled from its minimum and maximum. NaN and infinity are rejected. Without these packages, the high bytes of 16-bit color
+  are read.
 - The EXIF orientation is applied; ICC profiles are not. Damaged or oversized metadata are ignored. Of several pages or
   frames the first is read, except below.
 - `channels` other than 1: a TIFF with exactly that many pages of one band and one size is a stack of channels.
@@ -34,7 +36,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-from sslvision.data.arrays import ALPHA, BITS, EXTRA, LENGTH, WIDTH, ArrayImage, open_numpy, open_tiff
+from sslvision.data.arrays import ALPHA, BITS, EXTRA, LENGTH, WIDTH, ArrayImage, open_numpy, open_png, open_tiff
 from sslvision.data.eight_bits import ValueRange, eight_bits
 from sslvision.data.image_plugins import plugin_formats
 from sslvision.data.metadata import without_metadata
@@ -244,6 +246,8 @@ def _with_image(
 
     def opened(file: IO[bytes]) -> Result:
         with Image.open(file, formats=(*FORMATS, *plugin_formats(file))) as image:
+            if image.format == "PNG" and (array := open_png(file, image, channels)) is not None:
+                return of_array(array)
             return of_image(image, file)
 
     with reasons_in_words(), _pils_limit_lifted(), open(path, "rb") as file:

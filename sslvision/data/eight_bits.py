@@ -26,26 +26,28 @@ class ValueRange(NamedTuple):
         return next(iter(kinds.values())) if len({tuple(one) for one in kinds.values()}) == 1 else kinds
 
 
-def value_range_from(setting: Any) -> ValueRange | None:
-    """Return the range that `data.value_range` gives; None for "auto".
+def value_range_from(setting: Any, *, name: str = "data.value_range") -> ValueRange | None:
+    """Return the range that a setting of this name gives; None for "auto".
 
     Raises UsageError for anything else than auto, [low, high], or {integers: [low, high], floats: [low, high]}.
     """
     if setting in (None, "auto"):
         return None
     if isinstance(setting, Mapping) and setting and set(setting) <= {"integers", "floats"}:
-        return ValueRange(*(_range(setting[kind]) if kind in setting else None for kind in ("integers", "floats")))
-    both = _range(setting)
+        return ValueRange(
+            *(_range(setting[kind], name) if kind in setting else None for kind in ("integers", "floats"))
+        )
+    both = _range(setting, name)
     return ValueRange(both, both)
 
 
-def _range(setting: Any) -> Range:
+def _range(setting: Any, name: str) -> Range:
     is_list = isinstance(setting, Sequence) and not isinstance(setting, str) and len(setting) == 2
     numbers = [one for one in setting if isinstance(one, int | float) and math.isfinite(one)] if is_list else []
     if len(numbers) != 2 or not numbers[0] < numbers[1]:
         raise UsageError(
-            f"data.value_range={setting} must be auto, or the values that become black and white, [low, high] with low < "
-            "high: data.value_range=[0,4095] for 12 bits."
+            f"{name}={setting} must be auto, or the values that become black and white, [low, high] with low < "
+            f"high: {name}=[0,4095] for 12 bits."
         )
     return float(numbers[0]), float(numbers[1])
 
@@ -88,4 +90,6 @@ def _own_range(values: np.ndarray) -> Range:
 
 def _refuse_not_finite(values: np.ndarray) -> None:
     if not np.isfinite(values).all():
-        raise UnreadableImage("its pixels include NaN or infinity")
+        raise UnreadableImage(
+            "its pixels include NaN or infinity: replace them, for example with numpy.nan_to_num, or leave the file out"
+        )

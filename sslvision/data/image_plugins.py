@@ -44,6 +44,10 @@ class ExtraFormat:
         return f"{self.name} {self.advice}"
 
 
+def _by_suffix_alone(head: bytes) -> bool:
+    return False
+
+
 def _imported(module: str) -> Any:
     try:
         return importlib.import_module(module)
@@ -101,6 +105,31 @@ EXTRA_FORMATS = (
         lambda head: head.startswith((b"FUJIFILMCCD-RAW", b"IIRO", b"IIU\0")) or head[4:12] == b"ftypcrx ",
         "is not read: convert the files to TIFF or JPEG, for example with rawpy, imread(file).postprocess()",
     ),
+    ExtraFormat(
+        *("NIfTI", (".nii", ".nii.gz"), None),
+        _by_suffix_alone,
+        "is not read: save its slices as TIFF or .npy, for example with nibabel, load(file).get_fdata()",
+    ),
+    ExtraFormat(
+        *("Whole-slide format", (".svs", ".ndpi", ".mrxs", ".scn", ".bif"), None),
+        _by_suffix_alone,
+        "is not read: save tiles as PNG or TIFF, for example with openslide, OpenSlide(file).read_region(...)",
+    ),
+    ExtraFormat(
+        *("Microscope format", (".czi", ".lif", ".nd2", ".oib", ".oif", ".vsi", ".lsm", ".ims"), None),
+        _by_suffix_alone,
+        "is not read: save the images as TIFF, for example with Fiji",
+    ),
+    ExtraFormat(
+        *("FITS", (".fits", ".fts"), None),
+        _by_suffix_alone,
+        "is not read: save the images as .npy, for example with astropy, numpy.save(file, fits.getdata(file))",
+    ),
+    ExtraFormat(
+        *("OpenEXR", (".exr",), None),
+        _by_suffix_alone,
+        "is not read: save the images as TIFF or .npy",
+    ),
 )
 BY_SUFFIX = {suffix: one for one in EXTRA_FORMATS for suffix in one.suffixes}
 
@@ -120,6 +149,20 @@ def plugin_formats(file: IO[bytes]) -> tuple[str, ...]:
     if found.pil is None or not found.available():
         raise UnreadableImage(found.reason)
     return (found.pil,)
+
+
+def described_by_content(head: bytes) -> str | None:
+    """Return the format of a file that is not named as an image, given its first HEAD bytes, and what to do; or None."""
+    if (found := next((one for one in EXTRA_FORMATS if one.begin(head)), None)) is not None:
+        unread = found.pil is None or not found.available()
+        return (
+            f"{found.name}, which {found.advice}"
+            if unread
+            else f"{found.name}: let their names end in {found.suffixes[0]}"
+        )
+    plain = {b"\xff\xd8\xff": "JPEG: let their names end in .jpg", b"\x89PNG\r\n": "PNG: let their names end in .png"}
+    plain |= dict.fromkeys((b"II*\0", b"MM\0*"), "TIFF: let their names end in .tif")
+    return next((words for begin, words in plain.items() if head.startswith(begin)), None)
 
 
 def unread_format(suffix: str) -> ExtraFormat | None:

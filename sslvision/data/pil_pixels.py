@@ -8,8 +8,8 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from sslvision.data.arrays import BITS, FORMAT, ArrayImage
-from sslvision.data.eight_bits import eight_bits
+from sslvision.data.arrays import BITS, FORMAT, ArrayImage, setting_for
+from sslvision.data.eight_bits import ValueRange, eight_bits
 from sslvision.data.source import UnreadableImage
 
 MAX_PIXELS = 100_000_000
@@ -51,7 +51,7 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS,
         refuse_bomb(image.size, max_pixels, pages)
         return _tensor(_stack(image, pages, scale))
     found = f"{pages} page(s)" if pages <= channels else f"more than {channels} pages"
-    advice = f": data.channels={bands} reads them" if bands > 1 else ""
+    advice = f": {setting_for(bands)} reads them" if bands > 1 else ""
     raise UnreadableImage(
         f"{channels} channels were asked for, and the file has {found} of {bands} band(s) ({image.mode}){advice}"
     )
@@ -60,7 +60,13 @@ def from_pil(image: Image.Image, channels: int, *, max_pixels: int = MAX_PIXELS,
 def from_array(image: ArrayImage, channels: int, *, max_pixels: int = MAX_PIXELS, scale: Scale = eight_bits) -> Tensor:
     """Return an image that is read as an array as (C, H, W) uint8. Raises UnreadableImage."""
     refuse_bomb((image.width, image.height), max_pixels, image.pages)
-    pixels = scale(image.read())  # (H, W, B)
+    values = image.read()  # (H, W, B)
+    if image.alpha and values.dtype != np.uint8:  # opacity has a range of its own
+        full = (0.0, 1.0) if values.dtype.kind == "f" else (0.0, float(np.iinfo(values.dtype).max))
+        opacity = eight_bits(values[..., -1:], ValueRange(full, full))
+        pixels = np.concatenate([scale(values[..., :-1]), opacity], axis=-1)
+    else:
+        pixels = scale(values)
     if image.orientation in UPRIGHT_ARRAYS:
         pixels = np.ascontiguousarray(UPRIGHT_ARRAYS[image.orientation](pixels))
     if image.bands == channels:

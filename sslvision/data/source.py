@@ -12,6 +12,8 @@ worker processes, so it must be picklable, and should not hold open files. A min
         def describe(self, index): return self.paths[index]
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -90,3 +92,14 @@ class Splits(NamedTuple):
     test: Source | None
     validation: Source | None = None
     remarks: tuple[str, ...] = ()
+
+
+@contextmanager
+def remarks_in_errors(remarks: Sequence[str]) -> Iterator[None]:
+    """Add remarks on a data set to the message of a DataError: what was left out may be what is missing."""
+    try:
+        yield
+    except DataError as error:
+        if not remarks or isinstance(error, SourceGone):
+            raise
+        raise DataError(" ".join((str(error), *(remark for remark in remarks if remark not in str(error))))) from error

@@ -37,27 +37,51 @@ class Sampled:
         return self.dtype.kind == "f"
 
 
-def look_at(source: Any, given: ValueRange | None) -> tuple[ValueRange | None, tuple[str, ...]]:
+def look_at(
+    source: Any, given: ValueRange | None, *, of_run: bool = False
+) -> tuple[ValueRange | None, tuple[str, ...]]:
     """Return the value range of a source of files, and what there is to say of its images, in sentences.
 
     Args:
         source: A FileSource.
         given: Its range, if it is given; None to decide. Without images of more than 8 bits there is nothing to decide.
+        of_run: Whether the images are predicted, and a run has determined the channels.
     """
-    headers, sampled = list[Header](), list[Sampled]()
+    headers, sampled, unreadable = list[Header](), list[Sampled](), list[str]()
     for index in permutation(len(source), seed=0, epoch=0)[:HEADERS].tolist():
         path = source.describe(index)
         try:
-            headers.append(header := read_header(path, source.channels, max_pixels=source.max_pixels))
-            if header.wide and len(sampled) < IMAGES:
+            header = read_header(path, source.channels, max_pixels=source.max_pixels)
+            if header.wide:
                 sampled.append(_sample(sampled_values(path, source.channels, max_pixels=source.max_pixels)))
-        except UnreadableImage:  # reported when it is read for training
-            continue
-    remarks = _of_headers(headers)
-    if not sampled:
-        return given, remarks
-    decided = given or decide(sampled)
-    return decided, (*remarks, *_of_values(sampled, decided, len(headers)))
+            headers.append(header)
+        except UnreadableImage as error:
+            unreadable.append(f"{path} ({error})")
+        if len(sampled) == IMAGES:
+            break
+    remarks = _of_headers(headers, of_run=of_run)
+    if (
+        unreadable and headers and not of_run
+    ):  # a prediction has a row for each; without any that can be read training ends
+        remarks.append(_of_unreadable(unreadable, len(headers)))
+    setting = "value_range" if of_run else "data.value_range"
+    decided = given or (decide(sampled) if sampled else None)
+    if sampled and decided is not None:
+        remarks += _of_values(sampled, decided, len(headers), setting)
+    elif headers and decided is not None:
+        remarks.append(
+            f"All {len(headers):,} images looked at have 8 bits and stay as they are, so that {setting}={_written(decided)} "
+            "has no effect on them."
+        )
+    return decided, tuple(remarks)
+
+
+def _of_unreadable(unreadable: Sequence[str], read: int) -> str:
+    more = f" and {len(unreadable) - 3:,} more" if len(unreadable) > 3 else ""
+    return (
+        f"{_share(len(unreadable), len(unreadable) + read)} cannot be read, and others will take their place: "
+        f"{', '.join(unreadable[:3])}{more}."
+    )
 
 
 def decide(sampled: Sequence[Sampled]) -> ValueRange:
@@ -99,28 +123,36 @@ def _without_outliers(sampled: Sequence[Sampled]) -> Range:
     return (low, high) if low < high else (low, low + 1)
 
 
-def _of_headers(headers: Sequence[Header]) -> tuple[str, ...]:
+def _of_headers(headers: Sequence[Header], *, of_run: bool) -> list[str]:
     pages, bands, deep = (sum(bool(header[place]) for header in headers) for place in (3, 4, 5))
     remarks = []
     if pages:
         remarks.append(
-            f"{_share(pages, len(headers))} have several pages or frames, of which the first alone is used: data.channels=N "
-            "reads N pages of one size as channels; convert other files to one image per page."
+            f"{_share(pages, len(headers))} have several pages or frames, of which the first alone is used"
+            + (
+                "."
+                if of_run
+                else ": data.channels=N data.normalize=computed reads N pages of one size as channels; convert other files to "
+                "one image per page."
+            )
         )
     if bands:
         remarks.append(
-            f"{_share(bands, len(headers))} have bands beyond gray or color, which are left out: data.channels=N reads N bands."
+            f"{_share(bands, len(headers))} have bands beyond gray or color, which are left out"
+            + ("." if of_run else ": data.channels=N data.normalize=computed reads N bands.")
         )
     if deep:
         remarks.append(
-            f"{_share(deep, len(headers))} have 16 bits per color, of which the upper 8 are used: TIFF is read in full with "
-            'pip install "sslvision[tiff]", PNG after conversion to TIFF or .npy.'
+            f"{_share(deep, len(headers))} have 16 bits per color, of which the upper 8 are used: TIFF and PNG are read in "
+            'full with pip install "sslvision[tiff]".'
         )
-    return tuple(remarks)
+    return remarks
 
 
-def _of_values(sampled: Sequence[Sampled], decided: ValueRange, looked_at: int) -> list[str]:
+def _of_values(sampled: Sequence[Sampled], decided: ValueRange, looked_at: int, setting: str) -> list[str]:
     remarks = []
+    others = looked_at - len(sampled)
+    kept = f". The other {others:,} have 8 bits and stay as they are: their 255 is white" if others else ""
     for kind, found in (("floats", decided.floats), ("integers", decided.integers)):
         some = [one for one in sampled if one.is_float == (kind == "floats")]
         if not some or found is None:
@@ -132,7 +164,7 @@ def _of_values(sampled: Sequence[Sampled], decided: ValueRange, looked_at: int) 
         types = ", ".join(sorted({str(one.dtype) for one in some}))
         remarks.append(
             f"{_share(len(some), looked_at)} have values of {types}, from {low:g} to {high:g}: {found[0]:g} becomes black and "
-            f"{found[1]:g} white in all images (data.value_range={_written(decided)}{clipped})."
+            f"{found[1]:g} white in all images ({setting}={_written(decided)}{clipped}){kept}."
         )
     levels = [len(np.unique(eight_bits(one.values[:, None], decided))) for one in sampled]
     possible = [len(np.unique(one.values)) for one in sampled]
@@ -141,8 +173,8 @@ def _of_values(sampled: Sequence[Sampled], decided: ValueRange, looked_at: int) 
         low, high = min(one.low for one in sampled), max(one.high for one in sampled)
         remarks.append(
             f"{_share(sum(few), len(sampled))} have fewer than {FEW} gray levels after conversion to 8 bits, a median of "
-            f"{int(np.median(levels))}: their values span little of data.value_range={_written(decided)}. If black and white "
-            f"should be their least and greatest value, set data.value_range=[{low:g},{high:g}]."
+            f"{int(np.median(levels))}: their values span little of {setting}={_written(decided)}. If black and white "
+            f"should be their least and greatest value, set {setting}=[{low:g},{high:g}]."
         )
     return remarks
 

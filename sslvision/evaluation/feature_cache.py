@@ -17,6 +17,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from sslvision.augment.crops import Crop
 from sslvision.backbones.backbone import Backbone
-from sslvision.data.source import Source, UnreadableImage
+from sslvision.data.source import Source, SourceGone, UnreadableImage
 from sslvision.errors import UsageError
 from sslvision.evaluation.features import (
     DEFAULT,
@@ -44,6 +45,7 @@ from sslvision.evaluation.features import (
 from sslvision.nn.normalize import Normalize
 from sslvision.system.files import require_free, written_whole
 
+TRIED = 16  # images that could not be read, which are tried again
 FORMAT = 2  # part of the key: increase it when the same settings give other features
 
 
@@ -83,12 +85,13 @@ def cached_features(
     """
     indices = sorted(indices)
     width = feature_dim(backbone, kind)
+    images = source.source if isinstance(source, RandomCrops) else source
     plan: list[Any] = [None, False]  # the description of the cache, and whether it exists
     if how.rank == 0:
         about = description(
             backbone, normalize, source, kind, how.precision, digests or digests_of(backbone, source, indices)
         )
-        plan = [about, _read(folder, about, indices) is not None]
+        plan = [about, _read(folder, about, indices, retry=images) is not None]
     if how.world_size > 1:
         dist.broadcast_object_list(plan)
     about, exists = plan
@@ -242,8 +245,13 @@ def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
     return digest.hexdigest(), "name, length and labels of the data set, the pixels of nine images"
 
 
-def _read(folder: Path, about: dict[str, Any], indices: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """Return indices (N,) and features (N, F) if they are in the folder and complete."""
+def _read(
+    folder: Path, about: dict[str, Any], indices: Sequence[int], *, retry: Source | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """Return indices (N,) and features (N, F) if they are in the folder and complete.
+
+    With `retry`, they are not complete if an image that could not be read can be read now, as with a new plugin.
+    """
     try:
         unreadable = set(json.loads((folder / f"{about['key']}.json").read_text())["unreadable"])
         found = torch.tensor([place for place in indices if place not in unreadable], dtype=torch.int64)
@@ -251,7 +259,18 @@ def _read(folder: Path, about: dict[str, Any], indices: Sequence[int]) -> tuple[
         features = np.load(folder / f"{about['key']}.npy", mmap_mode="c" if len(found) else None, allow_pickle=False)
     except (OSError, ValueError, KeyError):  # missing or incomplete, as after a crash of the machine
         return None
+    if retry is not None and _can_be_read(retry, sorted(unreadable)[:TRIED]):
+        return None
     return (found, torch.from_numpy(features)) if len(features) == len(found) else None
+
+
+def _can_be_read(source: Source, indices: Sequence[int]) -> bool:
+    """Return whether one of these images can be read."""
+    for index in indices:
+        with suppress(UnreadableImage, SourceGone):
+            source.read(index)
+            return True
+    return False
 
 
 def _write(

@@ -10,8 +10,8 @@ from torch import nn
 
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone, wrap
-from sslvision.backbones.load import refuse_loading
 from sslvision.backbones.released import read_released
+from sslvision.backbones.weight_sources import refuse_loading
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 

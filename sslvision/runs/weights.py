@@ -14,11 +14,13 @@ from torch import Tensor
 from sslvision.augment.crops import CROP_PCT
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.fitting import Grids, backbone_weights, grids_of, refuse_nonfinite
-from sslvision.backbones.load import WEIGHTS, load_backbone, made_for
+from sslvision.backbones.load import load_backbone
 from sslvision.backbones.released import flat_tensors, read_released
+from sslvision.backbones.weight_sources import WEIGHTS, elsewhere, made_for
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.runs.checkpoint import newest_good
+from sslvision.runs.config import read_settings
 
 
 def export_backbone(
@@ -180,9 +182,16 @@ def find_weights(path: Path) -> Path:
     for candidate in [folder / name for folder in (path, path / "export") for name in WEIGHTS]:
         if candidate.is_file():
             return candidate
+    if not path.exists() and (told := elsewhere(path, "init_from")) is not None:
+        raise UsageError(told)
     near = difflib.get_close_matches(str(path), timm.list_models(), n=3, cutoff=0.6)
+    what = (
+        f"{path} has no weights"
+        if path.exists()
+        else f"There is no file or folder {path}, and no timm model of that name"
+    )
     raise UsageError(
-        f"{path} has no weights: give a run folder, an export folder, a .ckpt, .safetensors or .pth file, or a timm model name."
+        f"{what}: give a run folder, an export folder, a .ckpt, .safetensors or .pth file, or a timm model name."
         + (f" Near it in timm: {', '.join(near)}." if near else "")
     )
 
@@ -201,4 +210,5 @@ def recorded_value_range(run: str | Path) -> Any:
         if file.is_file():
             config = json.loads(file.read_text())
             return config.get("value_range") if isinstance(config, dict) else None
-    return None
+    recorded = Path(run) / "config.yaml"  # of a run that has not ended
+    return read_settings(recorded, ("data",))["data"].get("value_range") if recorded.is_file() else None

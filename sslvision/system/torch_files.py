@@ -19,6 +19,19 @@ from sslvision.errors import UsageError
 CHUNK = 1 << 20  # bytes read at once
 END_RECORD = 22  # bytes of a zip archive's last record, which only its comment follows
 DIRECTORY = 0x10  # of an entry's attributes
+OTHER_KINDS = {  # what files that are no weights begin with
+    b"version https://git-lfs": "is a pointer of Git LFS and not the file itself: run git lfs pull",
+    b"<": "is HTML or other text, such as the page of an error: download the weights again",
+    b"{": "is JSON text: give the .safetensors or .pth file beside it",
+    b"\x89HDF": "is an HDF5 file, as Keras writes them, which is not read",
+    b"\x1f\x8b": "is compressed: unpack it first",
+}
+OTHER_SUFFIXES = {
+    ".onnx": "is an ONNX model, which is not read",
+    ".npz": "holds arrays of NumPy, which are not read",
+    ".zip": "is an archive: unpack it first",
+    ".tar": "is an archive: unpack it first",
+}
 
 
 def save(content: dict[str, Any], file: BinaryIO) -> None:
@@ -88,6 +101,22 @@ def verify(file: Path) -> None:
                 ) from error
 
 
+def refuse_other_kinds(file: Path) -> None:
+    """Raise UsageError if a file is empty, or of a kind that is often given instead of weights."""
+    with open(file, "rb") as opened:
+        head = opened.read(32).lstrip()
+    found = (
+        "is empty: download or copy it again" if not file.stat().st_size else OTHER_SUFFIXES.get(file.suffix.lower())
+    )
+    if file.suffix == ".tar" and is_archive(file):  # PyTorch's examples name their checkpoints .pth.tar
+        found = None
+    found = found or next((words for begin, words in OTHER_KINDS.items() if head.startswith(begin)), None)
+    if found is not None and file.suffix != ".safetensors":
+        raise UsageError(
+            f"{file} {found}. Weights are a .pth file of tensors in plain containers, or a .safetensors file."
+        )
+
+
 def is_archive(file: Path) -> bool:
     """Return whether a file begins as torch files do. The format before torch 1.6 has no CRCs."""
     with open(file, "rb") as opened:
@@ -112,7 +141,13 @@ def load_plain(file: Path, *, mmap: bool = False) -> dict[str, Any]:
             raise UsageError(
                 f"{file} is refused: it asks to run {asked[1]}, where only tensors and plain containers are expected. "
                 "Nothing in it was run. Do not use files whose origin you do not trust. If you trust it, save its weights "
-                "alone: torch.save(torch.load(file, weights_only=False)[KEY], 'weights.pth'), with the key of its weights."
+                "alone: torch.save(torch.load(file, weights_only=False)[KEY], 'weights.pth'), with the key of its weights, or "
+                "with .state_dict() in place of [KEY] if it is a whole model."
+            ) from error
+        if "TorchScript" in str(error):
+            raise UsageError(
+                f"{file} is a TorchScript archive, which holds code and is not run. If you trust it, save its weights alone: "
+                f"torch.save(torch.jit.load({str(file)!r}).state_dict(), 'weights.pth')."
             ) from error
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         if reason.startswith("Weights only load failed"):  # goes on with advice to run whatever the file asks for

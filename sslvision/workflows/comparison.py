@@ -29,7 +29,7 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from sslvision.data.sources.list_images import some
+from sslvision.data.sources.list_images import share, some
 from sslvision.data.subsets import Subset, draw_up_to
 from sslvision.errors import UsageError
 from sslvision.evaluation.confidence import ranking_of, score
@@ -74,6 +74,7 @@ Made by `{command}`. The same command continues where it was stopped.
 | --- | --- |
 | comparison.csv | mean and standard deviation of top-1 for each arm and number of labels |
 | comparison.png | the same as a figure |
+| results.json | what was left out of the images or guessed, and how many could not be read, under `findings` |
 | cells.jsonl | every training: arm, labels, seed, learning rate, validation and test accuracy, seconds |
 | config.yaml, environment.json | all settings; versions, git commit and hardware |
 """
@@ -117,8 +118,9 @@ def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list
     print_findings(console, [*labeled.remarks, *comparison.small_classes()])
     for labels in settings.labels_per_class:
         cells += [comparison.cell(arm, labels) for arm in ARMS]
-        write(cells, folder, labeled)
+        write(cells, folder, labeled, comparison.findings())
         print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images per class")
+    print_findings(console, comparison.unreadable)
     spent = sum(entry["seconds"] for entry in comparison.done.values())
     console.print(
         f"{len(comparison.done)} trainings in {spent:,.0f} s. Everything is in {folder}, described in its README.md."
@@ -223,6 +225,26 @@ class Comparison:
     def _updates(self, arm: str, images: int) -> int:
         settings = self.settings_of[arm]
         return count_updates(settings, images, min(settings.batch_size, images))[0]
+
+    @property
+    def unreadable(self) -> list[str]:
+        """Return in sentences how many images could not be read; none before the first training on frozen features."""
+        sources = {"training": self.labeled.train, "validation": self.validation, "test": self.labeled.test}
+        missing = {
+            name: len(source) - len(found.indices)
+            for (name, source), found in zip(sources.items(), self._features or (), strict=False)
+        }
+        return [
+            f"{share(count, len(sources[name]), f'{name} images')} cannot be read, and are left out."
+            for name, count in missing.items()
+            if count
+        ]
+
+    def findings(self) -> list[str]:
+        """Return what was left out or guessed, with what an earlier call found that had the features to compute."""
+        file = self.folder / "results.json"
+        before = json.loads(file.read_text())["findings"] if file.is_file() and self.done else []
+        return list(dict.fromkeys([*self.labeled.remarks, *self.unreadable, *before]))
 
     def cell(self, arm: str, labels: Any) -> Cell:
         """Return mean and standard deviation over the seeds, each with the rate that validated best with the first."""
@@ -332,8 +354,11 @@ class Comparison:
         }
 
 
-def write(cells: Sequence[Cell], folder: Path, labeled: LabeledData) -> None:
-    """Write the table and its figure."""
+def write(cells: Sequence[Cell], folder: Path, labeled: LabeledData, findings: Sequence[str]) -> None:
+    """Write the table, its figure and the findings."""
+    run_files.write_json(
+        folder / "results.json", {"weights": labeled.weights, "findings": [*findings], "cells": [*cells]}
+    )
     with open(folder / "comparison.csv", "w", newline="") as file:
         rows = csv.DictWriter(file, list(cells[0]))
         rows.writeheader()

@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.load import Loaded, load_backbone, refuse_loading
+from sslvision.backbones.load import Loaded, load_backbone
+from sslvision.backbones.weight_sources import refuse_loading
 from sslvision.data.datamodule import available_workers, pixel_statistics
-from sslvision.data.source import Source, Splits
+from sslvision.data.source import Source, Splits, remarks_in_errors
 from sslvision.data.sources.list_images import share
 from sslvision.data.subsets import Subset, draw_per_class, split_off
 from sslvision.errors import DataError, UsageError
@@ -80,7 +81,8 @@ def open_labeled_data(settings: Finetune, *, validate_on: int = VALIDATE_ON) -> 
     data = read_as_in_training(settings.data, settings.run or "")
     splits = open_splits({**data, "channels": loaded.backbone.channels})
     settings.data |= decided_from(splits)
-    train, validation, test, remarks = labeled_sources(splits, settings, validate_on=validate_on)
+    with remarks_in_errors(splits.remarks):
+        train, validation, test, remarks = labeled_sources(splits, settings, validate_on=validate_on)
     mean, std = statistics_of(loaded, train, settings.data)
     workers = settings.data.get("workers")
     assert splits.train.labels is not None

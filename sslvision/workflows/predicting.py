@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +22,8 @@ from sslvision.data.eight_bits import value_range_from
 from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.folder import FileSource, joined
 from sslvision.data.sources.list_images import scan
-from sslvision.errors import StorageError, UsageError
+from sslvision.data.value_range import look_at
+from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.evaluation.confidence import as_json, score
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.run_files import write_json
@@ -46,8 +48,8 @@ def predict_to_csv(settings: Predict) -> Path:
 
     Raises:
         UsageError: The run has no head, or `output` is not a file.
-        DataError: There are no images.
-        StorageError: The CSV file cannot be written. All are raised before any image is read.
+        DataError: There are no images; or, when the CSV file is written, none of them could be read.
+        StorageError: The CSV file cannot be written. The others are raised before any image is read.
     """
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
     device = select_device(settings.device)
@@ -63,7 +65,7 @@ def predict_to_csv(settings: Predict) -> Path:
     source = open_images(
         settings.images or "", channels=loaded.backbone.channels, max_pixels=settings.max_pixels, remarks=remarks
     )
-    source.value_range = value_range_from(recorded_value_range(run))
+    remarks += look_at_values(source, settings)
     output = _output(settings)
     check_output(output)
     if settings.output is None and output.name != "predictions.csv":
@@ -79,15 +81,46 @@ def predict_to_csv(settings: Predict) -> Path:
         top=settings.top,
     )
     known: list[tuple[str, tuple[str, ...]]] = []
-    rows = with_true_classes(rows, loaded.classes, known)
+    reasons: list[str] = []
+    rows = _noting_the_first_problem(with_true_classes(rows, loaded.classes, known), reasons)
     images, problems = write_csv(rows, output, top=min(settings.top, len(loaded.classes)))
+    if images == problems:
+        raise DataError(
+            f"None of {images:,} images can be read; the first: {reasons[0]}. The reasons are in the column `problem` of "
+            f"{output.absolute()}."
+        )
+    first = f", the first: {reasons[0]}" if reasons else ""
     console.print(
         f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
-        f"`problem`): {output.absolute()}"
+        f"`problem`{first}): {output.absolute()}"
     )
     if known:
         console.print(write_accuracy(known, loaded.classes, output, unknown=images - problems - len(known)))
     return output
+
+
+def look_at_values(source: FileSource, settings: Predict) -> list[str]:
+    """Choose the value range of the images, that of the run unless it is given, and return what there is to say of it."""
+    recorded, given = (
+        recorded_value_range(settings.run or ""),
+        value_range_from(settings.value_range, name="value_range"),
+    )
+    source.value_range, remarks = look_at(source, given or value_range_from(recorded), of_run=True)
+    if given is None and recorded is None and source.value_range is not None:
+        return [
+            *remarks,
+            f"run={settings.run} was trained on images of 8 bits, and these have more. The range above is decided from them: "
+            "if another one makes them look like those, set value_range=[low,high].",
+        ]
+    return [*remarks]
+
+
+def _noting_the_first_problem(rows: Iterable[Prediction], reasons: list[str]) -> Iterator[Prediction]:
+    """Yield predictions unchanged; append the first image that cannot be read, with the reason, to `reasons`."""
+    for row in rows:
+        if row.problem and not reasons:
+            reasons.append(f"{row.image} ({row.problem})")
+        yield row
 
 
 def with_true_classes(
@@ -271,10 +304,13 @@ def _readable_and_not(
     return (
         [place for place, image, _ in items if image is not None],
         torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
-        [
-            (place, why.replace("data.", "")) for place, image, why in items if image is None
-        ],  # the settings of pretraining
+        [(place, _of_prediction(why)) for place, image, why in items if image is None],
     )
+
+
+def _of_prediction(reason: str) -> str:
+    """Return why an image cannot be read in the settings of predict, whose channels the run determines."""
+    return re.sub(r": data\.channels=.* reads (it|them)", "", reason).replace("data.", "")
 
 
 def _relative(source: FileSource, place: int, start: int) -> str:

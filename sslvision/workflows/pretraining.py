@@ -16,7 +16,7 @@ from sslvision.backbones.load import backbone_of_weights
 from sslvision.data.cache import cached
 from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
-from sslvision.data.source import Splits
+from sslvision.data.source import Splits, remarks_in_errors
 from sslvision.errors import UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
 from sslvision.evaluation.evaluate import has_labels, why_not_evaluated
@@ -168,7 +168,8 @@ def open_data(settings: Pretrain, method: Method) -> ImageData:
     """Open the images as batches for the method, and give it the statistics of their pixels."""
     splits, normalize = open_splits(settings.data), settings.data.get("normalize", "computed")
     settings.data |= decided_from(splits)
-    method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
+    with remarks_in_errors(splits.remarks):
+        method.normalize.set(*pixel_statistics(splits.train, normalize, seed=settings.seed))
     crop_pct = choose_crop_pct([splits.train, splits.test], method.pretrained().image_size)
     for module in method.modules():
         if isinstance(module, Backbone):

@@ -83,11 +83,38 @@ def test_an_image_size_that_no_image_has_is_refused(image_size):
         ("vit_tiny_patch16_224", {"image_size": 8}, "multiple of backbone.patch_size"),
         ("swin_tiny_patch4_window7_224", {"image_size": 31}, "multiples of 32"),
         ("convnext_atto", {"image_size": 8}, "cannot read images of 8x8 pixels"),
-        ("test_vit", {"image_size": 32, "patch_size": 0}, "timm cannot build backbone.name=test_vit with .*patch_size"),
-        ("test_vit", {"image_size": 32, "embed_dim": -3}, "timm cannot build backbone.name=test_vit with .*embed_dim"),
-        ("test_vit", {"image_size": 32, "num_heads": 5}, "divisible by num_heads"),
+        (
+            "test_vit",
+            {"image_size": 32, "num_heads": 5},
+            "divisible by num_heads .backbone.embed_dim must be a multiple",
+        ),
+        (
+            "test_vit",
+            {"image_size": 32, "embed_dim": 100, "num_heads": 3},
+            "among backbone.num_heads=3: 99 and 102 can",
+        ),
+        ("test_vit", {"image_size": 32, "channels": 0}, "data.channels=0 must be"),
+        (
+            "swin_tiny_patch4_window7_224",
+            {"image_size": 64, "num_heads": [3, 0, 6, 6]},
+            "backbone.num_heads=.*, or a list",
+        ),
     ],
 )
 def test_a_size_or_an_option_that_a_model_cannot_have_is_answered_in_words(name, options, message):
     with pytest.raises(UsageError, match=message):
         build_backbone(name, **options)
+
+
+@pytest.mark.parametrize("key", ["depth", "num_heads", "embed_dim", "patch_size"])
+@pytest.mark.parametrize("number", [0, -3, 1.5, "two", True])
+def test_a_count_that_cannot_be_is_refused_before_timm_builds_anything(key, number):
+    with pytest.raises(UsageError, match=rf"backbone.{key}={number} must be a whole number from 1"):
+        build_backbone("test_vit", image_size=32, **{key: number})
+
+
+@pytest.mark.parametrize("key", ["drop_rate", "drop_path_rate", "attn_drop_rate"])
+@pytest.mark.parametrize("rate", [-0.5, 1, 2, "half", True])
+def test_a_rate_that_cannot_be_is_refused_before_timm_builds_anything(key, rate):
+    with pytest.raises(UsageError, match=rf"backbone.{key}={rate} must be a number from 0 to below 1"):
+        build_backbone("test_vit", image_size=32, **{key: rate})

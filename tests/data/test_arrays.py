@@ -71,7 +71,9 @@ def test_what_is_no_image_in_an_array_is_refused_with_the_reason(tmp_path):
         r"shape is \(0, 4\)": np.zeros((0, 4)),
         r"shape \(9,\), and data\.channels=3 needs \(H, W\)": np.zeros(9),
         r"shape \(2, 3, 4, 5\)": np.zeros((2, 3, 4, 5)),
-        r"shape \(40, 50, 4\), and data\.channels=3 needs .*: data\.channels=4 reads it": np.zeros((40, 50, 4)),
+        r"shape \(40, 50, 4\), and data\.channels=3 needs .*: data\.channels=4 data\.normalize=computed reads it": np.zeros(
+            (40, 50, 4)
+        ),
         r"shape \(3, 7, 3\) may be \(C, H, W\) or \(H, W, C\)": np.zeros((3, 7, 3)),
         r"NaN or infinity": np.array([[np.nan, 1]]),
     }
@@ -183,10 +185,16 @@ def test_compressed_bands_are_read(tiff, compression):
 
 def test_bands_and_pages_that_do_not_fit_are_refused_with_what_to_set(tiff):
     path = tiff(noise(8, 10, 5).astype(np.uint16), photometric="minisblack", planarconfig="contig")
-    with pytest.raises(UnreadableImage, match=r"1 page\(s\) of 5 band\(s\) of uint16: data\.channels=5 reads them"):
+    with pytest.raises(
+        UnreadableImage,
+        match=r"1 page\(s\) of 5 band\(s\) of uint16: data\.channels=5 data\.normalize=computed reads them",
+    ):
         read_image(path, 3)
     path = tiff(noise(7, 8, 10).astype(np.float64), photometric="minisblack")
-    with pytest.raises(UnreadableImage, match=r"7 page\(s\) of 1 band\(s\) of float64: data\.channels=7 reads them"):
+    with pytest.raises(
+        UnreadableImage,
+        match=r"7 page\(s\) of 1 band\(s\) of float64: data\.channels=7 data\.normalize=computed reads them",
+    ):
         read_image(path, 4)
     assert read_header(path, 1).unused_pages == 6
 

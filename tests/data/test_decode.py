@@ -1,7 +1,6 @@
 """The pixels that each kind of file has, in 1, 3 or more channels."""
 
 import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -151,16 +150,6 @@ def test_floats_that_are_no_numbers_are_refused(saved, value):
     path = saved(Image.fromarray(np.array([[0, value]], np.float32)), "a.tif")
     with pytest.raises(UnreadableImage, match="NaN or infinity"):
         read_image(path, 1)
-
-
-def test_a_16_bit_color_png_gives_its_high_bytes(written):
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
-    pixels = zlib.compress(b"\0" + struct.pack(">HHH", 0x1280, 0xFFFF, 0x00FF))
-    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
-    assert color(read_image(written(content), 3)) == (0x12, 0xFF, 0x00)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

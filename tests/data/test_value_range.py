@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image, TiffImagePlugin
 
+from sslvision.data.datamodule import pixel_statistics
 from sslvision.data.eight_bits import ValueRange, eight_bits, value_range_from
 from sslvision.data.sources.folder import open_folder
 from sslvision.errors import UsageError
@@ -166,6 +167,48 @@ def test_pages_frames_and_bands_that_are_not_read_are_told(tmp_path):
     assert "1 of 6 images looked at (16.7 %) have bands beyond gray or color" in open_folder(root, holdout=0).remarks[1]
 
 
+def test_a_set_of_several_depths_says_that_8_bits_stay_as_they_are(tmp_path):
+    root = folder_of(tmp_path / "set", ramps(0, 4095, np.uint16, 3))
+    Image.new("L", (8, 8), 200).save(root / "eight.png")
+    (remark,) = open_folder(root, channels=1, holdout=0).remarks
+    assert "3 of 4 images looked at (75 %) have values of uint16, from 0 to 4095" in remark
+    assert remark.endswith("The other 1 have 8 bits and stay as they are: their 255 is white.")
+
+
+def test_a_range_without_effect_is_told(tmp_path):
+    Image.new("L", (8, 8), 200).save(tmp_path / "eight.png")
+    splits = open_folder(tmp_path, channels=1, holdout=0, value_range=[0, 4095])
+    assert splits.train.read(0).flatten()[0] == 200
+    assert splits.remarks == (
+        "All 1 images looked at have 8 bits and stay as they are, so that data.value_range=[0,4095] has no effect on them.",
+    )
+
+
+def test_what_cannot_be_read_in_the_sample_is_told_before_training(tmp_path):
+    for number in range(4):
+        Image.new("L", (8, 8), 200).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:20])
+    Image.new("L", (30, 40)).save(tmp_path / "map.png")
+    (remark,) = open_folder(tmp_path, holdout=0, max_pixels=1000).remarks
+    assert remark.startswith("2 of 5 images looked at (40 %) cannot be read, and others will take their place: ")
+    assert "map.png (30 x 40 pixels, more than the limit data.max_pixels=1000)" in remark
+
+
+@pytest.mark.parametrize("channels", [7, 9])
+def test_the_advice_on_bands_and_pages_works_as_it_is_written(tmp_path, channels):
+    tifffile = pytest.importorskip("tifffile")
+    pages = np.random.default_rng(0).integers(0, 255, (channels, 8, 8)).astype(np.uint8)
+    for number in range(4):
+        tifffile.imwrite(tmp_path / f"{number}.tif", pages, photometric="minisblack")
+    (remark,) = open_folder(tmp_path, holdout=0).remarks
+    assert "data.channels=N data.normalize=computed reads N pages of one size as channels" in remark
+    source = open_folder(tmp_path, holdout=0, channels=channels).train
+    mean, _ = pixel_statistics(source, "computed")
+    assert len(mean) == channels
+    with pytest.raises(UsageError, match=r"set data\.normalize=computed, or give"):
+        pixel_statistics(source, "imagenet")
+
+
 @pytest.mark.parametrize(
     "wrong", ["full", [1], [1, 2, 3], [5, 5], [5, 1], [0, float("inf")], "12", {"ints": [0, 1]}, 7]
 )
@@ -184,6 +227,9 @@ def test_prediction_and_probing_use_the_range_of_training(tmp_path):
         assert read_as_in_training({"_target_": FOLDER}, str(run)) == {"_target_": FOLDER, "value_range": [0, 4095]}
         own = {"_target_": FOLDER, "value_range": [0, 9]}
         assert read_as_in_training(own, str(run)) == own
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "config.yaml").write_text("data: {value_range: [0, 1023]}")
+    assert recorded_value_range(tmp_path / "stopped") == [0, 1023]  # of a run that has no export yet
     digits = {"_target_": "sslvision.data.sources.digits.open_digits"}
     assert read_as_in_training(digits, str(tmp_path / "run")) == digits
     assert recorded_value_range("vit_tiny_patch16_224") is None

@@ -233,8 +233,25 @@ def test_a_timm_name_without_a_network_gives_one_message(monkeypatch):
 
 
 def test_what_is_neither_a_file_nor_a_name_is_refused_with_names_near_it():
-    with pytest.raises(UsageError, match=r"^resnet19 has no weights.*Near it in timm: .*resnet18"):
+    with pytest.raises(UsageError, match=r"^There is no file or folder resnet19.*Near it in timm: .*resnet18"):
         load_weights(mae(), "resnet19")
+
+
+def test_what_is_elsewhere_is_told_by_both_doors(tmp_path):
+    save_file({"vit.embeddings.patch_embeddings.projection.weight": torch.zeros(3)}, tmp_path / "theirs.safetensors")
+    for where, words in (
+        (
+            "https://example.org/mae/base.pth",
+            r"=https?:/.* is a URL: download the file, and give its path, (\w+)=base.pth",
+        ),
+        ("timm/vit_tiny_patch16_224", "timm's name of them is (init_from|run)=vit_tiny_patch16_224"),
+        (str(tmp_path / "missing.pth"), "there is no such file in"),
+        (str(tmp_path / "theirs.safetensors"), "Give the timm model with the same weights"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            load_weights(mae(), where)
+        with pytest.raises(UsageError, match=words):
+            load_backbone(where)
 
 
 def test_an_export_folder_and_weights_under_any_prefix_load(tmp_path):

@@ -115,6 +115,26 @@ def test_more_labels_and_seeds_may_be_added_and_nothing_else_changed(finished, c
     assert [cell for cell in more if cell["labels_per_class"] != 2] == cells
 
 
+def test_findings_are_kept_with_what_cannot_be_read_and_stay_when_it_goes_on(compare, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for place in range(48):
+        file = tmp_path / "photos" / "ab"[place % 2] / f"{place}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (28, 28), dtype=np.uint8)).save(file)
+    (tmp_path / "photos" / "a" / "0.png").write_bytes(b"nothing")
+    (tmp_path / "photos" / "notes.txt").touch()
+    words = ("data=folder", f"data.root={tmp_path / 'photos'}", "data.holdout=0.3", "data.workers=0", "seeds=1")
+    found = []
+    for labels in ("[1]", "[1,2]"):
+        compare(tmp_path / "run", *words, f"labels_per_class={labels}", "lr_ratios=[1.0]")
+        found.append(json.loads((tmp_path / "run" / "results.json").read_text()))
+    for results in found:
+        assert results["findings"][0].startswith("Left out: 1 of 49 files (2.04 %)")
+        assert sum("cannot be read, and are left out." in finding for finding in results["findings"]) == 1
+    assert len(found[1]["cells"]) == 8
+    assert "cannot be read, and are left out." in capsys.readouterr().out
+
+
 def test_a_comparison_needs_images_to_choose_by_and_one_device(compare, tmp_path):
     with pytest.raises(UsageError, match="holdout"):
         compare(tmp_path / "a", "holdout=0")

@@ -73,3 +73,14 @@ def test_unreadable_images_stand_in_the_findings_of_the_probe(photos, settings_o
         "1 of 64 training images (1.56 %) cannot be read, and were left out.",
         "1 of 16 test images (6.25 %) cannot be read, and were left out.",
     )
+
+
+def test_too_few_images_are_explained_by_what_was_left_out(photos, tiny_settings, warm_command, tmp_path):
+    for file in photos.rglob("*.png"):
+        if "light" in str(file):
+            file.unlink()
+    done = warm_command("recipe=mae", *tiny_settings("mae"), f"data={photos}", cwd=tmp_path)
+    assert done.returncode == 3
+    (message,) = done.stderr.strip().splitlines()
+    assert "images to train on, fewer than one batch of 2500: set batch_size=" in message
+    assert ".dng. Camera raw is not read: convert the files to TIFF or JPEG" in message

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sslvision.data.sources.digits import open_digits
+from sslvision.errors import DataError
 from sslvision.workflows.predicting import Prediction, predict_to_csv, with_true_classes, write_accuracy
 
 
@@ -44,7 +45,10 @@ def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_a
     done = warm_command(f"run={finetuned}", f"images={tmp_path / 'new'}", "top=2", of="predict", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "13 images" in done.stdout
-    assert "1 of them unreadable" in done.stdout
+    assert (
+        "1 of them unreadable (see the column `problem`, the first: broken.jpg (the content is not an image"
+        in done.stdout
+    )
     with open(finetuned / "predictions.csv", newline="") as file:
         broken, *rows = csv.DictReader(file)
     assert (broken["image"], broken["label"]) == ("broken.jpg", "")
@@ -171,6 +175,17 @@ def test_what_cannot_be_labeled_is_refused_in_words(words, code, message, warm_c
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert re.search(message, done.stderr)
+
+
+def test_images_none_of_which_can_be_read_are_an_error_with_the_reason_and_its_rows(finetuned, settings_of, tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.zeros((8, 8, 7), np.uint8))
+    settings = settings_of(
+        "predict", f"run={finetuned}", f"images={tmp_path}", f"output={tmp_path / 'p.csv'}", "workers=0"
+    )
+    with pytest.raises(DataError, match=r"None of 3 images can be read; the first: 0\.npy \(the array has the shape"):
+        predict_to_csv(settings)
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
 
 
 def test_earlier_predictions_are_kept_unless_they_shall_be_replaced(finetuned, warm_command, tmp_path):

@@ -96,6 +96,13 @@ def test_workers_change_nothing_and_the_global_random_numbers_stay(classifier, f
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_reasons_advise_no_channels_because_the_run_determines_them(classifier, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((20, 24, 7), np.uint8))
+    (row,) = predict(classifier, NORMALIZE, CLASSES, open_images(tmp_path, channels=3))
+    assert row.problem.startswith("the array has the shape (20, 24, 7), and channels=3 needs ")
+    assert "reads it" not in row.problem
+
+
 def test_the_largest_image_that_is_read_is_a_setting_and_named_as_it_is_written(classifier, tmp_path):
     picture(tmp_path / "a.png", size=(24, 20))
     (row,) = predict(classifier, NORMALIZE, CLASSES, open_images(tmp_path, channels=3, max_pixels=479))

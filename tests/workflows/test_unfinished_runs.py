@@ -53,7 +53,14 @@ def test_a_damaged_last_checkpoint_is_passed_over_for_an_earlier_one(stopped):
     assert "update 4 in" in load_backbone(stopped).weights
     for file in last.parent.glob("*.ckpt"):
         file.write_bytes(b"nothing")
-    with pytest.raises(UsageError, match=r"has no export/: it has not ended.*no whole checkpoint.*resume=auto"):
+    with pytest.raises(UsageError, match=r"has no export/: it has not ended.*no whole checkpoint.*resume=auto") as told:
+        load_backbone(stopped)
+    assert str(told.value).endswith(
+        f"Let it finish first: python -m sslvision.pretrain resume=auto output_dir={stopped}."
+    )
+    config = stopped / "config.yaml"
+    config.write_text(f"run: outputs/a\n{config.read_text()}")
+    with pytest.raises(UsageError, match=r"python -m sslvision.finetune resume=auto"):
         load_backbone(stopped)
 
 

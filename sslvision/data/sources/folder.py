@@ -7,6 +7,7 @@
 - Classes: if images are in two or more subfolders, those of the first level are the classes; a few images outside of them
   are left out. With many outside, or fewer folders, the images have no labels.
 - Order: sorted by relative path.
+- Folders that belong to images, such as masks/ beside images/, are left out (see companions.py).
 - What is left out or guessed is said in the splits' `remarks`.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from sslvision.data.decode import MAX_PIXELS, read_image
 from sslvision.data.eight_bits import ValueRange, value_range_from
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
+from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, scan, share, some
 from sslvision.data.value_range import look_at
@@ -125,6 +127,7 @@ def open_folder(
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
     remarks = found.remarks()
+    found = without_companions(found, remarks)
     top, found = unwrapped(found, remarks)
     title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
     splits = _splits(root, found, remarks, title=title, holdout=holdout)
@@ -156,7 +159,7 @@ def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout:
         if classes and not names:
             unlabeled.append(f"{share(len(held), len(found.images), 'images')} in {held_folder}/")
             continue
-        if names and not classes:
+        if names and not classes and not all(map(holds_images, names)):
             remarks.append(
                 f"{folder}/ has no two class folders: the labels of {held_folder}/ ({some(names)}) are not used."
             )

@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
+from sslvision.data.sources.companions import question_classes
 from sslvision.data.sources.list_images import Found, share, some
 from sslvision.errors import DataError
 
@@ -179,6 +180,7 @@ def images_and_classes(
             f"The class folders of {name} hold folders named like splits, whose images are not told apart. If they are splits, "
             f"put the classes into them: train/{classes[0]}/ and test/{classes[0]}/."
         )
+    question_classes(classes, images, remarks)
     return images, tuple(classes)
 
 

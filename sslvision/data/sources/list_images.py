@@ -3,9 +3,10 @@
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
-from sslvision.data.image_plugins import BY_SUFFIX, EXTRA_FORMATS, unread_format
+from sslvision.data.image_plugins import BY_SUFFIX, EXTRA_FORMATS, HEAD, described_by_content, unread_format
 from sslvision.errors import DataError
 
 EXTENSIONS = (
@@ -28,7 +29,10 @@ EXTENSIONS = (
     *(".npy", ".npz"),
     *(suffix for one in EXTRA_FORMATS if one.pil is not None for suffix in one.suffixes),
 )
+SAMPLES = 20  # files that are not named as images, of which the content is looked at
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+
+RUN = {"config.yaml", "environment.json"}  # in the folder of every run
 
 # Why paths are left out, by kind.
 LEFT_OUT = {
@@ -36,6 +40,7 @@ LEFT_OUT = {
     "lost": "links that lead nowhere or in a circle, and special files",
     "hidden": "hidden images and folders, whose names begin with a dot",
     "closed": "folders that cannot be read",
+    "runs": "folders of sslvision's own runs, with their figures",
 }
 
 
@@ -47,6 +52,7 @@ class Found:
     folders: set[str] = field(default_factory=set)  # of the first three levels, to report empty classes
     unread: Counter[str] = field(default_factory=Counter)  # images in formats that are not read, by extension
     other: Counter[str] = field(default_factory=Counter)  # files that are not images, by extension
+    samples: list[str] = field(default_factory=list)  # paths of a few of those
     left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # by the keys of LEFT_OUT
 
     def remarks(self) -> list[str]:
@@ -63,6 +69,7 @@ class Found:
                 f"Left out: {share(others, total, 'files')}, not being images that can be read: {_listed(self.other)}."
             )
             remarks.append(what + hint)
+            remarks += _by_content(self.samples)
         for kind, words in LEFT_OUT.items():
             if paths := sorted(self.left_out[kind]):
                 remarks.append(f"Left out: {words} ({len(paths):,}): {some(paths)}.")
@@ -88,6 +95,24 @@ def some(names: Sequence[str], most: int = 8) -> str:
 
 def _listed(counts: Counter[str], most: int = 8) -> str:
     return some([f"{count:,} {extension}" for extension, count in counts.most_common()], most)
+
+
+def _extension(name: str) -> str:
+    extension = os.path.splitext(name)[1].lower()
+    return ".nii.gz" if extension == ".gz" and name.lower().endswith(".nii.gz") else extension
+
+
+def _by_content(files: Sequence[str]) -> list[str]:
+    """Return in sentences which of a few files that are not named as images are images by their content."""
+    found = Counter[str]()
+    for file in files:
+        with suppress(OSError), open(file, "rb") as opened:
+            if (words := described_by_content(opened.read(HEAD))) is not None:
+                found[words] += 1
+    return [
+        f"By their content, {share(count, len(files), 'of them looked at')} are {words}."
+        for words, count in found.items()
+    ]
 
 
 def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root") -> Found:
@@ -117,6 +142,9 @@ def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root")
         except OSError as error:
             found.left_out["closed"].append(f"{folder or root} ({error.strerror})")
             continue
+        if {entry.name for entry in entries} >= RUN:
+            found.left_out["runs"].append(folder or root)
+            continue
         for entry in entries:
             path = folder + entry.name
             try:
@@ -130,7 +158,9 @@ def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root")
             elif kind == "image":
                 found.images.append(path)
             elif kind in ("unread", "other"):
-                extension = os.path.splitext(path)[1].lower() or "without an extension"
+                extension = _extension(path) or "without an extension"
+                if kind == "other" and len(found.samples) < SAMPLES:
+                    found.samples.append(os.path.join(root, path))
                 (found.unread if kind == "unread" else found.other)[extension] += 1
             elif kind in LEFT_OUT:
                 found.left_out[kind].append(path)
@@ -164,7 +194,7 @@ def _kind(
         return "folder", left
     if not entry.is_file():
         return "lost", left
-    extension = os.path.splitext(name)[1].lower()
+    extension = _extension(name)
     if extension in BY_SUFFIX and unread_format(extension) is not None:
         return "unread", left
     return ("image" if extension in EXTENSIONS else "other"), left
