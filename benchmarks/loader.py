@@ -37,7 +37,7 @@ from sslvision.data.loader import training_loader
 from sslvision.data.sources.folder import open_folder
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.training.trainer import configure_torch
-from sslvision.workflows.pretraining import method_from_settings
+from sslvision.workflows.method import method_from_settings
 
 SKIPPED = 4  # batches that are not timed: those that the loader makes ahead while nobody asks, and one more
 RECIPES = {"mae": "mae_vitb16_in1k", "dino": "dino_vits16_in1k"}

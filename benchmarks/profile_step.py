@@ -21,7 +21,8 @@ from rich.table import Table
 from sslvision.cli.compose import compose_settings
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.training.trainer import build_trainer, configure_method, configure_torch, silence_lightning
-from sslvision.workflows.pretraining import method_from_settings, open_splits
+from sslvision.workflows.method import method_from_settings
+from sslvision.workflows.pretraining import open_splits
 
 STEPS, WARM_UP = 200, 20
 CROPS, VIEWS, FORWARD, BACKWARD = (

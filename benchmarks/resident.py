@@ -6,7 +6,7 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.cli.compose import compose_settings
 from sslvision.data.batch import Batch
 from sslvision.methods.dino import DINO
-from sslvision.workflows.pretraining import method_from_settings
+from sslvision.workflows.method import method_from_settings
 
 RECIPES = {
     "mae": "mae_vitb16_in1k",

@@ -11,7 +11,9 @@ from profile_step import StepTimes
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.loader import training_loader
 from sslvision.training.trainer import build_trainer, configure_method, fit
-from sslvision.workflows.pretraining import method_from_settings, open_splits, pretraining_callbacks
+from sslvision.workflows.callbacks import pretraining_callbacks
+from sslvision.workflows.method import method_from_settings
+from sslvision.workflows.pretraining import open_splits
 
 
 def loader_level(settings, arguments):
@@ -58,7 +60,7 @@ def train(settings, splits, folder, *, steps, options):
         max_steps=steps,
         dry_run=False,
         loggers=[],
-        callbacks=[times, *pretraining_callbacks(settings, folder, data)],
+        callbacks=[times, *pretraining_callbacks(settings, folder, data, splits, steps)],
         options=settings.trainer,
     )
     configure_method(method, trainer.strategy.root_device, compile=settings.compile, cuda_graphs=settings.cuda_graphs)

@@ -1,6 +1,7 @@
 """The settings of every command: names, defaults, and their lines in --help. cli/check_settings.py checks keys and types."""
 
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, cast
@@ -36,9 +37,7 @@ def _folder_name(name: str | None) -> None:
 
 
 # Arguments of timm's factory, which are not the model's, and what is used instead.
-_WEIGHTS = (
-    "init_from=PATH or a timm name, to start from weights (in probe and finetune: run=; in Python: load_backbone)"
-)
+_WEIGHTS = "init_from=PATH or a timm name, to start from weights (probe, finetune: run=; in Python: load_backbone)"
 _FEATURES = "nothing: a backbone returns its last features"
 _EXPORT = "nothing: it is an option for deployment, which the exported model takes when it is loaded"
 FACTORY = {
@@ -109,6 +108,10 @@ class Pretrain:
         {}, "embedded | digits | folder | torchvision; data.root, data.channels, data.workers, data.cache=disk|ram, ..."
     )
     epochs: int = _option(100, "passes over the training images")
+    budget: str | None = _option(
+        None,
+        "time for training, such as 90s, 30m, 2h or 3d, instead of epochs: the updates that fill it are measured first",
+    )
     batch_size: int = _option(256, "images per optimizer update, over all devices and accumulated batches together")
     base_lr: float = _option(
         1.5e-4, "learning rate per 256 images: the peak learning rate is base_lr x batch_size / 256"
@@ -132,6 +135,9 @@ class Pretrain:
     )
     knn_every_epochs: int = _option(
         10, "epochs between measurements of k-NN accuracy and RankMe, with figures, during training (0: never)"
+    )
+    probe_data: str | None = _option(
+        None, "folder of labeled images that the features are evaluated on, if the training images have no labels"
     )
     health: Literal["warn", "stop"] = _option("warn", "warn | stop: what to do when training has collapsed")
     max_skipped: int = _option(
@@ -158,16 +164,25 @@ class Pretrain:
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
                 raise UsageError(f"The recipe names no {section}: give {section}._target_, as the included recipes do.")
-        if "name" not in self.backbone:
+        if "name" not in self.backbone and self.init_from is None:
             raise UsageError(
-                "The recipe names no backbone: give backbone.name, any timm ViT such as vit_small_patch16_224."
+                "The recipe names no backbone: give backbone.name, any timm model such as vit_small_patch16_224, or init_from, "
+                "weights whose backbone is used."
             )
+        if self.budget is not None and not self.budget_seconds:
+            raise UsageError(f"budget={self.budget} must be a time above 0, such as 90s, 30m, 2h or 3d.")
         check_backbone(self.backbone)
 
     @property
     def peak_lr(self) -> float:
         """Return the peak learning rate of the global batch."""
         return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+    @property
+    def budget_seconds(self) -> float | None:
+        """Return the budget in seconds; None without one, or for what is no time."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget or "")
+        return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 @dataclass
@@ -196,9 +211,7 @@ class Probe:
     last_blocks: int | None = _option(
         None, "protocol dino: number of last blocks whose class tokens are used (default: 4; for ViT-B and larger 1)"
     )
-    pixels: bool = _option(
-        True, "also measure raw 32x32 pixels, on at most 10,000 images: the score that features must beat"
-    )
+    pixels: bool = _option(True, "also measure raw 32x32 pixels, on at most 10,000 images: the score to beat")
     train_images: int = _option(0, "maximum number of training images, drawn at random (0: all)")
     seed: int = _option(0, "random seed for drawing images, order and crops")
     batch_size: int = _option(256, "images per forward pass; does not change the scores")
@@ -337,9 +350,7 @@ class Predict:
     batch_size: int = _option(256, "images per forward pass")
     workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")
     max_pixels: int = _option(100_000_000, "images with more pixels are not read; the row says so")
-    value_range: Any = _option(
-        "auto", "images of more than 8 bits: values that become black and white, [low,high] (default: those of the run)"
-    )
+    value_range: Any = _option("auto", "beyond 8 bits, what becomes black and white: [low,high] (default: of the run)")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device to run on")
 
     def __post_init__(self) -> None:

@@ -13,7 +13,8 @@ from benchmarks.on_gpu.recipe import TINY, TRAINER, under_trainer
 from sslvision.cli.compose import compose_settings
 from sslvision.data.loader import training_loader
 from sslvision.data.sampler import EpochBatches
-from sslvision.workflows.pretraining import method_from_settings, open_splits
+from sslvision.workflows.method import method_from_settings
+from sslvision.workflows.pretraining import open_splits
 
 DRAWN, NAMES = (16, 64) if DRY else (200, 40_000)  # pictures, and names for them: as many as a minute's run wants
 RECIPES = {"mae_vitb16_in1k": 1, "dino_vits16_in1k": 4}  # and what part of `batch` a batch is

@@ -126,6 +126,26 @@ def load_backbone(
     return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
 
 
+def backbone_of_weights(where: str | Path) -> dict[str, Any]:
+    """Return the arguments of build_backbone for the model that weights belong to: name, image_size, and others.
+
+    Args:
+        where: As in `load_backbone`.
+
+    Raises:
+        UsageError: `where` is nothing that a backbone can be loaded from.
+    """
+    source = _find(where, pretrained=True, heads=None)
+    own = {"in_chans", "num_classes", "fc_norm", "global_pool", *size_options(source.name, source.image_size)}
+    options = {key: value for key, value in source.arguments.items() if key not in own}
+    pool = source.arguments.get("global_pool")
+    return {
+        "name": source.name,
+        "image_size": source.image_size,
+        **({"pool": pool} if pool in ("token", "avg") else {}),
+    } | options
+
+
 def refuse_loading(arguments: Mapping[str, Any], file: Path) -> None:
     """Raise UsageError if timm arguments from a file would make timm load other files or URLs."""
     keys = [key for key in arguments if str(key).startswith("pretrained") or key in ("checkpoint_path", "cache_dir")]

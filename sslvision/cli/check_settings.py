@@ -18,10 +18,10 @@ Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
     "max_epochs": "epochs",
-    "max_steps": "epochs (or dry_run=true)",
+    "max_steps": "epochs or budget (or dry_run=true)",
     "min_epochs": "epochs",
     "min_steps": "epochs",
-    "max_time": "epochs",
+    "max_time": "budget",
     "fast_dev_run": "dry_run=true",
     "overfit_batches": "a smaller data set",
     "limit_train_batches": "epochs, or a smaller data set",

@@ -129,7 +129,13 @@ def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -
         raise UsageError(_told(error)) from error
     for key in _redacted(settings):
         raise UsageError(f"{key} is not kept in the files of a run, as it is a secret: give it again, {key}=...")
-    return checked(settings, command.kind), composed.name
+    result = checked(settings, command.kind)
+    if "epochs" in given and getattr(result, "budget", None) is not None:
+        raise UsageError(
+            f"epochs={settings['epochs']} and budget={settings['budget']} are two lengths of one run: give one of them "
+            "(~budget removes that of a recipe)."
+        )
+    return result, composed.name
 
 
 def _target_of_data(tree: DictConfig, run: Any) -> str | None:

@@ -67,6 +67,13 @@ def draw_per_class(
             f"Class {name} has only {int(sizes[label])} image(s), and {per_class} of each class were asked for: ask for "
             "fewer, or add images."
         )
+    return draw_up_to(labels, per_class, seed=seed)
+
+
+def draw_up_to(labels: Tensor, per_class: int | None, *, seed: int) -> Tensor:
+    """Return the same for classes of any size: all images of those that have fewer."""
+    if per_class is None:
+        return torch.arange(len(labels))
     order = permutation(len(labels), seed=seed, epoch=0)
     return order[_rank_in_class(labels[order]) < per_class].sort().values
 

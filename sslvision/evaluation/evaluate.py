@@ -49,7 +49,7 @@ def evaluate_backbone(
 ) -> dict[str, float]:
     """Return knn_top1, knn_top5 and linear_top1 in percent of frozen features, and rankme, their effective rank.
 
-    The scores are those of the test images that can be read; unreadable_share is the share of the others.
+    The scores are those of the held_out test images that can be read; unreadable_share is the share of the others.
 
     Args:
         backbone: The backbone; its own pooling gives the features.
@@ -99,4 +99,4 @@ def _evaluate(features: Features, splits: Splits, *, at_most: int, seed: int, de
     probe = linear_probe(*labeled, seed=seed)
     unreadable = 1 - len(test_indices) / min(len(test), at_most)
     scores = {"knn_top1": top1, "knn_top5": top5, "linear_top1": probe.top1, "rankme": rankme(train_features)}
-    return scores | {"unreadable_share": unreadable}
+    return scores | {"unreadable_share": unreadable, "held_out": len(test_indices)}

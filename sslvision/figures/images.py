@@ -32,9 +32,7 @@ def picture_figure(columns: Sequence[tuple[str, Tensor]], *, title: str) -> Figu
     top, edge = round(0.5 * dpi), round(0.06 * dpi)  # pixels: title and headings above, a margin elsewhere
     width, height = px_width + 2 * edge, px_height + top + edge
     figure = Figure(figsize=(width / dpi, height / dpi), dpi=dpi, facecolor="white")
-    axes = figure.add_axes((edge / width, edge / height, px_width / width, px_height / height))
-    axes.imshow(canvas, interpolation="nearest", aspect="auto")
-    axes.set_axis_off()
+    figure.figimage(canvas, xo=edge, yo=edge, origin="upper")  # never resampled
     figure.text(
         edge / width, 1 - 0.07 * dpi / height, title, size=10, color=INK, weight="bold", va="top", parse_math=False
     )

@@ -39,6 +39,8 @@ class Method(LightningLoop, ABC):
         betas: Momentum coefficients of AdamW, the default optimizer, and of others that have them.
         optimizer: Name of a timm optimizer (timm.optim.list_optimizers()), which `optimizer()` builds.
         optimizer_options: Its further arguments, such as momentum.
+        freeze_backbone_epochs: Epochs, fractions allowed, in which heads and decoders alone are updated, for a backbone that
+            starts from weights.
         seed: Seed for all randomness of the images.
 
     Raises:
@@ -64,9 +66,10 @@ class Method(LightningLoop, ABC):
         betas: tuple[float, float] = (0.9, 0.999),
         optimizer: str = "adamw",
         optimizer_options: Mapping[str, Any] | None = None,
+        freeze_backbone_epochs: float = 0.0,
         seed: int,
     ):
-        super().__init__(seed=seed)
+        super().__init__(seed=seed, freeze_backbone_epochs=freeze_backbone_epochs)
         if not all(0 <= beta < 1 for beta in betas):
             raise UsageError(f"betas={list(betas)} must be two numbers of at least 0 and less than 1.")
         self.crops = tuple(crops)

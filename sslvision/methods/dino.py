@@ -63,6 +63,7 @@ class DINO(Method):
         lr, min_lr, warmup_epochs: Peak and final learning rate of the whole batch, and epochs of linear warm-up.
         weight_decay, weight_decay_end, betas: Weight decay of AdamW at the start and at the end, and its betas.
         optimizer, optimizer_options: Any other timm optimizer by name, and its options. See Method.
+        freeze_backbone_epochs: Epochs in which the head alone is updated. See Method.
         mean, std: Pixel statistics per channel, on the scale 0..1.
         seed: Seed for crops and augmentations.
 
@@ -98,10 +99,10 @@ class DINO(Method):
         student_temp: float = 0.1,
         warmup_teacher_temp: float = 0.04,
         teacher_temp: float = 0.04,
-        warmup_teacher_temp_epochs: int = 0,
+        warmup_teacher_temp_epochs: float = 0,
         center_momentum: float = 0.9,
         momentum: float = 0.996,
-        freeze_prototypes_epochs: int = 1,
+        freeze_prototypes_epochs: float = 1,
         clip_gradient: float = 3.0,
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
@@ -121,6 +122,7 @@ class DINO(Method):
         betas: tuple[float, float] = (0.9, 0.999),
         optimizer: str = "adamw",
         optimizer_options: Mapping[str, Any] | None = None,
+        freeze_backbone_epochs: float = 0.0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
@@ -131,8 +133,9 @@ class DINO(Method):
             raise UsageError(f"{momentum=} and {center_momentum=} must each be from 0 to 1.")
         check_local_crops(backbone, local_crops, local_size)
         crops = [Crop(backbone.image_size[0], global_scale)] * 2 + [Crop(local_size, local_scale)] * local_crops
-        chosen: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options}
-        super().__init__(crops=crops, mean=mean, std=std, betas=betas, seed=seed, **chosen)
+        common: dict[str, Any] = {"mean": mean, "std": std, "betas": betas, "seed": seed}
+        common |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        super().__init__(crops=crops, freeze_backbone_epochs=freeze_backbone_epochs, **common)
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         color = {"jitter_probability": jitter, "jitter_strength": jitter_strength, "gray_probability": gray}
         view = partial(Photometry, **color, blur_sigma=blur_sigma)
@@ -239,7 +242,8 @@ class DINO(Method):
         """Return the teacher's temperature: linear over the warm-up epochs, constant within an epoch."""
         start, end, epochs = self.teacher_temps
         epoch = int(clock.epoch)
-        return start + (end - start) * epoch / max(epochs - 1, 1) if epoch < epochs else end
+        last = max(epochs - 1, 1)
+        return start + (end - start) * min(epoch, last) / last if epoch < epochs else end
 
     def train(self, mode: bool = True) -> "DINO":
         """Set the student's mode. The teacher stays in eval mode: drop-path must not blur the targets."""

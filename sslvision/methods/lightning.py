@@ -31,6 +31,7 @@ class LightningLoop(L.LightningModule):
 
     Args:
         seed: Seed for the randomness of images, dropout and drop-path.
+        freeze_backbone_epochs: Epochs in which the backbone is not updated. See Method.
 
     Attributes:
         latest: Metrics of the last step, on the device.
@@ -58,9 +59,9 @@ class LightningLoop(L.LightningModule):
     crops: tuple[Crop, ...]
     normalize: Normalize
 
-    def __init__(self, *, seed: int):
+    def __init__(self, *, seed: int, freeze_backbone_epochs: float = 0.0):
         super().__init__()
-        self.seed = seed
+        self.seed, self.freeze_backbone_epochs = seed, freeze_backbone_epochs
         self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
         self._captured: CapturedStep | None = None
         self._micro_batches: list[Tensor] = []  # metrics (M,) of the micro-batches of the coming update
@@ -185,6 +186,10 @@ class LightningLoop(L.LightningModule):
 
     def prepare_update(self, optimizer: Optimizer, clock: Clock) -> Tensor:
         """Skip the update if a gradient is not finite, and run `before_update`. Return the norm of all gradients."""
+        if clock.epoch < self.freeze_backbone_epochs:  # without a gradient, a parameter is neither updated nor decayed
+            for module in self.modules():
+                if isinstance(module, Backbone):
+                    module.zero_grad(set_to_none=True)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm, norms = skip_nonfinite(optimizer, gradients)
         self.before_update(clock, gradients, norms)

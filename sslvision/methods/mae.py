@@ -54,6 +54,7 @@ class MAE(Method):
         warmup_epochs: Epochs of linear warm-up, fractions allowed.
         weight_decay, betas: Weight decay and betas of AdamW.
         optimizer, optimizer_options: Any other timm optimizer by name, and its options. See Method.
+        freeze_backbone_epochs: Epochs in which the decoder alone is updated. See Method.
         mean, std: Pixel statistics per channel, on the scale 0..1.
         seed: Seed for crops and masks.
 
@@ -85,14 +86,16 @@ class MAE(Method):
         betas: tuple[float, float] = (0.9, 0.95),
         optimizer: str = "adamw",
         optimizer_options: Mapping[str, Any] | None = None,
+        freeze_backbone_epochs: float = 0.0,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
         check_settings(backbone, mask_ratio, decoder_embed_dim, decoder_depth, decoder_num_heads)
         crop = Crop(backbone.image_size[0], (crop_scale[0], crop_scale[1]), flip=flip)
-        chosen: dict[str, Any] = {"optimizer": optimizer, "optimizer_options": optimizer_options}
-        super().__init__(crops=[crop], mean=mean, std=std, betas=betas, seed=seed, **chosen)
+        common: dict[str, Any] = {"mean": mean, "std": std, "betas": betas, "seed": seed}
+        common |= {"optimizer": optimizer, "optimizer_options": optimizer_options}
+        super().__init__(crops=[crop], freeze_backbone_epochs=freeze_backbone_epochs, **common)
         self.save_hyperparameters(ignore=["backbone"], logger=False)
         if min_lr < 0 or warmup_epochs < 0 or weight_decay < 0:
             raise UsageError(f"{min_lr=}, {warmup_epochs=} and {weight_decay=} must each be 0 or more.")

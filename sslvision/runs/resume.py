@@ -22,7 +22,7 @@ MAY_DIFFER = {
     "used before the first update only; the checkpoint contains the result": ("init_from",),
     "descriptions and loggers": ("about", "reference", "logger"),
     "monitoring, checkpoints, and when to give up": (
-        *("health", "max_skipped", "knn_every_epochs", "evaluate_images"),
+        *("health", "max_skipped", "knn_every_epochs", "evaluate_images", "probe_data"),
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
     "where and how the images are read; their number is compared": (

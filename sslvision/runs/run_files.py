@@ -38,9 +38,10 @@ Made by `{command}`.
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
 | metrics.csv | loss, learning rate, k-NN accuracy, RankMe and other values that the method logs, by step |
-| figures/ | the method's output for held-out images, learning curve, health |
+| figures/ | the method's output for held-out images, nearest neighbors, learning curve, health |
 | checkpoints/last.ckpt, last-1.ckpt, ... | the latest checkpoint, which `resume=auto` continues from, and older ones |
 | export/ | the backbone, ready to use: `timm.create_model("local-dir:{folder}/export", pretrained=True, num_classes=0)` |
+| export-best/ | of a run with init_from that was better on the way: its best weights by k-NN, without labels by RankMe |
 | unreadable.csv | images that could not be read, if there were any |
 """
 

@@ -21,6 +21,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ import torch
 from rich.console import Console
 from torch.nn import functional as F
 
-from sslvision.data.sources.list_images import share
-from sslvision.data.subsets import Subset, draw_per_class
+from sslvision.data.sources.list_images import share, some
+from sslvision.data.subsets import Subset, draw_up_to
 from sslvision.errors import UsageError
 from sslvision.evaluation.confidence import ranking_of, score
 from sslvision.evaluation.linear_probe import linear_probe
@@ -44,6 +45,7 @@ from sslvision.workflows.classifier_training import (
     build_classifier,
     build_classifier_trainer,
     build_network,
+    count_updates,
     fit_head,
     from_scratch,
     plan_training,
@@ -113,7 +115,7 @@ def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list
         "folder": str(folder),
     }
     print_configuration(console, rows, title=settings.about or folder.name)
-    print_findings(console, labeled.remarks)
+    print_findings(console, [*labeled.remarks, *comparison.small_classes()])
     for labels in settings.labels_per_class:
         cells += [comparison.cell(arm, labels) for arm in ARMS]
         write(cells, folder, labeled, comparison.findings())
@@ -204,7 +206,45 @@ class Comparison:
         """Return what was left out or guessed, with what an earlier call found that had the features to compute."""
         file = self.folder / "results.json"
         before = json.loads(file.read_text())["findings"] if file.is_file() and self.done else []
-        return list(dict.fromkeys([*self.labeled.remarks, *self.unreadable, *before]))
+        return list(dict.fromkeys([*self.labeled.remarks, *self.small_classes(), *self.unreadable, *before]))
+
+    def small_classes(self) -> list[str]:
+        """Return, in a sentence each, which numbers of labels some classes do not have."""
+        sizes, remarks = self.labels.bincount(minlength=len(self.labeled.classes)), []
+        for labels in self.settings.labels_per_class:
+            few = [] if labels == "all" else [place for place, size in enumerate(sizes.tolist()) if size < labels]
+            if few:
+                named = [f"{self.labeled.classes[place]} {int(sizes[place])}" for place in few]
+                remarks.append(
+                    f"{len(few)} of {len(sizes)} classes have fewer than {labels} images to draw from ({some(named, most=4)}): "
+                    f"at {labels} per class, all of theirs are used."
+                )
+        return remarks
+
+    def time_left(self) -> str:
+        """Return an estimate of the time that is left, from the seconds that updates of each arm took so far."""
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.seeds)
+        first, rest = seeds[0], len(seeds) - 1
+        known = [entry for entry in self.done.values() if entry["arm"] != FROZEN]
+        if not known or len(self.done) >= self.total:
+            return ""
+
+        def seconds(arm: str, images: int) -> float:
+            own = [entry for entry in known if entry["arm"] == arm] or known
+            per_update = sum(entry["seconds"] for entry in own) / sum(entry["updates"] for entry in own)
+            return per_update * self._updates(arm, images)
+
+        left = 0.0
+        for labels in self.settings.labels_per_class:
+            images = len(draw_up_to(self.labels, None if labels == "all" else labels, seed=first))
+            for arm in (SCRATCH, PARTIAL, FULL):
+                done = sum(key[:2] == (arm, labels) for key in self.done)
+                left += max(0, len(self.settings.lr_ratios) + rest - done) * seconds(arm, images)
+        return f", about {timedelta(seconds=round(left))} left"
+
+    def _updates(self, arm: str, images: int) -> int:
+        settings = self.settings_of[arm]
+        return count_updates(settings, images, min(settings.batch_size, images))[0]
 
     def cell(self, arm: str, labels: Any) -> Cell:
         """Return mean and standard deviation over the seeds, each with the rate that validated best with the first."""
@@ -229,7 +269,7 @@ class Comparison:
         """Return the record of a training, after doing it if it is not done."""
         if point not in self.done:
             started, (arm, labels, seed, ratio) = time.perf_counter(), point
-            indices = draw_per_class(self.labels, None if labels == "all" else labels, seed=seed)
+            indices = draw_up_to(self.labels, None if labels == "all" else labels, seed=seed)
             found = self._fit_frozen(indices, seed)[1] if arm == FROZEN else self._train(arm, indices, seed, ratio)
             entry = {
                 **{"arm": arm, "labels": labels, "seed": seed, "lr_ratio": ratio, "images": len(indices)},
@@ -245,6 +285,7 @@ class Comparison:
             self.console.print(
                 f"{len(self.done)}/{self.total}  {arm}, {labels} per class, seed {seed}{rate}: "
                 f"validation {entry['val_top1']:.1f}, test {entry['test_top1']:.1f} %, {entry['seconds']:.0f} s"
+                f"{self.time_left()}"
             )
         return self.done[point]
 

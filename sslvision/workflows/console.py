@@ -1,5 +1,6 @@
 """What the commands print: the configuration in effect before the first step, findings and tables at the end."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as L
@@ -13,6 +14,7 @@ from sslvision.data.source import Source
 from sslvision.data.sources.list_images import some
 from sslvision.evaluation.confidence import Scores
 from sslvision.figures.label_efficiency import Cell
+from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
@@ -45,7 +47,7 @@ def findings_of(trainer: L.Trainer) -> list[str]:
     """Return what the callbacks found: unreadable images, skipped updates, waiting for data, collapse."""
     findings: list[str] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, UnreadableImages | SkippedUpdates | DataWaits) and callback.found:
+        if isinstance(callback, UnreadableImages | SkippedUpdates | DataWaits | Continued) and callback.found:
             findings.append(callback.summary())
         elif isinstance(callback, Health):
             findings += callback.found.values()
@@ -61,17 +63,26 @@ def waiting_of(trainer: L.Trainer) -> dict[str, float]:
 
 
 def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:
-    """Print k-NN accuracy, linear-probe accuracy and RankMe, a row for each set of features, the first row bold."""
+    """Print k-NN accuracy, linear-probe accuracy and RankMe, as far as measured, a row for each backbone, the first bold."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("frozen features")
-    table.add_column("k-NN top-1 %", justify="right")
-    table.add_column("linear probe top-1 %", justify="right")
-    table.add_column("RankMe", justify="right")
+    columns = {"knn_top1": "k-NN top-1 %", "linear_top1": "linear probe top-1 %", "rankme": "RankMe"}
+    columns = {key: heading for key, heading in columns.items() if any(key in scores for scores in rows.values())}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
     for number, (name, scores) in enumerate(rows.items()):
         style = "bold" if number == 0 else None
-        numbers = (f"{scores[key]:.1f}" for key in ("knn_top1", "linear_top1", "rankme"))
-        table.add_row(name, *numbers, style=style)
+        table.add_row(name, *(_with_interval(key, scores) for key in columns), style=style)
     console.print(table)
+
+
+def _with_interval(key: str, scores: Mapping[str, float]) -> str:
+    """Return a score, and of accuracies half the width of the 95 % interval over test sets of the same size."""
+    value, images = scores[key], scores.get("held_out")
+    if not key.endswith("top1") or not images:
+        return f"{value:.1f}"
+    share = (value / 100 * images + 2) / (images + 4)  # Agresti and Coull 1998: right for few images, too
+    return f"{value:.1f} ± {196 * math.sqrt(share * (1 - share) / (images + 4)):.1f}"
 
 
 def print_classifiers(console: Console, rows: Mapping[str, Scores], title: str) -> None:

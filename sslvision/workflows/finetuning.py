@@ -119,20 +119,29 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
             console.print(f"Linear head on frozen features: {scores['frozen features'].top1:.1f} % test accuracy.")
     best = train(plan.tuned, labeled, method, trainer, resume)
     scores = {"fine-tuned": score_on_test_images(plan.tuned, labeled, method)} | scores
+    found = findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"])
+    findings += found
+    results: dict[str, Any] = {}
+    if trainer.is_global_zero:  # before the comparison, which takes longer, and may be stopped
+        export_classifier(plan, labeled, method)
+        found += draw_figures(plan, labeled, scores)
+        results = write_results(plan, labeled, scores, best, folder, findings, trainer, started)
+        print_findings(console, found)
     if plan.scratch is not None:
         if trainer.is_global_zero:
-            console.print("\nThe same network from random weights:")
+            console.print(
+                f"\nFine-tuned: {scores['fine-tuned'].top1:.1f} % of the test images, written to {folder}. For comparison, the "
+                f"same network from random weights, with {plan.scratch.updates / plan.tuned.updates:.3g} times the updates:"
+            )
         scores["from scratch"] = train_from_scratch(plan.scratch, labeled)
     if not trainer.is_global_zero:
         return {}
-    report(plan, labeled, method, scores, console)
-    findings += (found := findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"]))
-    print_findings(console, found)
+    if plan.scratch is not None:
+        draw_figures(plan, labeled, scores)
+        results = write_results(plan, labeled, scores, best, folder, findings, trainer, started)
+    tested = int(scores["fine-tuned"].confusion.sum())
+    print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
     print_conclusions(labeled, scores, best, console)
-    results = results_of(plan, labeled, scores, best)
-    results |= ({"findings": findings} if findings else {}) | waiting_of(trainer)
-    results |= {"seconds": round(time.perf_counter() - started, 1)}
-    run_files.write_json(folder / "results.json", results)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
     return results
 
@@ -276,26 +285,45 @@ def score_on_test_images(plan: TrainingPlan, labeled: LabeledData, method: Super
     return score(ranking, labels, classes=len(labeled.classes))
 
 
-def report(
-    plan: Plan, labeled: LabeledData, method: Supervised, scores: Mapping[str, Scores], console: Console
-) -> None:
-    """Export the classifier, print the scores, and draw the figures."""
-    folder, tuned = plan.tuned.folder, scores["fine-tuned"]
-    export_backbone(
-        method.evaluated.cpu(), folder / "export", mean=labeled.mean, std=labeled.std, classes=labeled.classes
-    )
-    record_value_range(folder / "export", labeled.value_range)
-    tested = int(tuned.confusion.sum())
-    print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
-    figures = folder / "figures"
+def export_classifier(plan: Plan, labeled: LabeledData, method: Supervised) -> None:
+    """Export the fine-tuned classifier."""
+    folder = plan.tuned.folder / "export"
+    export_backbone(method.evaluated.cpu(), folder, mean=labeled.mean, std=labeled.std, classes=labeled.classes)
+    record_value_range(folder, labeled.value_range)
+
+
+def draw_figures(plan: Plan, labeled: LabeledData, scores: Mapping[str, Scores]) -> list[str]:
+    """Draw the confusion matrix and the learning curves there are; return what there is to say of them."""
+    folder, figures = plan.tuned.folder, plan.tuned.folder / "figures"
     told = save_confusion(
-        tuned.confusion, labeled.classes, figures / "confusion.png", title="Confusion matrix, fine-tuned"
+        scores["fine-tuned"].confusion,
+        labeled.classes,
+        figures / "confusion.png",
+        title="Confusion matrix, fine-tuned",
     )
-    print_findings(console, [told] if told else [])
     for name, where in (("fine-tuned", folder), ("from scratch", folder / "scratch")):
         if (where / "metrics.csv").is_file():
             figure = learning_curve_figure(read_metrics(where / "metrics.csv"), title=f"{folder.name}: {name}")
             figure.savefig(figures / f"learning_curve_{key_of(name)}.png")
+    return [told] if told else []
+
+
+def write_results(
+    plan: Plan,
+    labeled: LabeledData,
+    scores: Mapping[str, Scores],
+    best: Mapping[str, float],
+    folder: Path,
+    findings: list[str],
+    trainer: L.Trainer,
+    started: float,
+) -> dict[str, Any]:
+    """Write results.json, and return its content."""
+    results = results_of(plan, labeled, scores, best)
+    results |= ({"findings": findings} if findings else {}) | waiting_of(trainer)
+    results |= {"seconds": round(time.perf_counter() - started, 1)}
+    run_files.write_json(folder / "results.json", results)
+    return results
 
 
 def unreadable_test_images(labeled: LabeledData, scores: Scores) -> list[str]:

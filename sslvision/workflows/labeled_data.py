@@ -21,7 +21,8 @@ from sslvision.evaluation.features import Extraction, extract_features
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.settings import Finetune
-from sslvision.workflows.pretraining import build_method, decided_from, open_splits, read_as_in_training
+from sslvision.workflows.method import build_method
+from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
 
 ASSUMED_BASE_LR = 1e-3  # per 256 images, where the pretraining is unknown
 VALIDATE_ON = 5_000  # images at most, where they are split off the training images
@@ -160,7 +161,9 @@ def labeled_sources(
         remarks += (f"There are no labeled test images{unlabeled}: {aside} (holdout={settings.holdout}).",)
     assert train.labels is not None
     if settings.labels_per_class is not None and not settings.compare:
-        train = Subset(train, draw_per_class(train.labels, settings.labels_per_class, seed=settings.seed))
+        train = Subset(
+            train, draw_per_class(train.labels, settings.labels_per_class, seed=settings.seed, classes=train.classes)
+        )
     if validation is None and settings.holdout:
         train, validation = split_off(train, fraction=settings.holdout, at_most=validate_on, seed=settings.seed)
     if validation is not None and (validation.labels is None or not len(validation)):

@@ -9,53 +9,44 @@ from typing import Any
 
 import pytorch_lightning as L
 import torch
-from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
 from sslvision.backbones.backbone import Backbone
-from sslvision.backbones.build import build_backbone
+from sslvision.backbones.load import backbone_of_weights
 from sslvision.data.cache import cached
 from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
 from sslvision.data.source import Splits, remarks_in_errors
+from sslvision.errors import UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
-from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
-from sslvision.figures.curves import health_figure, learning_curve_figure
+from sslvision.evaluation.evaluate import has_labels, why_not_evaluated
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
 from sslvision.runs import run_files
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
-from sslvision.runs.metrics import read_metrics
-from sslvision.runs.resume import check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
-from sslvision.runs.weights import export_backbone, load_weights, record_value_range, recorded_value_range
+from sslvision.runs.resume import Resume, check_same, checkpoint_to_resume, record, rewind_metrics, take_folder
+from sslvision.runs.weights import load_weights, recorded_value_range
 from sslvision.settings import Pretrain, locate
-from sslvision.training.callbacks.data_waits import DataWaits
-from sslvision.training.callbacks.health import Health
-from sslvision.training.callbacks.online_evaluation import OnlineEvaluation
-from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoints
-from sslvision.training.callbacks.pictures import Pictures, draw_pictures
-from sslvision.training.callbacks.progress import Progress
-from sslvision.training.callbacks.skipped_updates import SkippedUpdates
-from sslvision.training.callbacks.stop_on_signal import StopOnSignal
-from sslvision.training.callbacks.unreadable_images import UnreadableImages
 from sslvision.training.trainer import (
     build_trainer,
-    compute_dtype,
     configure_method,
     configure_torch,
     fit,
     precision_in_effect,
     silence_lightning,
 )
+from sslvision.workflows.budget import Length, fill_budget, recorded_length
+from sslvision.workflows.callbacks import pretraining_callbacks
 from sslvision.workflows.console import (
     classes_in_words,
     findings_of,
     print_configuration,
     print_findings,
-    print_scores,
     waiting_of,
 )
+from sslvision.workflows.final_evaluation import export_and_evaluate
+from sslvision.workflows.method import method_from_settings, with_settings
 
 
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -76,19 +67,30 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     started, console = time.perf_counter(), Console(soft_wrap=True, highlight=False)
     silence_lightning()
     configure_torch(settings.trainer.get("accelerator", "auto"))
-    method = method_from_settings(settings)
     resume = checkpoint_to_resume(settings.resume, folder)
+    settings = continued(settings, resume)
+    method = method_from_settings(settings)
     weights, findings = load_weights(method, None if resume else settings.init_from)
-    data = open_data(settings, method)
-    images = len(data.splits.train)
-    checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, images=images))
+    data, length = open_data(settings, method), None
+    if settings.budget is not None and not settings.dry_run:
+        length = (
+            recorded_length(settings, resume)
+            if resume is not None
+            else fill_budget(settings, method_from_settings(settings), data, words, started=started)
+        )
+        settings, method = length.settings, with_settings(method, length.settings)
+    evaluated, images = open_evaluated(settings, data.splits), len(data.splits.train)
+    steps = length.updates if length is not None else settings.epochs * (images // settings.batch_size)
+    facts = {"images": images} | ({} if length is None else {"budget": length.record})
+    checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, **facts))
     trainer = build_trainer(
         folder=folder,
         epochs=settings.epochs,
-        steps=settings.epochs * (images // settings.batch_size),
+        steps=steps,
+        max_steps=length.updates if length is not None else -1,
         dry_run=settings.dry_run,
         loggers=build_loggers(settings.logger, folder, dataclasses.asdict(settings)),
-        callbacks=pretraining_callbacks(settings, folder, data),
+        callbacks=pretraining_callbacks(settings, folder, data, evaluated, steps),
         options=settings.trainer,
         checkpoints=checkpoints,
     )
@@ -108,7 +110,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         take_folder(folder, settings, resume)
         rewind_metrics(trainer.loggers, resume)
         run_files.describe(folder, dataclasses.asdict(settings), words)
-        rows = effective_configuration(settings, method, data.splits, trainer, steps_per_epoch) | {
+        rows = effective_configuration(settings, method, data.splits, trainer, steps_per_epoch, length) | {
             "weights": weights if resume is None else f"update {resume.step:,} in {resume.path}",
             "run folder": str(folder),
         }
@@ -118,11 +120,26 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
         return {}
+    return conclude(settings, folder, data, evaluated, trainer, console, findings=findings, started=started)
+
+
+def conclude(
+    settings: Pretrain,
+    folder: Path,
+    data: ImageData,
+    evaluated: Splits,
+    trainer: L.Trainer,
+    console: Console,
+    *,
+    findings: list[str],
+    started: float,
+) -> dict[str, Any]:
+    """Export and evaluate after training, and write results.json, whose content is returned."""
     training_seconds = time.perf_counter() - started
     findings = list(dict.fromkeys(findings + (found := findings_of(trainer))))  # a resumed run finds some of them again
     print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
-    results = export_and_evaluate(settings, folder, data, trainer, console)
+    results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
     results |= {
         "findings": findings + results.get("findings", []),
         **waiting_of(trainer),
@@ -136,48 +153,15 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     return results
 
 
-def method_from_settings(settings: Pretrain) -> Method:
-    """Build the method that the settings describe."""
-    return build_method(
-        settings.method,
-        settings.backbone,
-        channels=int(settings.data.get("channels", 3)),
-        lr=settings.peak_lr,
-        seed=settings.seed,
-        activation_checkpointing=settings.activation_checkpointing,
-    )
-
-
-def build_method(
-    method: Mapping[str, Any],
-    backbone: Mapping[str, Any],
-    *,
-    channels: int,
-    lr: float,
-    seed: int,
-    activation_checkpointing: bool = False,
-) -> Method:
-    """Build a method on its backbone, with random weights that are a function of the seed.
-
-    Args:
-        method: The method's `_target_` and its settings.
-        backbone: Arguments of build_backbone.
-        channels: Channels of an image.
-        lr: Peak learning rate.
-        seed: Seed for the weights, and for everything that the method draws.
-        activation_checkpointing: Recompute activations in the backward pass.
-    """
-    options = {key: value for key, value in method.items() if key != "_target_"}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        neutral = [0.5] * channels  # until the statistics of the pixels are known
-        built = locate("method", method["_target_"])(
-            build_backbone(**backbone, channels=channels), lr=lr, mean=neutral, std=neutral, seed=seed, **options
-        )
-    assert isinstance(built, Method)
-    if activation_checkpointing:
-        built.enable_activation_checkpointing()
-    return built
+def continued(settings: Pretrain, resume: Resume | None) -> Pretrain:
+    """Return the settings with the backbone of `init_from`, if none is named, and with the `init_from` of a resumed run."""
+    then = resume.record["settings"] if resume is not None else {}
+    init_from = settings.init_from or then.get("init_from")
+    backbone = settings.backbone
+    if "name" not in backbone:
+        known = then["backbone"] if then else backbone_of_weights(str(init_from))
+        backbone = {**known, **backbone}
+    return dataclasses.replace(settings, init_from=init_from, backbone=backbone)
 
 
 def open_data(settings: Pretrain, method: Method) -> ImageData:
@@ -198,6 +182,26 @@ def open_data(settings: Pretrain, method: Method) -> ImageData:
         workers=settings.data.get("workers"),
         crop_pct=crop_pct,
     )
+
+
+def open_evaluated(settings: Pretrain, splits: Splits) -> Splits:
+    """Return the images that features are evaluated on: those of `probe_data`, or the training images and theirs.
+
+    Raises:
+        UsageError: `probe_data` has no labels, or no images to hold out.
+    """
+    if settings.probe_data is None:
+        return splits
+    taken = ("channels", "max_pixels", "value_range")  # read as the training images are
+    options = {key: settings.data[key] for key in taken if key in settings.data}
+    target = "sslvision.data.sources.folder.open_folder"
+    evaluated = open_splits({"_target_": target, "root": settings.probe_data, **options})
+    if not has_labels(evaluated):
+        raise UsageError(
+            f"probe_data={settings.probe_data} cannot be evaluated on: {why_not_evaluated(evaluated)}. Give a folder of class "
+            "folders, best of train/ and val/ with class folders each."
+        )
+    return evaluated
 
 
 def open_splits(data: Mapping[str, Any]) -> Splits:
@@ -231,44 +235,16 @@ def read_as_in_training(data: Mapping[str, Any], run: str) -> dict[str, Any]:
     return {**data} if recorded is None else {**data, "value_range": recorded}
 
 
-def pretraining_callbacks(settings: Pretrain, folder: Path, data: ImageData) -> list[Callback]:
-    """Return the callbacks of a pretraining run, checkpoints and progress included."""
-    splits, every = data.splits, settings.knn_every_epochs
-    callbacks: list[Callback] = [
-        UnreadableImages(splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
-        PeriodicCheckpoints(
-            folder / "checkpoints" / "last.ckpt",
-            every_epochs=settings.checkpoint_every_epochs,
-            every_steps=settings.checkpoint_every_steps,
-        ),
-        StopOnSignal(folder / "checkpoints" / "last.ckpt", folder, requeues=settings.resume == "auto"),
-        SkippedUpdates(folder, settings.max_skipped),
-        Health(settings.health),
-    ]
-    if every:
-        labeled = has_labels(splits)
-        callbacks.append(OnlineEvaluation(splits, labeled=labeled, every_epochs=every, workers=data.workers))
-    if every and splits.test is not None:
-        callbacks.append(Pictures(splits.test, folder / "figures", every_epochs=every))
-    waits = None
-    if splits.train.images is None:  # images in memory have no loader to wait for
-        callbacks.append(waits := DataWaits(workers=data.workers, cached=settings.data.get("cache") in ("ram", "disk")))
-    if settings.trainer.get("enable_progress_bar", True):
-        steps_per_epoch = len(splits.train) // settings.batch_size
-        steps = 2 if settings.dry_run else settings.epochs * steps_per_epoch
-        callbacks.append(
-            Progress(
-                images_per_step=settings.batch_size, total_steps=steps, steps_per_epoch=steps_per_epoch, waits=waits
-            )
-        )
-    return callbacks
-
-
 def effective_configuration(
-    settings: Pretrain, method: Method, splits: Splits, trainer: L.Trainer, steps_per_epoch: int
+    settings: Pretrain,
+    method: Method,
+    splits: Splits,
+    trainer: L.Trainer,
+    steps_per_epoch: int,
+    length: Length | None = None,
 ) -> dict[str, str]:
     """Return the configuration in effect, in the terms to check before a run of days."""
-    steps = steps_per_epoch * settings.epochs
+    steps = steps_per_epoch * settings.epochs if length is None else length.updates
     accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
     per_device = settings.batch_size // (accumulate * world)
     rule = "given as lr" if settings.lr is not None else f"{settings.base_lr:g} x {settings.batch_size} / 256"
@@ -289,12 +265,14 @@ def effective_configuration(
         "global batch": f"{settings.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
         "learning rate": f"{settings.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps"
         + (" (longer than the run: the peak is never reached)" if warmup > settings.epochs else ""),
-        "steps": f"{steps:,} = {settings.epochs} epochs of {steps_per_epoch:,}"
+        "steps": f"{steps:,} = {steps / steps_per_epoch:.4g} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
         "evaluation": describe_crop(method.pretrained().crop_pct),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {precision}",
     }
+    if length is not None:
+        rows["budget"] = length.words
     if should_compile(settings.compile, device):
         rows["kernels"] = (
             "blocks and losses are compiled during the first steps" + method.captures * ", steps are CUDA graphs"
@@ -302,62 +280,3 @@ def effective_configuration(
     if settings.activation_checkpointing:
         rows["memory"] = "activations are recomputed in the backward pass (activation_checkpointing=true)"
     return rows | ({"reference": settings.reference} if settings.reference else {})
-
-
-def export_and_evaluate(
-    settings: Pretrain, folder: Path, data: ImageData, trainer: L.Trainer, console: Console
-) -> dict[str, Any]:
-    """Export the backbone of the last checkpoint, draw the figures, and evaluate the features."""
-    splits, device = data.splits, trainer.strategy.root_device
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
-    method = method_from_settings(settings)
-    method.load_state_dict(checkpoint["state_dict"])
-    method.pretrained().crop_pct = data.crop_pct
-    mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
-    export_backbone(method.pretrained(), folder / "export", mean=mean, std=std)
-    record_value_range(folder / "export", settings.data.get("value_range"))
-    method.to(device)
-    if splits.test is not None:
-        draw_pictures(method, splits.test, folder / "figures", trainer.loggers, trainer.global_step)
-    scores: dict[str, float] = {}
-    findings: list[str] = []
-    if has_labels(splits):
-        rows = score_features(settings, method, data, precision=compute_dtype(trainer))
-        if unreadable := max([row.pop("unreadable_share") for row in rows.values()]):
-            findings = [
-                f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."
-            ]
-            print_findings(console, findings)
-        print_scores(console, rows, title=f"Frozen features on {splits.train.name}")
-        for prefix, row in zip(("", "untrained_", "pixels_"), rows.values(), strict=True):
-            scores |= {f"{prefix}{name}": round(value, 2) for name, value in row.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(scores, step=trainer.global_step)
-    else:
-        console.print(f"{why_not_evaluated(splits)}, so the features are not scored.")
-    metrics = read_metrics(folder / "metrics.csv")
-    figure = learning_curve_figure(
-        metrics, title=settings.about or folder.name, untrained_knn=scores.get("untrained_knn_top1")
-    )
-    figure.savefig(folder / "figures" / "learning_curve.png")
-    if (health := health_figure(metrics, title=f"Health: {settings.about or folder.name}")) is not None:
-        health.savefig(folder / "figures" / "health.png")
-    losses = [loss for loss in metrics.get("loss", []) if loss is not None]
-    return {"loss": losses[-1] if losses else None, **scores, "findings": findings}
-
-
-def score_features(
-    settings: Pretrain, method: Method, data: ImageData, *, precision: torch.dtype
-) -> dict[str, dict[str, float]]:
-    """Return the scores of the pretrained backbone, of the same backbone untrained, and of raw pixels."""
-    options: dict[str, Any] = {
-        "at_most": 256 if settings.dry_run else settings.evaluate_images,
-        "workers": data.workers,
-    }
-    untrained = method_from_settings(settings).pretrained().to(method.device)
-    untrained.crop_pct = data.crop_pct
-    rows = {
-        name: evaluate_backbone(backbone, method.normalize, data.splits, precision=precision, **options)
-        for name, backbone in (("pretrained", method.pretrained()), ("the same, untrained", untrained))
-    }
-    return rows | {"raw pixels": evaluate_pixels(data.splits, device=method.device, **options)}

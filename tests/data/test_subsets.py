@@ -13,7 +13,7 @@ from sslvision.data.sampler import EpochBatches
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.embedded import MemorySource
 from sslvision.data.sources.folder import open_folder
-from sslvision.data.subsets import Subset, draw_per_class, split_off
+from sslvision.data.subsets import Subset, draw_per_class, draw_up_to, split_off
 from sslvision.errors import DataError, UsageError
 
 
@@ -85,6 +85,12 @@ def test_a_class_with_too_few_images_is_named_with_its_count():
         draw_per_class(labels, 4, seed=0, classes=("cat", "dog", "eel"))
     with pytest.raises(DataError, match=r"Class 1 has only 3 image\(s\)"):
         draw_per_class(labels, 4, seed=0)
+
+
+def test_up_to_a_number_of_images_are_drawn_from_classes_of_any_size():
+    labels = torch.tensor([0] * 5 + [1] * 2 + [2] * 3)
+    assert labels[draw_up_to(labels, 3, seed=0)].bincount().tolist() == [3, 2, 3]
+    assert draw_up_to(labels, None, seed=0).tolist() == list(range(10))
 
 
 def test_less_than_one_per_class_is_a_usage_error():

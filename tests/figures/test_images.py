@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from drawings import drawn as pixels
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from sslvision.figures.images import picture_figure
@@ -94,7 +95,8 @@ def test_texts_of_the_grid_overlap_neither_each_other_nor_the_images(count: int,
     stack = images(count, side=side)
     figure = picture_figure(triples(stack, stack, stack), title="MAE ViT-Ti/4 on Fashion-MNIST, epoch 40")
     pixels(figure)  # draws it, which settles the layout
-    boxes = [text.get_window_extent() for text in figure.texts] + [figure.axes[0].get_window_extent()]
+    left, right, bottom, top = figure.images[0].get_extent()
+    boxes = [text.get_window_extent() for text in figure.texts] + [Bbox([[left, bottom], [right, top]])]
     assert not any(boxes[i].overlaps(boxes[j]) for i in range(len(boxes)) for j in range(i))
     assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in boxes)
 

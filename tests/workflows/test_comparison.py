@@ -142,6 +142,18 @@ def test_a_comparison_needs_images_to_choose_by_and_one_device(compare, tmp_path
         compare(tmp_path / "b", "trainer.devices=2", "trainer.strategy=ddp")
 
 
+def test_classes_with_fewer_images_give_all_of_theirs_which_is_told_first_and_the_time_left_is_estimated(
+    compare, tmp_path, capsys
+):
+    cells = compare(tmp_path / "small", "labels_per_class=[1,110]", "seeds=1", "lr_ratios=[0.1]")
+    told = capsys.readouterr().out
+    assert told.index("classes have fewer than 110 images to draw from (") < told.index(
+        "1/8  from scratch, 1 per class"
+    )
+    assert told.count(" left\n") == 7  # after all but the last
+    assert 1000 < cells[-1]["images"] < 1100  # 110 of each class would be these
+
+
 @pytest.mark.e2e
 def test_the_same_command_goes_on_in_the_same_folder(command, tiny_run, tmp_path):
     words = [f"run={tiny_run}", *SHORT, "labels_per_class=[1]", "seeds=1"]

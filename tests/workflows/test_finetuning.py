@@ -342,3 +342,17 @@ def test_a_used_folder_is_refused(finished, finetune, tmp_path):
     shutil.copytree(folder, tmp_path / "used")
     with pytest.raises(UsageError, match="is in use"):
         finetune(tmp_path / "used")
+
+
+def test_the_classifier_and_its_scores_are_written_before_the_comparison_from_scratch(finetune, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "train_from_scratch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(tmp_path / "run")
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results.keys() >= {"fine_tuned", "frozen_features", "best_update"}
+    assert "from_scratch" not in results
+    assert timm.create_model(f"local-dir:{tmp_path / 'run/export'}", pretrained=True).num_classes == 10
+    assert (tmp_path / "run/figures/confusion.png").is_file()

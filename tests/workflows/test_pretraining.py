@@ -245,18 +245,40 @@ def test_too_many_broken_images_end_the_run_with_their_names(run_tiny, tmp_path)
         )
 
 
-def test_a_folder_without_labels_trains_without_scores(run_tiny, tmp_path):
-    photographs(tmp_path / "images" / "all", count=40, broken=0)
-    results = run_tiny(
-        tmp_path / "run",
-        "data=folder",
-        f"data.root={tmp_path / 'images'}",
-        "data.workers=0",
-        "batch_size=20",
-        "data.channels=1",
-    )
-    assert "loss" in results
-    assert (tmp_path / "run" / "figures" / "reconstructions.png").exists()
+@pytest.fixture(scope="module")
+def unlabeled(tmp_path_factory):
+    """Forty images in one folder, and how a tiny run reads them."""
+    folder = tmp_path_factory.mktemp("unlabeled") / "images"
+    photographs(folder, count=40, broken=0)
+    for image in list(folder.glob("*/*")):
+        image.rename(folder / image.name)
+    return "data=folder", f"data.root={folder}", "data.workers=0", "batch_size=20", "data.channels=1"
+
+
+def test_without_labels_rankme_is_compared_with_the_untrained_networks_and_neighbors_are_drawn(
+    unlabeled, run_tiny, tmp_path, capsys
+):
+    results = run_tiny(tmp_path / "run", *unlabeled)
+    assert results["rankme"] > 1
+    assert results["untrained_rankme"] > 1
+    assert not [name for name in results if "top1" in name]
+    assert "probe_data=FOLDER measures accuracy" in capsys.readouterr().out
+    for name in ("reconstructions", "neighbors"):
+        with Image.open(tmp_path / "run/figures" / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_labeled_images_beside_an_unlabeled_training_set_give_scores_on_the_way_and_at_the_end(
+    unlabeled, run_tiny, tmp_path
+):
+    photographs(tmp_path / "labeled", count=60, broken=0)
+    results = run_tiny(tmp_path / "run", *unlabeled, f"probe_data={tmp_path / 'labeled'}")
+    assert 0 <= results["knn_top1"] <= 100
+    assert results["held_out_images"] == 3  # a twentieth of 60
+    on_the_way = [row["knn_top1"] for row in table(tmp_path / "run/metrics.csv") if row["knn_top1"]]
+    assert len(on_the_way) == 2  # after the first epoch, and at the end
+    with pytest.raises(UsageError, match=r"probe_data=.* cannot be evaluated on: .* has no labels"):
+        run_tiny(tmp_path / "other", *unlabeled, f"probe_data={tmp_path / 'labeled/cats'}")
 
 
 @pytest.mark.parametrize("recipe", PRETRAIN.recipes)

@@ -24,19 +24,41 @@ class OnlineEvaluation(Callback):
         every_epochs: Epochs between evaluations.
         at_most: Maximal number of training images, a random sample if there are more.
         workers: Number of loader processes.
+        from_start: Evaluate before the first update and after the last epoch, too: the run starts from weights.
+
+    Attributes:
+        measured: The last metrics; empty before.
+        measured_at: Optimizer updates done then.
     """
 
-    def __init__(self, splits: Splits, *, labeled: bool, every_epochs: int, at_most: int = 10_000, workers: int = 0):
-        self.labeled, self.every_epochs, self.workers = labeled, every_epochs, workers
+    def __init__(
+        self,
+        splits: Splits,
+        *,
+        labeled: bool,
+        every_epochs: int,
+        at_most: int = 10_000,
+        workers: int = 0,
+        from_start: bool = False,
+    ):
+        self.labeled, self.every_epochs, self.workers, self.from_start = labeled, every_epochs, workers, from_start
+        self.measured, self.measured_at = dict[str, float](), -1
         sources = [splits.train, splits.test] if labeled else [splits.train]
         self.evaluated = [(source, sample_indices(source, at_most, seed=0)) for source in sources if source is not None]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the weights that a run starts from."""
+        if self.from_start and trainer.global_step == 0:
+            self._measure(trainer, pl_module, epoch=0)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate and log; the progress bar shows the result."""
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs
-        if not (last or epoch % self.every_epochs == 0) or (last and self.labeled):
-            return
+        if (last or epoch % self.every_epochs == 0) and (self.from_start or not (last and self.labeled)):
+            self._measure(trainer, pl_module, epoch)
+
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
         assert isinstance(pl_module, Method)
         found: list[Tensor] = []
         # By now the data module knows how many processes share the cores.
@@ -59,6 +81,7 @@ class OnlineEvaluation(Callback):
         metrics = {"rankme": rankme(found[0])}
         if self.labeled and all(len(part) for part in found):  # the final evaluation reports it if no image can be read
             metrics["knn_top1"], _ = knn_top(*found)
+        self.measured, self.measured_at = metrics, trainer.global_step
         for name, value in metrics.items():
             trainer.callback_metrics[name] = torch.tensor(value)
         for logger in trainer.loggers:

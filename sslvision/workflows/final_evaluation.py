@@ -1,0 +1,143 @@
+"""What a pretraining run leaves: exports, figures, and what its features are worth."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as L
+import torch
+from rich.console import Console
+
+from sslvision.backbones.backbone import Backbone
+from sslvision.data.datamodule import ImageData
+from sslvision.data.source import Splits
+from sslvision.errors import UsageError
+from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
+from sslvision.evaluation.features import Extraction, extract_features, sample_indices
+from sslvision.evaluation.placement import place_for
+from sslvision.evaluation.rankme import rankme
+from sslvision.figures.curves import health_figure, learning_curve_figure
+from sslvision.methods.base import Method
+from sslvision.runs.metrics import read_metrics
+from sslvision.runs.weights import export_backbone, load_weights, record_value_range
+from sslvision.settings import Pretrain
+from sslvision.training.callbacks.continued import Continued
+from sslvision.training.callbacks.pictures import draw_neighbors, draw_pictures
+from sslvision.training.trainer import compute_dtype
+from sslvision.workflows.console import print_findings, print_scores
+from sslvision.workflows.method import method_from_settings
+
+RANKME_IMAGES = 10_000  # training images, as during training
+
+
+def export_and_evaluate(
+    settings: Pretrain, folder: Path, data: ImageData, evaluated: Splits, trainer: L.Trainer, console: Console
+) -> dict[str, Any]:
+    """Export the backbone of the last checkpoint and the best one on the way, draw figures, and evaluate the features.
+
+    Args:
+        settings: All settings.
+        folder: The run folder.
+        data: The images of training.
+        evaluated: The images of the evaluation: those, or labeled ones beside them.
+        trainer: The trainer, after training.
+        console: Where to print.
+
+    Returns:
+        Loss, scores and findings.
+    """
+    device, precision = trainer.strategy.root_device, compute_dtype(trainer)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    method = method_from_settings(settings)
+    method.load_state_dict(checkpoint["state_dict"])
+    method.to(device)
+    compared, findings = compared_backbones(settings, method, trainer)
+    for prefix, (_, backbone) in compared.items():
+        backbone.crop_pct = data.crop_pct
+        if prefix in ("", "best_"):
+            export(settings, method, backbone, folder / ("export-best" if prefix else "export"))
+    pictured = data.splits.test if data.splits.test is not None else evaluated.test
+    if pictured is not None:
+        draw_pictures(method, pictured, folder / "figures", trainer.loggers, trainer.global_step)
+    at_most = 256 if settings.dry_run else settings.evaluate_images
+    how = Extraction(workers=data.workers, precision=precision)
+    draw_neighbors(
+        method, evaluated, folder / "figures", trainer.loggers, trainer.global_step, at_most=at_most, how=how
+    )
+    if has_labels(evaluated):
+        rows = {
+            prefix: evaluate_backbone(
+                *(backbone, method.normalize, evaluated), at_most=at_most, workers=data.workers, precision=precision
+            )
+            for prefix, (_, backbone) in compared.items()
+        } | {"pixels_": evaluate_pixels(evaluated, device=device, at_most=at_most, workers=data.workers)}
+        if unreadable := max([row.pop("unreadable_share") for row in rows.values()]):
+            findings.append(
+                f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."
+            )
+    else:
+        rows = {
+            prefix: {"rankme": rank_of(backbone, method, evaluated, at_most=min(at_most, RANKME_IMAGES), how=how)}
+            for prefix, (_, backbone) in compared.items()
+        }
+        console.print(
+            f"{why_not_evaluated(evaluated)}, so that accuracy is not measured. RankMe, the effective rank of the features, "
+            "and figures/neighbors.png tell what was learned: more than the untrained network, and neighbors that you find "
+            "alike. probe_data=FOLDER measures accuracy on labeled images beside these."
+        )
+    print_findings(console, findings)
+    names = {prefix: name for prefix, (name, _) in compared.items()} | {"pixels_": "raw pixels"}
+    title = f"Frozen features on {evaluated.train.name}"
+    print_scores(console, {names[prefix]: row for prefix, row in rows.items()}, title=title)
+    images = max([row.pop("held_out", 0) for row in rows.values()])
+    scores = {f"{prefix}{name}": round(value, 2) for prefix, row in rows.items() for name, value in row.items()}
+    for logger in trainer.loggers:
+        logger.log_metrics(scores, step=trainer.global_step)
+    loss = draw_curves(settings, folder, untrained_knn=scores.get("untrained_knn_top1"))
+    return {"loss": loss, **scores, **({"held_out_images": images} if images else {}), "findings": findings}
+
+
+def compared_backbones(
+    settings: Pretrain, method: Method, trainer: L.Trainer
+) -> tuple[dict[str, tuple[str, Backbone]], list[str]]:
+    """Return the backbones to evaluate, each with its name, by the prefix of their scores; and findings."""
+    compared, findings = {"": ("pretrained", method.pretrained())}, list[str]()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Continued) and callback.weights and not callback.improved_until_the_end:
+            best = method_from_settings(settings).pretrained()
+            best.load_state_dict(callback.weights)
+            name = f"best on the way, after epoch {callback.best_epoch:g}" if callback.best else "best: the start"
+            compared["best_"] = (name, best.to(method.device))
+    if settings.init_from is not None:
+        started = method_from_settings(settings)
+        try:
+            load_weights(started, settings.init_from)
+            compared["start_"] = ("the start, init_from", started.pretrained().to(method.device))
+        except UsageError as error:
+            findings.append(f"The weights of the start are not compared with: {error}")
+    untrained = method_from_settings(settings).pretrained()
+    return compared | {"untrained_": ("the same, untrained", untrained.to(method.device))}, findings
+
+
+def export(settings: Pretrain, method: Method, backbone: Backbone, folder: Path) -> None:
+    """Write a backbone with the method's pixel statistics and the value range of the images."""
+    mean, std = method.normalize.mean.tolist(), method.normalize.std.tolist()
+    export_backbone(backbone, folder, mean=mean, std=std)
+    record_value_range(folder, settings.data.get("value_range"))
+
+
+def rank_of(backbone: Backbone, method: Method, splits: Splits, *, at_most: int, how: Extraction) -> float:
+    """Return RankMe of the features of training images."""
+    indices = sample_indices(splits.train, at_most, seed=0)
+    _, features = extract_features(backbone, method.normalize, splits.train, indices, how=how)
+    return rankme(features.to(place_for(method.device, 4 * features.nbytes)))
+
+
+def draw_curves(settings: Pretrain, folder: Path, *, untrained_knn: float | None) -> float | None:
+    """Draw learning curve and health from metrics.csv. Return the last loss."""
+    metrics, title = read_metrics(folder / "metrics.csv"), settings.about or folder.name
+    figure = learning_curve_figure(metrics, title=title, untrained_knn=untrained_knn)
+    figure.savefig(folder / "figures" / "learning_curve.png")
+    if (health := health_figure(metrics, title=f"Health: {title}")) is not None:
+        health.savefig(folder / "figures" / "health.png")
+    losses = [loss for loss in metrics.get("loss", []) if loss is not None]
+    return losses[-1] if losses else None

@@ -1,0 +1,139 @@
+"""A run with a budget: its length is measured once, belongs to the run, and takes along what counts epochs."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from pytorch_lightning.callbacks import Callback
+
+from sslvision.cli.compose import compose_settings, compose_values
+from sslvision.cli.recipes import PRETRAIN
+from sslvision.errors import UsageError
+from sslvision.workflows import budget, pretraining
+from sslvision.workflows.budget import scale_epochs
+
+
+@pytest.fixture
+def seconds_of_an_update(monkeypatch):
+    """Let updates be timed as ever, and then take so many seconds each: seconds_of_an_update(10.0)."""
+    measure = budget.time_updates
+
+    def fixed(each):
+        def time_updates(*arguments, **options):
+            timed = measure(*arguments, **options)
+            timed.each, timed.startup = each, 0.0
+            return timed
+
+        monkeypatch.setattr(budget, "time_updates", time_updates)
+
+    return fixed
+
+
+class Power(Exception):
+    """It went out."""
+
+
+class Break(Callback):
+    """Break a run after so many updates."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.after:
+            raise Power
+
+
+@pytest.fixture
+def run(monkeypatch, tiny_settings):
+    """Make a tiny run of a given length, broken after some updates if so asked: run(folder, words, break_after=None)."""
+    build = pretraining.pretraining_callbacks
+    monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
+
+    def run(folder, *words, break_after=None):
+        more = [] if break_after is None else [Break(break_after)]
+        monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *given: [*build(*given), *more])
+        tiny = [word for word in tiny_settings("mae") if not word.startswith("epochs=")]
+        words = [*tiny, "seed=3", *words]  # the rest of the recipe counts epochs, these are given
+        with pytest.raises(Power) if more else nullcontext():
+            return pretraining.pretrain(compose_settings(["recipe=mae", *words]), Path(folder), words)
+
+    return run
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("3d", 259_200)])
+def test_a_budget_is_a_number_and_a_unit(budget, seconds):
+    assert compose_settings(["recipe=mae", f"budget={budget}"]).budget_seconds == seconds
+
+
+@pytest.mark.parametrize("budget", ["30", "0m", "-3m", "30 m", "soon", "1w", "m"])
+def test_anything_else_is_refused_with_examples(budget):
+    with pytest.raises(UsageError, match=r"must be a time above 0, such as 90s, 30m, 2h or 3d"):
+        compose_settings(["recipe=mae", f"budget={budget}"])
+
+
+def test_a_length_is_given_once():
+    with pytest.raises(UsageError, match=r"epochs=2 and budget=30m .* give one of them"):
+        compose_settings(["recipe=mae", "budget=30m", "epochs=2"])
+    with pytest.raises(UsageError, match=r"epochs=2 and budget=30m .* give one of them"):
+        compose_values({"recipe": "mae", "budget": "30m", "epochs": 2}, PRETRAIN)
+
+
+def test_what_counts_epochs_keeps_its_share_of_the_run_unless_it_was_given():
+    words = ["recipe=dino", "budget=1h", "freeze_prototypes_epochs=2"]
+    settings = compose_settings(words)  # 40 epochs, warm-up 2, k-NN and checkpoints every 10
+    for epochs, warmup, every in ((8, 0.4, 2), (400, 20.0, 100), (0.5, 0.025, 1)):
+        scaled, changes = scale_epochs(settings, epochs, words)
+        assert scaled.epochs == max(1, epochs)
+        assert scaled.method["warmup_epochs"] == pytest.approx(warmup)
+        assert scaled.method["freeze_prototypes_epochs"] == 2
+        assert (scaled.knn_every_epochs, scaled.checkpoint_every_epochs) == (every, every)
+        assert f"warmup_epochs 2 -> {warmup:g}" in changes
+    unscaled, changes = scale_epochs(settings, 40, words)
+    assert unscaled == settings
+    assert changes == []
+    never = compose_settings([*words, "knn_every_epochs=0"])
+    assert scale_epochs(never, 8, [])[0].knn_every_epochs == 0
+
+
+def test_a_run_with_a_budget_is_the_run_of_as_many_updates_resumed_or_not(
+    run, seconds_of_an_update, monkeypatch, tmp_path
+):
+    seconds_of_an_update(2880.0)  # ten hours, less what the test takes: twelve updates, three epochs
+    run(tmp_path / "budget", "budget=10h")
+    run(tmp_path / "epochs", "epochs=3")
+    assert_same_weights(tmp_path / "budget", tmp_path / "epochs")
+    assert yaml.safe_load((tmp_path / "budget/config.yaml").read_text())["epochs"] == 3
+
+    run(tmp_path / "broken", "budget=10h", "checkpoint_every_steps=1", break_after=5)
+    monkeypatch.setattr(budget, "time_updates", None)  # nothing is measured again
+    run(tmp_path / "broken", "budget=10h", "checkpoint_every_steps=1", "resume=auto")
+    assert_same_weights(tmp_path / "budget", tmp_path / "broken")
+    for other in ("budget=2h", "epochs=3"):
+        with pytest.raises(UsageError, match=r"budget: 10h then|without a budget"):
+            run(tmp_path / "broken", other, "resume=auto")
+
+
+def test_a_budget_below_an_epoch_ends_within_it(run, seconds_of_an_update, tmp_path):
+    seconds_of_an_update(2880.0)
+    run(tmp_path / "short", "batch_size=500", "budget=10h")
+    assert (tmp_path / "short/metrics.csv").read_text().splitlines()[-1].startswith("12,0.6")  # of 20 updates
+
+
+def test_a_budget_that_is_over_before_training_says_what_suffices(run, seconds_of_an_update, tmp_path):
+    seconds_of_an_update(5.0)
+    with pytest.raises(
+        UsageError, match=r"budget=45s is over before .* an update takes 5 s. Give at least budget=5\d\ds"
+    ):
+        run(tmp_path / "none", "budget=45s")
+    assert not (tmp_path / "none").exists()
+
+
+def assert_same_weights(folder, other):
+    one, two = (
+        torch.load(each / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for each in (folder, other)
+    )
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
