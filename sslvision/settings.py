@@ -37,9 +37,7 @@ def _folder_name(name: str | None) -> None:
 
 
 # Arguments of timm's factory, which are not the model's, and what is used instead.
-_WEIGHTS = (
-    "init_from=PATH or a timm name, to start from weights (in probe and finetune: run=; in Python: load_backbone)"
-)
+_WEIGHTS = "init_from=PATH or a timm name, to start from weights (probe, finetune: run=; in Python: load_backbone)"
 _FEATURES = "nothing: a backbone returns its last features"
 _EXPORT = "nothing: it is an option for deployment, which the exported model takes when it is loaded"
 FACTORY = {
@@ -344,9 +342,7 @@ class Predict:
     batch_size: int = _option(256, "images per forward pass")
     workers: int | None = _option(None, "data loader processes (default: number of cores, minus one)")
     max_pixels: int = _option(100_000_000, "images with more pixels are not read; the row says so")
-    value_range: Any = _option(
-        "auto", "images of more than 8 bits: values that become black and white, [low,high] (default: those of the run)"
-    )
+    value_range: Any = _option("auto", "beyond 8 bits, what becomes black and white: [low,high] (default: of the run)")
     device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device to run on")
 
     def __post_init__(self) -> None:

@@ -188,6 +188,26 @@ class Comparison:
         self._features: list[Features] | None = None
         self._heads: dict[tuple[int, int], tuple[Head, dict[str, Any]]] = {}  # by number of images and seed
 
+    @property
+    def unreadable(self) -> list[str]:
+        """Return in sentences how many images could not be read; none before the first training on frozen features."""
+        sources = {"training": self.labeled.train, "validation": self.validation, "test": self.labeled.test}
+        missing = {
+            name: len(source) - len(found.indices)
+            for (name, source), found in zip(sources.items(), self._features or (), strict=False)
+        }
+        return [
+            f"{share(count, len(sources[name]), f'{name} images')} cannot be read, and are left out."
+            for name, count in missing.items()
+            if count
+        ]
+
+    def findings(self) -> list[str]:
+        """Return what was left out or guessed, with what an earlier call found that had the features to compute."""
+        file = self.folder / "results.json"
+        before = json.loads(file.read_text())["findings"] if file.is_file() and self.done else []
+        return list(dict.fromkeys([*self.labeled.remarks, *self.small_classes(), *self.unreadable, *before]))
+
     def small_classes(self) -> list[str]:
         """Return, in a sentence each, which numbers of labels some classes do not have."""
         sizes, remarks = self.labels.bincount(minlength=len(self.labeled.classes)), []
@@ -225,26 +245,6 @@ class Comparison:
     def _updates(self, arm: str, images: int) -> int:
         settings = self.settings_of[arm]
         return count_updates(settings, images, min(settings.batch_size, images))[0]
-
-    @property
-    def unreadable(self) -> list[str]:
-        """Return in sentences how many images could not be read; none before the first training on frozen features."""
-        sources = {"training": self.labeled.train, "validation": self.validation, "test": self.labeled.test}
-        missing = {
-            name: len(source) - len(found.indices)
-            for (name, source), found in zip(sources.items(), self._features or (), strict=False)
-        }
-        return [
-            f"{share(count, len(sources[name]), f'{name} images')} cannot be read, and are left out."
-            for name, count in missing.items()
-            if count
-        ]
-
-    def findings(self) -> list[str]:
-        """Return what was left out or guessed, with what an earlier call found that had the features to compute."""
-        file = self.folder / "results.json"
-        before = json.loads(file.read_text())["findings"] if file.is_file() and self.done else []
-        return list(dict.fromkeys([*self.labeled.remarks, *self.unreadable, *before]))
 
     def cell(self, arm: str, labels: Any) -> Cell:
         """Return mean and standard deviation over the seeds, each with the rate that validated best with the first."""
