@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from sslvision.augment.crops import CROP_PCT
 from sslvision.data.source import Source, UnreadableImage
 
 LOOKED_AT = 64  # images of a source whose sizes are compared, spread over it
+SAMPLED = 9  # images whose median size is taken
 
 
 def choose_crop_pct(sources: Sequence[Source | None], size: tuple[int, int]) -> float:
@@ -29,9 +31,20 @@ def choose_crop_pct(sources: Sequence[Source | None], size: tuple[int, int]) -> 
     return 1.0 if looked_at else CROP_PCT
 
 
-def _spread(images: int) -> list[int]:
-    """Return up to LOOKED_AT indices, from the first image to the last."""
-    return sorted({number * (images - 1) // (LOOKED_AT - 1) for number in range(LOOKED_AT)})
+def typical_size(source: Source) -> tuple[int, int]:
+    """Return the median height and width of a sample of images in pixels; (0, 0) if none can be read."""
+    found = []
+    for index in _spread(len(source), SAMPLED) if source.images is None else [0]:
+        try:
+            found.append(tuple(source.read(index).shape[1:]))
+        except UnreadableImage:
+            continue
+    return (int(median(size[0] for size in found)), int(median(size[1] for size in found))) if found else (0, 0)
+
+
+def _spread(images: int, most: int = LOOKED_AT) -> list[int]:
+    """Return up to so many indices, from the first image to the last."""
+    return sorted({number * (images - 1) // (most - 1) for number in range(most)})
 
 
 def describe_crop(crop_pct: float | None, size: tuple[int, int]) -> str:

@@ -172,6 +172,10 @@ class Method(LightningLoop, ABC):
         """Return the method's rows of the configuration that is printed before training."""
         return {}
 
+    def remarks(self) -> list[str]:
+        """Return in sentences which settings do not go together; they are printed before training."""
+        return []
+
     # How steps are executed. Nothing here changes what is computed.
 
     def enable_activation_checkpointing(self) -> None:

@@ -30,13 +30,15 @@ from sslvision.backbones.visualize import visualize_features
 from sslvision.data.batch import Batch
 from sslvision.errors import UsageError
 from sslvision.methods.base import Clock, Method
+from sslvision.methods.dino_collapse import name_collapse
 from sslvision.methods.dino_head import DINOHead
 from sslvision.nn.ema import batch_statistics, update_ema
+from sslvision.nn.image_size import written
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
 from sslvision.optim.schedules import cosine_by_step
 
-COLLAPSED = 0.1  # nats of mutual information below which the teacher's outputs are as good as the same for all images
-SPREAD = 0.75  # of ln K: the entropy above which a collapse is uniform; below it, on few prototypes
+LOCAL = 96 / 224  # of the image's sides: the paper's local crops
+FEW, MANY = 0.3, 0.75  # of the image's sides: other local crops are told
 
 
 class DINO(Method):
@@ -54,7 +56,8 @@ class DINO(Method):
         freeze_prototypes_epochs: Epochs in which the prototypes are not updated.
         clip_gradient: Largest norm of each parameter's gradient; 0 for no clipping.
         global_scale, local_scale: Share of the image's area that a global and a local crop covers.
-        local_crops, local_size: Number of local crops, and their side in pixels (squares of images of any shape), or [h, w].
+        local_crops, local_size: Number of local crops, and their side in pixels (squares of images of any shape), or [h, w];
+            None: 96/224 of the image's sides in whole patches, or the image's size for a backbone that reads no other.
         jitter, gray: Probabilities of color jitter and of grayscale.
         jitter_strength: See Photometry.
         blur: Probabilities of blurring the first global crop, the second one, and local crops.
@@ -107,7 +110,7 @@ class DINO(Method):
         global_scale: tuple[float, float] = (0.4, 1.0),
         local_scale: tuple[float, float] = (0.05, 0.4),
         local_crops: int = 8,
-        local_size: int | Sequence[int] = 96,
+        local_size: int | Sequence[int] | None = None,
         jitter: float = 0.8,
         jitter_strength: float = 1.0,
         gray: float = 0.2,
@@ -256,6 +259,23 @@ class DINO(Method):
         assert isinstance(backbone, Backbone)
         return backbone
 
+    def describe(self) -> dict[str, str]:
+        """Return the numbers and sizes of the crops."""
+        local = self.crops[2:]
+        some = f", {len(local)} local ones of {written(local[0].shape)} pixels" if local else ", no local ones"
+        return {"crops": f"2 global ones of {written(self.crops[0].shape)}{some}"}
+
+    def remarks(self) -> list[str]:
+        """Name local crops that are small or large for the images, as those of a recipe for another image size are."""
+        (side, _), (image, _) = self.crops[-1].shape, self.crops[0].shape
+        if len(self.crops) == 2 or side == image or FEW * image <= side <= MANY * image:
+            return []
+        usual = check_local_crops(self.pretrained(), 1, None)
+        return [
+            f"Local crops have {side} pixels of {image}, where {LOCAL:.2g} of the side is usual: local_size={written(usual)}, "
+            "or local_size=null for that share of any image size."
+        ]
+
     def pictures(self, images: Tensor) -> dict[str, list[tuple[str, Tensor]]]:
         """Return the attention of the teacher's class token and its patch features; see `visualize_features`."""
         seen = self.normalize(images)
@@ -301,11 +321,14 @@ class DINO(Method):
         return method
 
 
-def check_local_crops(backbone: Backbone, local_crops: int, local_size: int | Sequence[int]) -> tuple[int, int]:
+def check_local_crops(backbone: Backbone, local_crops: int, local_size: int | Sequence[int] | None) -> tuple[int, int]:
     """Return height and width of local crops. Raises UsageError for a number or a size that is impossible."""
     if local_crops < 0:
         raise UsageError(f"{local_crops=} must be 0 or more.")
-    return backbone.check_image_size(local_size, "local_size") if local_crops else backbone.image_size
+    if local_size is not None:
+        return backbone.check_image_size(local_size, "local_size") if local_crops else backbone.image_size
+    height, width = (max(1, round(side * LOCAL / backbone.stride)) * backbone.stride for side in backbone.image_size)
+    return (height, width) if backbone.supports_image_size((height, width)) else backbone.image_size
 
 
 def embed(network: nn.ModuleDict, *images: Tensor) -> Tensor:
@@ -358,37 +381,3 @@ class _CrossEntropyOfPairs(torch.autograd.Function):
         grad_logits -= q.sum(dim=0) * scale
         grad_logits[:2] += q * scale
         return None, grad_logits, None
-
-
-def name_collapse(*, entropy: float, information: float, prototypes: int, settled: bool) -> dict[str, str]:
-    """Name the collapse of the teacher, with likely causes and remedies; an empty dict if there is none.
-
-    Centering alone leads to uniform outputs, sharpening alone to one prototype for all images. Either way an output tells
-    nothing about its image any more (section 5.3, figure 7).
-
-    Args:
-        entropy: Mean entropy of an output, in nats.
-        information: Mutual information of output and image, in nats: entropy of the mean output less the mean entropy.
-        prototypes: K.
-        settled: Whether the first epochs, in which outputs are necessarily near uniform, are over.
-    """
-    if information >= COLLAPSED:
-        return {}
-    ln_k = math.log(prototypes)
-    measured = f"entropy {entropy:.3g} nats of ln {prototypes} = {ln_k:.3g}, mutual information {information:.2g} nats"
-    if entropy < SPREAD * ln_k:
-        return {
-            "Single-prototype collapse": "the teacher gives all images the same output, on about "
-            f"{math.exp(entropy):,.2g} of {prototypes:,} prototypes ({measured}). The loss falls, but nothing is learned. "
-            "Likely causes: the center does not keep up, the teacher's temperature is too low, or the learning rate is too "
-            "high. Set center_momentum=0.9, raise teacher_temp or warm it up from a lower value, freeze the prototypes for "
-            "longer (freeze_prototypes_epochs), or lower the learning rate."
-        }
-    if not settled:
-        return {}
-    return {
-        "Uniform collapse": "the teacher gives all images the same output, spread over all prototypes "
-        f"({measured}). The loss stays near ln {prototypes} = {ln_k:.3g}, and nothing is learned. Likely causes: the "
-        "teacher's temperature is too high, or the learning rate is. Set teacher_temp well below student_temp (0.04 and 0.1 "
-        "are usual), lower the learning rate, lengthen the warm-up, or raise momentum."
-    }

@@ -16,12 +16,13 @@ from sslvision.backbones.load import backbone_of_weights
 from sslvision.data.cache import cached
 from sslvision.data.contract import check_contract
 from sslvision.data.datamodule import ImageData, pixel_statistics
-from sslvision.data.source import Splits, remarks_in_errors
+from sslvision.data.source import Source, Splits, remarks_in_errors
 from sslvision.errors import UsageError
-from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
+from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop, typical_size
 from sslvision.evaluation.evaluate import has_labels, why_not_evaluated
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import should_compile
+from sslvision.nn.image_size import written
 from sslvision.runs import run_files
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.runs.loggers import build_loggers, close_loggers
@@ -47,6 +48,8 @@ from sslvision.workflows.console import (
 )
 from sslvision.workflows.final_evaluation import export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
+
+SMALL = 40  # pixels: the side of images that recipes for small images have
 
 
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -105,7 +108,8 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are fewer images than a batch has
     if resume is not None:
         check_same(resume, checkpoints.record)
-    findings = [*findings, *data.splits.remarks, *(resume.findings if resume is not None else [])]
+    told = [*data.splits.remarks, *method.remarks(), *shrunk(data.splits.train, method.pretrained().image_size)]
+    findings = [*findings, *told, *(resume.findings if resume is not None else [])]
     if trainer.is_global_zero:
         take_folder(folder, settings, resume)
         rewind_metrics(trainer.loggers, resume)
@@ -220,6 +224,17 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
+
+
+def shrunk(source: Source, size: tuple[int, int]) -> list[str]:
+    """Return, in a sentence, that photographs are shrunk to the size of a recipe for small images."""
+    height, width = typical_size(source)
+    if max(size) > SMALL or min(height, width) < 3 * max(size):
+        return []
+    return [
+        f"Images of about {width}x{height} pixels are shrunk to {written(size)} (backbone.image_size). Recipes of that size "
+        "are made for small, centered images: recipe=mae_photos and recipe=dino_photos are made for photographs."
+    ]
 
 
 def decided_from(splits: Splits) -> dict[str, Any]:

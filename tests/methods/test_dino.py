@@ -177,6 +177,26 @@ def test_each_gradient_is_clipped_by_itself():
         assert abs(parameter.grad.norm() - (0.1 if number % 2 else 0.5)) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("image", "patch", "local"), [(224, 16, 96), (224, 14, 98), (64, 8, 24), (32, 8, 16), (16, 16, 16)]
+)
+def test_local_crops_have_the_papers_share_of_any_image_size_in_whole_patches(image, patch, local):
+    backbone = build_backbone(
+        "vit_tiny_patch16_224", image_size=image, patch_size=patch, embed_dim=12, depth=1, num_heads=1
+    )
+    method = DINO(backbone, prototypes=8, hidden=8, bottleneck=4, local_crops=2)
+    assert [crop.shape for crop in method.crops] == [(image, image)] * 2 + [(local, local)] * 2
+    assert method.remarks() == []
+    assert method.describe()["crops"] == f"2 global ones of {image}, 2 local ones of {local} pixels"
+
+
+def test_local_crops_of_a_recipe_for_another_image_size_are_told():
+    backbone = build_backbone("vit_tiny_patch16_224", image_size=64, patch_size=8, embed_dim=12, depth=1, num_heads=1)
+    (told,) = DINO(backbone, prototypes=8, hidden=8, bottleneck=4, local_crops=2, local_size=16).remarks()
+    assert told.startswith("Local crops have 16 pixels of 64")
+    assert "local_size=24, or local_size=null" in told
+
+
 @pytest.mark.parametrize("wrong", [{"teacher_temp": 0.0}, {"momentum": 1.5}, {"local_crops": -1}, {"local_size": 20}])
 def test_a_setting_that_cannot_be_is_refused(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sslvision.methods.dino import name_collapse
+from sslvision.methods.dino_collapse import name_collapse
 
 LN_K = math.log(1024)
 

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sslvision.data.sources.folder import open_folder
+from sslvision.workflows.pretraining import shrunk
+
 NETWORK = ("run=test_vit", "pretrained=false", "backbone.image_size=32")
 
 
@@ -79,8 +82,19 @@ def test_too_few_images_are_explained_by_what_was_left_out(photos, tiny_settings
     for file in photos.rglob("*.png"):
         if "light" in str(file):
             file.unlink()
-    done = warm_command("recipe=mae", *tiny_settings("mae"), f"data={photos}", cwd=tmp_path)
+    tiny = [word for word in tiny_settings("mae") if not word.startswith("data=")]
+    done = warm_command("recipe=mae", *tiny, f"data={photos}", cwd=tmp_path)
     assert done.returncode == 3
     (message,) = done.stderr.strip().splitlines()
     assert "images to train on, fewer than one batch of 2500: set batch_size=" in message
     assert ".dng. Camera raw is not read: convert the files to TIFF or JPEG" in message
+
+
+def test_photographs_that_a_recipe_for_small_images_shrinks_are_told_and_others_are_not(tmp_path):
+    for place in range(12):
+        Image.new("RGB", (150, 120)).save(tmp_path / f"{place}.png")
+    source = open_folder(tmp_path, holdout=0).train
+    (told,) = shrunk(source, (32, 32))
+    assert told.startswith("Images of about 150x120 pixels are shrunk to 32 (backbone.image_size).")
+    assert "recipe=mae_photos and recipe=dino_photos" in told
+    assert shrunk(source, (64, 64)) == shrunk(source, (40, 41)) == []
