@@ -63,7 +63,7 @@ def load_backbone(
     """
     check_backbone(timm_options)
     check_dimensions(timm_options)
-    given = height_and_width(image_size) if image_size else None
+    given = None if image_size is None else height_and_width(image_size, "backbone.image_size")
     source = find_source(where, pretrained=pretrained, heads=timm_options.get("num_heads"), image_size=given)
     size, depth = given or source.image_size, channels or source.channels
     if depth != source.channels and not source.any_channels:

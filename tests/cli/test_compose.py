@@ -108,11 +108,14 @@ def test_an_unknown_key_in_a_recipe_of_ones_own_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", PRETRAIN.recipes)
 def test_every_recipe_says_what_it_is(name):
-    run = compose_settings([f"recipe={name}", *(["data.root=x"] if name.endswith("in1k") else [])])
+    on_a_folder = name.endswith(("in1k", "imagenette", "photos", "continue"))
+    given = ["data.root=x"] if on_a_folder else []
+    given += ["init_from=resnet18"] if name.endswith("continue") else []
+    run = compose_settings([f"recipe={name}", *given])
     assert run.about
-    if name.endswith("in1k"):
+    assert run.data["_target_"].endswith("open_folder") == on_a_folder
+    if name.endswith(("in1k", "imagenette")):
         assert "not yet measured here" in run.reference
-        assert run.data["_target_"].endswith("open_folder")
 
 
 def test_the_imagenet_recipes_hold_the_papers_values():

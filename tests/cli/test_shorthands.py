@@ -138,7 +138,7 @@ def test_they_work_when_typed(warm_command, tmp_path):
     [
         (
             "backbone.pretrained=true",
-            r"Instead of backbone.pretrained use init_from=PATH .* \(in probe and finetune: run=",
+            r"Instead of backbone.pretrained use init_from=PATH .* \(probe, finetune: run=",
         ),
         ("backbone.checkpoint_path=x.pth", "backbone.checkpoint_path use init_from="),
         ("backbone.cache_dir=x", "backbone.cache_dir use init_from="),

@@ -16,9 +16,9 @@ from sslvision.runs.metrics import read_metrics
 from sslvision.training.callbacks.continued import Continued
 from sslvision.workflows import pretraining
 
-# As tiny as the runs of conftest.py, on the embedded images.
+# As tiny as the runs of conftest.py.
 WORDS = [
-    *("data=embedded", "batch_size=2500", "epochs=2", "evaluate_images=500", "knn_every_epochs=1", "warmup_epochs=1"),
+    *("data=digits", "batch_size=296", "epochs=2", "evaluate_images=50", "knn_every_epochs=1", "warmup_epochs=1"),
     *("trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1"),
 ]
 OF = {

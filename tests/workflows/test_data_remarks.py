@@ -86,7 +86,7 @@ def test_too_few_images_are_explained_by_what_was_left_out(photos, tiny_settings
     done = warm_command("recipe=mae", *tiny, f"data={photos}", cwd=tmp_path)
     assert done.returncode == 3
     (message,) = done.stderr.strip().splitlines()
-    assert "images to train on, fewer than one batch of 2500: set batch_size=" in message
+    assert "images to train on, fewer than one batch of 296: set batch_size=" in message
     assert ".dng. Camera raw is not read: convert the files to TIFF or JPEG" in message
 
 

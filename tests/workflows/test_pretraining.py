@@ -61,7 +61,7 @@ def test_the_run_folder_explains_itself(finished):
     for file in ("results.json", "config.yaml", "environment.json", "metrics.csv", "checkpoints/last.ckpt", "export/"):
         assert file in readme
         assert (folder / file).exists()
-    check_figures(folder, "reconstructions", "patch_features", "learning_curve", "health")
+    check_figures(folder, "neighbors", "reconstructions", "patch_features", "learning_curve", "health")
 
 
 def check_figures(folder, *names):
@@ -74,7 +74,7 @@ def check_figures(folder, *names):
 
 def test_a_dino_run_leaves_the_teacher_and_its_pictures_and_health(finished_dino):
     folder, results = finished_dino
-    check_figures(folder, "attention", "patch_features", "learning_curve", "health")
+    check_figures(folder, "neighbors", "attention", "patch_features", "learning_curve", "health")
     state = checkpoint_of(folder)["state_dict"]
     exported = load_file(folder / "export" / "model.safetensors")
     for name, value in exported.items():
@@ -277,7 +277,7 @@ def test_labeled_images_beside_an_unlabeled_training_set_give_scores_on_the_way_
     unlabeled, run_tiny, tmp_path
 ):
     photographs(tmp_path / "labeled", count=60, broken=0)
-    results = run_tiny(tmp_path / "run", *unlabeled, f"probe_data={tmp_path / 'labeled'}")
+    results = run_tiny(tmp_path / "run", *unlabeled, f"probe_data={tmp_path / 'labeled'}", "knn_every_epochs=1")
     assert 0 <= results["knn_top1"] <= 100
     assert results["held_out_images"] == 3  # a twentieth of 60
     on_the_way = [row["knn_top1"] for row in table(tmp_path / "run/metrics.csv") if row["knn_top1"]]
@@ -286,9 +286,13 @@ def test_labeled_images_beside_an_unlabeled_training_set_give_scores_on_the_way_
         run_tiny(tmp_path / "other", *unlabeled, f"probe_data={tmp_path / 'labeled/cats'}")
 
 
+ON_FOLDERS = ("in1k", "imagenette", "photos", "continue")  # ends of the names of recipes that read a folder
+
+
 @pytest.mark.parametrize("recipe", PRETRAIN.recipes)
 def test_every_recipe_is_a_method_on_a_backbone_of_the_size_it_says(recipe):
-    given = ["data.root=photos"] if recipe.endswith("in1k") else []
+    given = ["data.root=photos"] if recipe.endswith(ON_FOLDERS) else []
+    given += ["backbone.name=vit_small_patch16_224", "backbone.image_size=224"] if recipe.endswith("continue") else []
     settings = compose_settings([f"recipe={recipe}", *given])
     with torch.device("meta"):
         method = method_from_settings(settings)
@@ -299,26 +303,36 @@ def test_every_recipe_is_a_method_on_a_backbone_of_the_size_it_says(recipe):
     assert method.crops[0].size == settings.backbone["image_size"]
     millions = round(sum(parameter.numel() for parameter in backbone.parameters()) / 1e6)
     of_paper = {"vits16": 22, "vitb16": 86, "vitl16": 303, "swint": 28}  # without the head of 1,000 classes
-    assert not given or millions == of_paper[next(name for name in of_paper if name in recipe)]
+    named = [name for name in of_paper if name in recipe]
+    assert not named or millions == of_paper[named[0]]
 
 
 # The others begin, train and end with the same code.
-QUICK = ("mae", "dino", "mae_swin", "dino_vits16_in1k")
+QUICK = ("mae", "dino", "mae_swin", "dino_vits16_in1k", "dino_photos", "mae_continue")
 
 
 @pytest.mark.parametrize(
     "recipe", [name if name in QUICK else pytest.param(name, marks=pytest.mark.e2e) for name in PRETRAIN.recipes]
 )
-def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, warm_command, tmp_path):
+def test_every_recipe_takes_two_steps_through_the_real_command_line(recipe, warm_command, tiny_run, tmp_path):
     photographs(tmp_path / "images" / "train", count=16, broken=0)
     photographs(tmp_path / "images" / "val", count=6, broken=0)
-    small = ["backbone.embed_dim=32", "batch_size=8", "evaluate_images=50"]
+    small = ["batch_size=8", "evaluate_images=50"]
     swin = "swin" in recipe
     stages = 4 if recipe.endswith("in1k") else 2
-    small += [f"backbone.depths={[1] * stages}", f"backbone.num_heads={[2] * stages}"] if swin else []
-    small += [] if swin else ["backbone.depth=1", "backbone.num_heads=2"]
-    small += {"mae": ["decoder_depth=1"], "dino": ["prototypes=64", "hidden=32"]}[recipe.split("_")[0]]
-    folder = [f"data.root={tmp_path / 'images'}", "data.workers=0"] if recipe.endswith("in1k") else []
+    if recipe.endswith("continue"):
+        small += [
+            f"init_from={tiny_run}",
+            "data.channels=1",
+            "hidden=32" if "dino" in recipe else "decoder_num_heads=2",
+        ]
+    elif swin:
+        small += ["backbone.embed_dim=32", f"backbone.depths={[1] * stages}", f"backbone.num_heads={[2] * stages}"]
+    else:
+        small += ["backbone.embed_dim=32", "backbone.depth=1", "backbone.num_heads=2"]
+    small += {"mae": ["decoder_depth=1"], "dino": ["prototypes=64", "bottleneck=32"]}[recipe.split("_")[0]]
+    folder = [f"data.root={tmp_path / 'images'}", "data.workers=0", f"data.cache_dir={tmp_path / 'cache'}"]
+    folder = folder if recipe.endswith(ON_FOLDERS) else []
     done = warm_command(f"recipe={recipe}", "dry_run=true", "output_dir=run", *small, *folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "linear probe" in done.stdout
