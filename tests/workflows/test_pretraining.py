@@ -350,7 +350,7 @@ def test_any_other_backbone_is_trained_and_exported_by_its_name_alone(command, t
     state = checkpoint_of(run)["state_dict"]
     exported = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, num_classes=0).state_dict()
     assert all(torch.equal(value, state[f"teacher.backbone.model.{name}"]) for name, value in exported.items())
-    check_figures(run, "patch_features", "learning_curve", "health")
+    check_figures(run, "neighbors", "patch_features", "learning_curve", "health")
 
 
 @pytest.mark.parametrize(
