@@ -61,7 +61,10 @@ def test_an_old_run_resumes_and_ends_with_the_weights_it_ended_with_then(method,
     assert ended["global_step"] == 8
     assert ended["state_dict"].keys() == expected.keys()
     for name, weights in expected.items():
-        torch.testing.assert_close(ended["state_dict"][name], weights, rtol=1e-5, atol=1e-5, msg=name)
+        found = ended["state_dict"][name]
+        if name.endswith("qkv.bias"):  # a bias of keys changes nothing: its gradient is rounding, which Adam enlarges
+            found, weights = (torch.cat([bias.chunk(3)[0], bias.chunk(3)[2]]) for bias in (found, weights))
+        torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("method", OLD)
