@@ -126,7 +126,7 @@ def continued_through(*scores, **about):
     continued = Continued(measured, console)
     backbone = build_backbone("vit_tiny_patch16_224", image_size=32, embed_dim=32, depth=1, num_heads=2, patch_size=8)
     method = MAE(backbone, decoder_embed_dim=16, decoder_depth=1, decoder_num_heads=2)
-    trainer = SimpleNamespace(global_step=0, current_epoch=0, is_global_zero=True)
+    trainer = SimpleNamespace(global_step=0, current_epoch=0, is_global_zero=True, callback_metrics={})
     measured.run(continued, trainer, method)
     return continued, console.export_text()
 

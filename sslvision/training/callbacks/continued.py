@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pytorch_lightning as L
+import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 from rich.markup import escape
@@ -54,6 +55,7 @@ class Continued(Callback):
         if score is None:  # no image could be read
             return
         self.scores.append((epoch, score))
+        trainer.callback_metrics[f"{self.name}_start"] = torch.tensor(self.scores[0][1])  # for the progress bar
         if len(self.scores) == 1 or score > self.scores[self.best][1]:
             self.best = len(self.scores) - 1
             state = pl_module.pretrained().state_dict()

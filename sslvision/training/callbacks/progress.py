@@ -32,8 +32,8 @@ class Progress(ProgressBar):
     RankMe, waiting for data, and k-NN accuracy.
 
     The method keeps its last metrics as detached tensors in `pl_module.latest`; those in `pl_module.shown` (default:
-    "loss") are displayed with its labels. `knn_top1`, `rankme` and `val_top1` come from the trainer's callback metrics. They
-    are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
+    "loss") are displayed with its labels. `knn_top1`, `rankme` and `val_top1` come from the trainer's callback metrics, with
+    the value of a run's start, `knn_top1_start`, if there is one. They are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
 
     Args:
         total_steps: Optimizer steps of the whole run.
@@ -145,7 +145,9 @@ class Progress(ProgressBar):
             ranked.append((rank and rank + 3, f"{label} {_number(latest[name])}"))
         for rank, name, label in ((1, "knn_top1", "k-NN"), (3, "rankme", "RankMe"), (1, "val_top1", "validation")):
             if (value := trainer.callback_metrics.get(name)) is not None:
-                ranked.append((rank, f"{label} {float(value):.1f}"))
+                start = trainer.callback_metrics.get(f"{name}_start")
+                since = "" if start is None else f" (start {float(start):.1f})"
+                ranked.append((rank, f"{label} {float(value):.1f}{since}"))
         if self.waits is not None and (share := self.waits.recent or 0) > WORTH_TELLING:
             ranked.append((2, f"waiting for data {share:.0f} %"))
         ranked.append((0, time))

@@ -306,3 +306,7 @@ def test_a_wide_terminal_shows_all_of_it() -> None:
     line = last_line(200, knn_top1=75.1, rankme=30.2)
     for part in (*DINO.shown.values(), "k-NN 75.1", "RankMe 30.2", "2,080/6,240 steps"):
         assert part in line
+
+
+def test_a_run_that_continues_shows_the_score_of_its_start_beside_the_last() -> None:
+    assert "k-NN 75.1 (start 76.2)" in last_line(200, knn_top1=75.1, knn_top1_start=76.2)
