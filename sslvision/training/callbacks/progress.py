@@ -33,7 +33,8 @@ class Progress(ProgressBar):
 
     The method keeps its last metrics as detached tensors in `pl_module.latest`; those in `pl_module.shown` (default:
     "loss") are displayed with its labels. `knn_top1`, `rankme` and `val_top1` come from the trainer's callback metrics, with
-    the value of a run's start, `knn_top1_start`, if there is one. They are read from the device only when the display is refreshed: every 0.25 s, or every second on an accelerator.
+    the value of a run's start, `knn_top1_start`, if there is one. They are read from the device only when the display is
+    refreshed: every 0.25 s, or every second on an accelerator.
 
     Args:
         total_steps: Optimizer steps of the whole run.
