@@ -115,7 +115,7 @@ def train_peer(name, seed, arguments):
     shipped = SHIPPED[kind] if arguments.as_shipped else {}
     batch_size, peak = shipped.get("batch_size", settings.batch_size), shipped.get("lr", settings.peak_lr)
     peer = CONTESTANTS[name](name, ours, None, arch=settings.backbone["name"])
-    loader = peer_loader(kind, settings, Path(arguments.data).expanduser() / "train", batch_size)
+    loader = peer_loader(kind, ours, settings, Path(arguments.data).expanduser() / "train", batch_size)
     splits, seconds = open_folder(arguments.data), 60 * arguments.minutes
     warmup = settings.method["warmup_epochs"] / settings.epochs  # share of the run, as with a budget
     step, spent, curve, began = 0, 0.0, [], time.perf_counter()
@@ -162,7 +162,7 @@ def bf16(device):
     return bool(torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))
 
 
-def peer_loader(kind, settings, folder, batch_size):
+def peer_loader(kind, ours, settings, folder, batch_size):
     """Return lightly's own transforms of the images in loader processes; transformers' example has the same two crops."""
     from lightly.transforms import DINOTransform, MAETransform
 
@@ -173,7 +173,7 @@ def peer_loader(kind, settings, folder, batch_size):
         transform = DINOTransform(
             global_crop_size=size,
             global_crop_scale=tuple(method["global_scale"]),
-            local_crop_size=method["local_size"],
+            local_crop_size=ours.crops[-1].shape[0],
             local_crop_scale=tuple(method["local_scale"]),
             n_local_views=method["local_crops"],
         )
