@@ -276,6 +276,18 @@ def configure_method(
         method.capture_steps()
 
 
+def configure_for(trainer: L.Trainer, method: Method, *, compile: bool | None, cuda_graphs: bool | None) -> None:
+    """Configure a method for a trainer's device, processes and accumulated batches, see `configure_method`."""
+    configure_method(
+        method,
+        trainer.strategy.root_device,
+        compile=compile,
+        cuda_graphs=cuda_graphs,
+        world_size=trainer.world_size,
+        accumulate=trainer.accumulate_grad_batches,
+    )
+
+
 def cuda_graph_obstacle(method: Method, device: torch.device, world_size: int) -> str:
     """Return why a method's steps cannot be CUDA graphs; an empty string if they can."""
     if device.type != "cuda":

@@ -21,7 +21,7 @@ from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.runs.resume import Resume
 from sslvision.settings import Pretrain
-from sslvision.training.trainer import build_trainer, configure_method, fit
+from sslvision.training.trainer import build_trainer, configure_for, fit
 
 SHARE, LONGEST_S = 0.05, 60.0  # of the budget, for measuring; at most so long
 FEWEST, MOST = 10, 1000  # updates that are timed
@@ -181,13 +181,6 @@ def time_updates(settings: Pretrain, method: Method, data: ImageData, *, seconds
             callbacks=[clocked],
             options={**settings.trainer, "enable_progress_bar": False},
         )
-        configure_method(
-            method,
-            trainer.strategy.root_device,
-            compile=settings.compile,
-            cuda_graphs=settings.cuda_graphs,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-        )
+        configure_for(trainer, method, compile=settings.compile, cuda_graphs=settings.cuda_graphs)
         fit(trainer, method, data, checkpoint=None)
     return clocked

@@ -31,7 +31,7 @@ from sslvision.runs.weights import load_weights, recorded_value_range
 from sslvision.settings import Pretrain, locate
 from sslvision.training.trainer import (
     build_trainer,
-    configure_method,
+    configure_for,
     configure_torch,
     fit,
     precision_in_effect,
@@ -97,14 +97,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         options=settings.trainer,
         checkpoints=checkpoints,
     )
-    configure_method(
-        method,
-        trainer.strategy.root_device,
-        compile=settings.compile,
-        cuda_graphs=settings.cuda_graphs,
-        world_size=trainer.world_size,
-        accumulate=trainer.accumulate_grad_batches,
-    )
+    configure_for(trainer, method, compile=settings.compile, cuda_graphs=settings.cuda_graphs)
     steps_per_epoch = data.batches_of(trainer).steps_per_epoch  # raises if there are fewer images than a batch has
     if resume is not None:
         check_same(resume, checkpoints.record)
