@@ -35,6 +35,15 @@ OURS = {
     "barebones": "nothing: it is not supported",
 }
 
+# What other programs call a setting.
+ELSEWHERE = {
+    "gpus": "trainer.devices",
+    "num_gpus": "trainer.devices",
+    "nodes": "trainer.num_nodes",
+    "learning_rate": "lr",
+    "num_workers": "data.workers",
+}
+
 
 def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     """Return the settings of a command, after checking every key and value.
@@ -181,4 +190,5 @@ def _unknown(key: str, known: Mapping[str, Mapping[str | None, Any]]) -> str:
     shown = key.removeprefix("method.")  # it may have been given without
     if last in OURS:
         return f"There is no setting {shown}; use {OURS[last]}."
+    near = [ELSEWHERE[last]] if last in ELSEWHERE else near
     return f"There is no setting {shown}." + (f" Did you mean {' or '.join(near[:3])}?" if near else " See --help.")

@@ -23,7 +23,7 @@ from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
-from sslvision.system.resuming import words_to_resume
+from sslvision.system.resuming import command_to_resume
 from sslvision.system.signals import (
     NOT_REQUEUED,
     Interrupted,
@@ -117,7 +117,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         left = f" The trainings that have ended are kept: the same command again{but} goes on with the others."
     elif hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
-            again = f"python -m sslvision.{command.name} {words_to_resume(folder)}"
+            again = command_to_resume(folder)
             left = f" The last checkpoint is intact; resume with: {again}"
         else:
             in_use = settings.resume is None and not settings.overwrite and (Path(folder) / "config.yaml").is_file()

@@ -139,7 +139,7 @@ class Method(LightningLoop, ABC):
         """
         options = {"betas": self.betas} if has_option(self.optimizer_name, "betas") else {}
         options |= self.optimizer_options
-        return build_optimizer(self.optimizer_name, decay_groups(self), lr=0.0, options=options)
+        return build_optimizer(self.optimizer_name, decay_groups(self), lr=0.0, options=options, module=self)
 
     # What happens around an update.
 

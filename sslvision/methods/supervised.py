@@ -192,7 +192,8 @@ class Supervised(Method):
 
     def optimizer(self) -> Optimizer:
         """Return the optimizer of timm that was chosen by name."""
-        return build_optimizer(self.optimizer_name, self.groups(), lr=self.lr, options=self.optimizer_options)
+        model, options = self.backbone.model, self.optimizer_options
+        return build_optimizer(self.optimizer_name, self.groups(), lr=self.lr, options=options, module=model)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return the trained parameters in groups by layer."""

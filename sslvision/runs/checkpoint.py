@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sslvision.errors import Diverged, StorageError, UsageError
 from sslvision.system.files import free_bytes, written_whole
-from sslvision.system.resuming import words_to_resume
+from sslvision.system.resuming import command_to_resume
 from sslvision.system.torch_files import load_plain, load_verified, save
 
 RECORD = "sslvision"  # the key of a run's own settings in its checkpoints
@@ -180,5 +180,5 @@ def _cannot_write(checkpoint: dict[str, Any], path: Path, error: OSError) -> Sto
     left = f"the previous {path.name} is intact" if path.is_file() else "no checkpoint was saved before"
     return StorageError(
         f"{path} cannot be written: {error.strerror or error}. It needs about {sum(storages.values()):,} bytes, and "
-        f"{free_bytes(path):,} are free there; {left}. Make room, then resume with {words_to_resume(run)}."
+        f"{free_bytes(path):,} are free there; {left}. Make room, then resume with {command_to_resume(run)}."
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sslvision.errors import SSLVisionError, StorageError
 from sslvision.system.files import existing_folder, free_bytes
-from sslvision.system.resuming import words_to_resume
+from sslvision.system.resuming import command_to_resume
 
 # Errors of writing a file; the last two can also be errors of reading one, see _concerns_writing.
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
@@ -37,7 +37,7 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
                 "A worker process of the data loader has ended, most likely because memory ran out and the system killed it. "
                 "Use fewer workers, data.workers=2, or 0 to load in the training process. In a container, allow more shared "
                 "memory (docker run --shm-size=8g). The last checkpoint is intact: resume with "
-                f"{words_to_resume(folder)}. ({_first_line(text)})"
+                f"{command_to_resume(folder)}. ({_first_line(text)})"
             )
         if isinstance(one, OSError) and one.errno in _STORAGE and _concerns_writing(one):
             return _storage(str(one.strerror), one.filename or folder, folder)
@@ -47,7 +47,7 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
             return SSLVisionError(
                 "Another process of this run has ended, and this one cannot continue alone. The reason is above or in "
                 "the log of that process; if there is none it was killed, most likely because memory ran out. The last "
-                f"checkpoint is intact: resume with {words_to_resume(folder)}. ({_first_line(text)})"
+                f"checkpoint is intact: resume with {command_to_resume(folder)}. ({_first_line(text)})"
             )
     return None
 
@@ -80,7 +80,7 @@ def _storage(reason: str, where: str | bytes | None, folder: str | None) -> Stor
     if folder is not None and any(Path(folder).glob("checkpoints/*.ckpt")):
         advice = (
             f"copy {folder} to another disk and give its path there as output_dir=...; then resume from the last checkpoint, "
-            f"which is intact: {words_to_resume(folder)}"
+            f"which is intact: {command_to_resume(folder)}"
         )
     path = Path(os.fsdecode(where)) if where else Path.cwd()
     return StorageError(

@@ -212,12 +212,7 @@ def finetuning_callbacks(plan: TrainingPlan, labeled: LabeledData) -> list[Callb
         else ModelCheckpoint(  # after each validation, so that it contains the best weights
             last.parent, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
         ),
-        StopOnSignal(
-            last,
-            folder.parent if folder.name == "scratch" else folder,
-            requeues=settings.resume == "auto",
-            command="finetune",
-        ),
+        StopOnSignal(last, folder.parent if folder.name == "scratch" else folder, requeues=settings.resume == "auto"),
     ]
     waits = None
     if labeled.train.images is None or settings.randaugment:  # images in memory need no loader, except to augment them

@@ -14,7 +14,7 @@ from sslvision.errors import UsageError
 from sslvision.runs.redaction import redact
 from sslvision.runs.renamed_settings import warn
 from sslvision.runs.run_files import describe
-from sslvision.system.resuming import words_to_resume
+from sslvision.system.resuming import command_to_resume
 
 OWN = """
 method: {{_target_: sslvision.methods.mae.MAE}}
@@ -187,10 +187,13 @@ def test_a_job_that_may_start_or_resume_starts_where_there_is_no_run_yet():
     assert compose_settings(["recipe=mae", "resume=auto", "name=a"]).resume == "auto"
 
 
-def test_the_words_that_resume_are_those_that_work_when_typed(tmp_path):
-    assert words_to_resume(tmp_path / "outputs" / "first") == "resume=auto name=first"
-    assert shlex.split(words_to_resume("/a/photos (1)")) == ["resume=auto", "output_dir=/a/photos (1)"]
-    assert words_to_resume(None) == "resume=auto"
+def test_the_command_that_resumes_works_when_typed(tmp_path):
+    pretrain = "python -m sslvision.pretrain resume=auto"
+    assert command_to_resume(tmp_path / "outputs" / "first") == f"{pretrain} name=first"
+    assert shlex.split(command_to_resume("/a/photos (1)")) == [*pretrain.split(), "output_dir=/a/photos (1)"]
+    assert command_to_resume(None) == "the same command with resume=auto"
+    (tmp_path / "config.yaml").write_text("name: t\nrun: outputs/first\n")
+    assert command_to_resume(tmp_path) == f"python -m sslvision.finetune resume=auto output_dir={tmp_path}"
 
 
 @pytest.mark.parametrize(
@@ -213,7 +216,7 @@ def test_ctrl_c_outside_of_training_is_told_with_what_goes_on(name, words, told,
     settings = compose_settings(words.split(), COMMANDS[name])
     for folder in ("a", "b"):
         (tmp_path / "outputs" / folder / "checkpoints").mkdir(parents=True)
-        (tmp_path / "outputs" / folder / "config.yaml").touch()
+        (tmp_path / "outputs" / folder / "config.yaml").write_text("run: test_vit\n" if name == "finetune" else "")
     (tmp_path / "outputs" / "b" / "checkpoints" / "last.ckpt").touch()
     monkeypatch.setenv("SSLVISION_RUN_FOLDER", str(tmp_path / "outputs" / (settings.name or "z")))
     stopped = _interrupted(signal.SIGINT, COMMANDS[name], words.split(), settings)

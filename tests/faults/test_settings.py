@@ -29,6 +29,8 @@ MISTAKES = {
     "btach_size=8": r"There is no setting btach_size. Did you mean batch_size",
     "data.rooot=photos": r"There is no setting data.rooot",
     "trainer.devises=2": r"There is no setting trainer.devises. Did you mean trainer.devices",
+    "trainer.gpus=1": r"There is no setting trainer.gpus. Did you mean trainer.devices",
+    "learning_rate=0.1": r"There is no setting learning_rate. Did you mean lr",
     "+mask_ration=0.5": r"There is no setting mask_ration",
     "backbone.name=vit_tinny": r"backbone.name=vit_tinny is not a timm model. Near it: ",
     "data=foldr": r"data=foldr is unknown.*Did you mean data=folder",

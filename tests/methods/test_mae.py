@@ -94,6 +94,24 @@ def test_the_loss_reads_hidden_patches_only():
     assert not set(keep[0].tolist()) & set(hidden[0].tolist())
 
 
+def test_a_share_of_the_patches_is_predicted_each_as_likely_as_any_other():
+    torch.manual_seed(0)
+    method, whole = tiny(prediction_ratio=0.25), tiny(prediction_ratio=1.0)
+    whole.load_state_dict(method.state_dict())
+    images, noise = torch.rand(400, 1, 16, 16), torch.rand(400, 16)
+    keep, hidden = random_keep(noise, 0.75)
+    assert torch.equal(method.losses([images, noise], CLOCK)["loss"], tiny_loss(method, images, keep, hidden[:, :4]))
+    assert hidden[:, :4].flatten().bincount(minlength=16).min() > 60  # 100 expected, with a deviation of 9
+    assert torch.equal(whole.losses([images, noise], CLOCK)["loss"], tiny_loss(whole, images, keep, hidden))
+    assert method.describe()["predicted patches"] == "4 of 12 hidden ones"
+    assert "predicted patches" not in whole.describe()
+
+
+def tiny_loss(method, images, keep, hidden):
+    """The loss of these hidden patches."""
+    return method.error(method.decode(method.backbone.encode(images, keep), keep, hidden), images, hidden)
+
+
 def test_a_prediction_belongs_to_its_place_whatever_the_order_of_the_patches():
     method = tiny().double().eval()
     images = torch.rand(1, 1, 16, 16, dtype=torch.float64)
@@ -153,6 +171,7 @@ def test_pictures_show_the_visible_patches_as_they_are_and_the_mask_where_it_is(
         ({"mask_ratio": 1.5}, "mask_ratio=1.5 is out of range"),
         ({"mask_ratio": 0.0}, "mask_ratio=0.0 is out of range"),
         ({"mask_ratio": 0.99}, "leaves 0 of 16 patches visible"),
+        ({"prediction_ratio": 0.0}, r"prediction_ratio=0\.0 is out of range"),
         ({"decoder_depth": 0}, "decoder_depth=0"),
         ({"decoder_num_heads": 3}, "decoder_embed_dim=16"),
         ({"crop_scale": (0.9, 0.2)}, r"crop scale of \[0.9, 0.2\]"),

@@ -362,7 +362,20 @@ def test_the_exported_network_is_one_timm_model_with_its_head():
         assert torch.allclose(method.backbone.model(images), method.classify(IMAGES[:4]), atol=1e-5), kind
 
 
-OPTIMIZERS = ["sgd", "momentum", "nadam", "adagrad", "adadelta", "rmsprop", "adam", "adamw", "lars", "lamb", "lion"]
+OPTIMIZERS = [
+    "sgd",
+    "muon",
+    "momentum",
+    "nadam",
+    "adagrad",
+    "adadelta",
+    "rmsprop",
+    "adam",
+    "adamw",
+    "lars",
+    "lamb",
+    "lion",
+]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

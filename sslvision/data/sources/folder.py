@@ -67,7 +67,7 @@ class FileSource:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
                 raise SourceGone(
                     f"The folder of the images is gone or empty: {self.root} (while reading {path}). Is the disk still "
-                    "mounted? When it is, resume with resume=auto."
+                    "mounted? When it is, repeat the command with resume=auto."
                 ) from error
             raise
 

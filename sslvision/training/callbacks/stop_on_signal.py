@@ -20,7 +20,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from pytorch_lightning.trainer.states import TrainerFn
 
 from sslvision.errors import Stopped
-from sslvision.system.resuming import words_to_resume
+from sslvision.system.resuming import command_to_resume
 from sslvision.system.signals import NOT_REQUEUED, SAME_REQUEST_S, handled_signals, requeue
 
 
@@ -40,14 +40,13 @@ class StopOnSignal(Checkpoint):
         checkpoint: Where to save.
         folder: The run folder.
         requeues: Whether the same command line, started again by SLURM, resumes from the checkpoint.
-        command: Command that resumes the run, for the message.
 
     Raises:
         Stopped: In all processes, at the same update.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path, *, requeues: bool = False, command: str = "pretrain"):
-        self.checkpoint, self.folder, self.requeues, self.command = checkpoint, folder, requeues, command
+    def __init__(self, checkpoint: Path, folder: Path, *, requeues: bool = False):
+        self.checkpoint, self.folder, self.requeues = checkpoint, folder, requeues
         self._received, self._received_at, self._step = 0, 0.0, 0
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
@@ -124,8 +123,10 @@ class StopOnSignal(Checkpoint):
             signum = signal.SIGTERM
             outcome = (requeue() if trainer.is_global_zero else "") if self.requeues else NOT_REQUEUED
             raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}. {outcome}", signum)
-        how = f"python -m sslvision.{self.command} {words_to_resume(self.folder)}"
-        raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}; resume with: {how}", signum)
+        raise Stopped(
+            f"{name}: saved at step {step:,} in {self.checkpoint}; resume with: {command_to_resume(self.folder)}",
+            signum,
+        )
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
