@@ -5,9 +5,10 @@ python benchmarks/race.py --report [--figure benchmarks/race.png]
 
 Every contestant trains the network of our recipe (mae_photos, dino_photos) in a process of its own. Ours is the command
 `sslvision.pretrain recipe=... budget=...`, whose time counts from its start. Others read the images with their own transforms
-in two loader processes, and make as many updates as fit into the time, which counts from their first batch; batch size, rate
-and schedule are ours, or, with --as-shipped, those of their examples. The features of all are evaluated by the same code. What
-is done is written to outputs/race/ at once and not repeated.
+in two loader processes, and make as many updates as fit into the time, which counts from their first batch. Batch size and
+schedule are ours, and the rate is the best that we found for AdamW; with --as-shipped they are those of their examples. The
+features of all are evaluated by the same code. What is
+done is written to outputs/race/ at once and not repeated.
 """
 
 import argparse
@@ -46,6 +47,7 @@ CONTESTANTS = {
     "lightly-dino": LightlyDINO,
 }
 POINTS = 4  # evaluations on the way, by equal shares of the time
+ADAMW_LR = {"mae": 1e-3, "dino": 1e-3}  # our recipes' before they had Muon
 SHIPPED = {"mae": {"lr": 1.5e-4, "batch_size": 256}, "dino": {"lr": 1e-3, "batch_size": 64}}  # of their examples
 
 
@@ -113,7 +115,7 @@ def train_peer(name, seed, arguments):
     torch.manual_seed(seed)
     ours = method_from_settings(settings).to(device)
     shipped = SHIPPED[kind] if arguments.as_shipped else {}
-    batch_size, peak = shipped.get("batch_size", settings.batch_size), shipped.get("lr", settings.peak_lr)
+    batch_size, peak = shipped.get("batch_size", settings.batch_size), shipped.get("lr", ADAMW_LR[kind])
     peer = CONTESTANTS[name](name, ours, None, arch=settings.backbone["name"])
     loader = peer_loader(kind, ours, settings, Path(arguments.data).expanduser() / "train", batch_size)
     splits, seconds = open_folder(arguments.data), 60 * arguments.minutes

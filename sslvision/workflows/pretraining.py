@@ -261,7 +261,8 @@ def effective_configuration(
     encoder = sum(parameter.numel() for parameter in method.pretrained().parameters())
     trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
     options = ", ".join(f"{key} {value}" for key, value in settings.backbone.items() if key != "name")
-    device = trainer.strategy.root_device
+    device, chosen = trainer.strategy.root_device, settings.method.get("optimizer")
+    of_optimizer = [f"{key} {value}" for key, value in (settings.method.get("optimizer_options") or {}).items()]
     gpu = (
         f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else f" ({torch.get_num_threads()} threads)"
     )
@@ -273,6 +274,7 @@ def effective_configuration(
         "global batch": f"{settings.batch_size} = {per_device} x {world} device(s) x {accumulate} accumulated",
         "learning rate": f"{settings.peak_lr:.3g} = {rule}, warm-up {round(warmup * steps_per_epoch):,} steps"
         + (" (longer than the run: the peak is never reached)" if warmup > settings.epochs else ""),
+        **({"optimizer": ", ".join([chosen, *of_optimizer])} if chosen else {}),
         "steps": f"{steps:,} = {steps / steps_per_epoch:.4g} epochs of {steps_per_epoch:,}"
         + (" (dry run: 2)" if settings.dry_run else ""),
         **method.describe(),
