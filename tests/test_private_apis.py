@@ -30,6 +30,7 @@ def check_foreach():
     assert [tensor.tolist() for tensor in tensors] == [[3, 3], [7, 7, 7]]
     torch._foreach_lerp_(tensors, [torch.zeros(2), torch.zeros(3)], 0.5)
     assert [tensor.tolist() for tensor in tensors] == [[1.5, 1.5], [3.5, 3.5, 3.5]]
+    assert torch._foreach_lerp([torch.zeros(1)], [torch.ones(1)], 0.25)[0].item() == 0.25
 
 
 def check_batch_norm():
@@ -161,6 +162,7 @@ TABLE = [
     ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),
+    ("torch._foreach_lerp", "optim/muon.py", "looks ahead along the momentum in one pass", check_foreach),
     ("torch._foreach_lerp_", "nn/ema.py", "moves all parameters of a teacher in one pass", check_foreach),
     ("torch.nn.modules.batchnorm._BatchNorm", "nn/ema.py", "tells batch norms of all kinds", check_batch_norm),
     (

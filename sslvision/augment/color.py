@@ -293,9 +293,9 @@ def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     if selects(images):
         chosen = threshold.isfinite().nonzero()[:, 0]
         if len(chosen) < len(images):
-            result = images.clone()
-            result[chosen] = solarize(images[chosen], threshold[chosen])
-            return result
+            images = images.clone()
+            images[chosen] = solarize(images[chosen], threshold[chosen])
+            return images
     bright = images.clone().ge_(_per_image(threshold))  # 0 and 1
     return (255 - 2 * images).mul_(bright).add_(images)
 
