@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sslvision.nn.exact_products import exact_products
 
 SIGMAS = 256  # steps of the standard deviation per pixel
-MAX_CACHED = 3 << 20  # weights, 12 MB; all blurs up to 2 pixels of 64 x 64 pixels have two million
+MAX_CACHED = 2 << 20  # weights, 8 MB; all blurs up to 2 pixels of 32 x 32 pixels have half a million
 BOXES = 3  # successive box filters that approximate a Gaussian, as in Pillow
 
 

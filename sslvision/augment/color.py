@@ -1,9 +1,9 @@
 """DINO's photometric augmentation of a whole batch at once, on the training device.
 
 Color jitter, grayscale, blur and solarization as in BYOL (Grill et al. 2020, appendix B), in this order and with the
-settings of DINO (Caron et al. 2021). Each image has its own parameters. On a GPU every operation runs on the whole batch, with
-neutral parameters for the images it does not apply to, so the host never waits. On a CPU, with color, it runs on the images it
-applies to alone: the same numbers in half the time. Selections are products with 0 and 1, which are faster than torch.where.
+settings of DINO (Caron et al. 2021). Each image has its own parameters. Every operation runs on the whole batch, with neutral
+parameters for the images it does not apply to, so the host never waits for a GPU. Selections are products with 0 and 1, which
+are faster than torch.where on a CPU.
 
 Deviation: the authors' code rounds to bytes after every operation, mostly downwards. Nothing is rounded here, which makes a
 jittered image 1.0 to 1.3 gray levels brighter on average.
@@ -157,39 +157,15 @@ def apply_photometry(
     for at in range(0, len(images), at_a_time):
         part = drawn.part(at, at + at_a_time)
         result = recolor_fn(images[at : at + at_a_time], part)
-        result = blur(result, part)
+        result = gaussian_blur(result, part.sigma.masked_fill(~part.blurred, 0), part.strongest)
         pieces.append(finish_fn(result, part.threshold))
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def recolor(images: Tensor, drawn: Drawn) -> Tensor:
     """Apply jitter and grayscale to images (B, C, H, W) uint8: (B, C, H, W) float32 from 0 to 255."""
-    color = images.shape[1] == 3
-    if color and selects(images):
-        return recolor_some(images.float(), drawn)
     result = jitter(images.float(), drawn)
-    return blend(result, luma(result), ~drawn.gray) if color else result
-
-
-def selects(images: Tensor) -> bool:
-    """Return whether the images that an operation applies to are picked out: on a CPU that waits for nothing."""
-    return images.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def recolor_some(images: Tensor, drawn: Drawn) -> Tensor:
-    """Do what `recolor` does to color images (B, 3, H, W), in place, each time to the images that are changed alone."""
-    rank = drawn.order.argsort(dim=1)[:, HUE]  # (B,) number of changes before that of hue
-    order, _, factors = changes_of(drawn, 3)
-    for before in range(4):
-        chosen = (drawn.jittered & (rank == before)).nonzero()[:, 0]  # (n,)
-        if len(chosen):
-            operations, amounts = order[chosen], factors[chosen]  # (n, 3)
-            some = enhance_in_turn(images[chosen], operations[:, :before], amounts[:, :before])
-            some = shift_hue(some, drawn.hue[chosen])
-            images[chosen] = enhance_in_turn(some, operations[:, before:], amounts[:, before:])
-    gray = drawn.gray.nonzero()[:, 0]
-    images[gray] = luma(images[gray]).expand(-1, 3, -1, -1)
-    return images
+    return blend(result, luma(result), ~drawn.gray) if images.shape[1] == 3 else result
 
 
 def jitter(images: Tensor, drawn: Drawn) -> Tensor:
@@ -198,22 +174,18 @@ def jitter(images: Tensor, drawn: Drawn) -> Tensor:
     Hue is by far the most expensive. It is computed once, between the changes before it and those after it in an image's order.
     """
     color = images.shape[1] == 3
-    order, before, factors = changes_of(drawn, 3 if color else 2)  # besides hue; saturation needs color
+    changes = 3 if color else 2  # besides hue; saturation needs color
+    last = (drawn.order >= changes).int().argsort(dim=1, stable=True)
+    order = drawn.order.gather(1, last)[:, :changes]  # (B, changes)
+    factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation], dim=1).gather(1, order)
     factors = torch.where(drawn.jittered[:, None], factors, 1.0)  # a factor of 1 changes nothing
     if not color:
         return enhance_in_turn(images, order, factors)
+    rank = drawn.order.argsort(dim=1)  # (B, 4) position of each change in the order
+    before = rank.gather(1, order) < rank[:, HUE:]
     images = enhance_in_turn(images, order, torch.where(before, factors, 1.0))
     images = blend(images, shift_hue(images, drawn.hue), ~drawn.jittered)
     return enhance_in_turn(images, order, torch.where(before, 1.0, factors))
-
-
-def changes_of(drawn: Drawn, changes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the changes besides hue in the order of each image (B, changes), which precede that of hue, and their factors."""
-    last = (drawn.order >= changes).int().argsort(dim=1, stable=True)
-    order = drawn.order.gather(1, last)[:, :changes]
-    rank = drawn.order.argsort(dim=1)  # (B, 4) position of each change in the order
-    factors = torch.stack([drawn.brightness, drawn.contrast, drawn.saturation], dim=1).gather(1, order)
-    return order, rank.gather(1, order) < rank[:, HUE:], factors
 
 
 def enhance_in_turn(images: Tensor, operations: Tensor, factors: Tensor) -> Tensor:
@@ -278,24 +250,8 @@ def shift_hue(images: Tensor, shift: Tensor) -> Tensor:
     return value - below.mul_(chroma)
 
 
-def blur(images: Tensor, drawn: Drawn) -> Tensor:
-    """Blur the images (B, C, H, W) that are drawn to be."""
-    if not selects(images):
-        return gaussian_blur(images, drawn.sigma.masked_fill(~drawn.blurred, 0), drawn.strongest)
-    chosen = drawn.blurred.nonzero()[:, 0]
-    if len(chosen):
-        images[chosen] = gaussian_blur(images[chosen], drawn.sigma[chosen], drawn.strongest)
-    return images
-
-
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
     """Invert the pixels of images (B, C, H, W) from 0 to 255 that are at or above `threshold` (B,)."""
-    if selects(images):
-        chosen = threshold.isfinite().nonzero()[:, 0]
-        if len(chosen) < len(images):
-            images = images.clone()
-            images[chosen] = solarize(images[chosen], threshold[chosen])
-            return images
     bright = images.clone().ge_(_per_image(threshold))  # 0 and 1
     return (255 - 2 * images).mul_(bright).add_(images)
 

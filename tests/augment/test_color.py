@@ -232,16 +232,6 @@ def test_the_result_for_an_image_does_not_depend_on_its_batch():
         assert torch.allclose(apply_photometry(images[i : i + 1], alone)[0], together[i], atol=1e-3)
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("photometry", [Photometry(), SECOND_VIEW, EVERYTHING, Photometry(0, gray_probability=0)])
-def test_picked_images_get_what_those_of_a_whole_batch_get(photometry, channels, monkeypatch):
-    images = photographs(48, channels=channels)
-    drawn = draw_photometry(rng(48), [0], [photometry])
-    picked = apply_photometry(images, drawn)
-    monkeypatch.setattr("sslvision.augment.color.selects", lambda images: False)  # as on a GPU
-    assert torch.equal(apply_photometry(images, drawn), picked)
-
-
 def test_many_images_are_augmented_as_few():
     images = photographs(5, 200, 300).repeat(3, 1, 1, 1)
     assert images.numel() > 2 * CHUNK

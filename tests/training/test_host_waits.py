@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sslvision.augment import color
 from sslvision.backbones import swin
 from sslvision.training.callbacks.stop_on_signal import StopOnSignal
 from sslvision.workflows import finetuning, pretraining
@@ -158,7 +157,6 @@ def watch(monkeypatch):
     watch, watchers = Watch(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [From(watch), *watchers(*about)])
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
-    monkeypatch.setattr(color, "selects", lambda images: False)
     cut = swin.build_windows
     # On a CPU the windows with tokens are counted, as it costs nothing there.
     monkeypatch.setattr(swin, "build_windows", lambda *about, count: cut(*about, count=False))
