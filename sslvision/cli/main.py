@@ -117,8 +117,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         left = f" The trainings that have ended are kept: the same command again{but} goes on with the others."
     elif hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
-            again = command_to_resume(folder)
-            left = f" The last checkpoint is intact; resume with: {again}"
+            left = f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
         else:
             in_use = settings.resume is None and not settings.overwrite and (Path(folder) / "config.yaml").is_file()
             named = settings.name is not None or settings.output_dir is not None

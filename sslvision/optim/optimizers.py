@@ -41,7 +41,7 @@ def build_optimizer(
     options: Mapping[str, Any],
     module: nn.Module | None = None,
 ) -> Optimizer:
-    """Build one of timm's optimizers, or for "muon" our own (muon.py), which is faster and takes AdamW's learning rates.
+    """Build one of timm's optimizers, or for "muon" our own (muon.py), which takes AdamW's learning rates.
 
     Args:
         name: One of timm.optim.list_optimizers().
