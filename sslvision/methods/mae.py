@@ -46,7 +46,7 @@ class MAE(Method):
         backbone: The encoder. Its weights are initialized as in the paper, and a ViT gets fixed sine-cosine positions.
         mask_ratio: Share of patches to hide (section 3; 0.75).
         prediction_ratio: Share of patches to predict, drawn from the hidden ones: a quarter instead of three costs a
-            third to a half of the decoder (CrossMAE, Fu et al. 2024, arXiv:2401.14391, section 3.3). By default all hidden ones.
+            third to a half of the decoder (CrossMAE, Fu et al. 2024, arXiv:2401.14391, section 3.3). Default: all hidden.
         norm_pix: Normalize the target pixels of each patch by its own mean and deviation (section 3, "Reconstruction target").
         decoder_embed_dim, decoder_depth, decoder_num_heads: Size of the decoder (table 1; 512, 8, 16).
         crop_scale: Share of the image's area that a random resized crop covers (appendix A.1; 0.2 to 1).
