@@ -96,6 +96,7 @@ def test_settings_that_a_subclass_passes_on_are_those_of_its_base():
     assert None in parameters(Open)
 
 
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo reads it and hides the warning
 def test_heads_of_ones_own_method_are_compiled_without_a_line_for_it(simsiam, monkeypatch):
     torch._dynamo.reset()

@@ -64,7 +64,13 @@ def dry_run(photos, work, warm_command):
     return run
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        recipe if recipe in ("mae", "dino_swin") else pytest.param(recipe, marks=pytest.mark.thorough)
+        for recipe in RECIPES
+    ],
+)
 def test_a_run_on_rectangles_leaves_a_backbone_whose_transform_in_timm_gives_the_printed_scores(
     recipe, dry_run, photos
 ):
@@ -88,6 +94,7 @@ def test_a_run_on_rectangles_leaves_a_backbone_whose_transform_in_timm_gives_the
     assert wanted | ({"attention"} if recipe == "dino" else set()) <= figures
 
 
+@pytest.mark.thorough
 def test_a_rectangular_run_is_probed_fine_tuned_and_labels_images(dry_run, photos, work, warm_command):
     run, _ = dry_run("mae")
     probed = warm_command(

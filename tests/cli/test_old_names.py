@@ -67,6 +67,7 @@ def test_an_old_run_resumes_and_ends_with_the_weights_it_ended_with_then(method,
         torch.testing.assert_close(found, weights, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", OLD)
 def test_the_weights_and_settings_of_an_old_run_are_read(method, old_run, capsys):
     folder = old_run(method)

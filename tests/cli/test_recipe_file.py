@@ -233,6 +233,7 @@ def test_a_resumed_run_keeps_the_command_that_made_it(tmp_path):
     assert "recipe=mae resume=auto name=a" in (tmp_path / "a" / "README.md").read_text()
 
 
+@pytest.mark.thorough
 def test_the_advice_of_an_interrupted_run_works_when_typed(warm_command, tiny_settings, tmp_path):
     """Also of a dry run, whose folder has another name than was given."""
     done = warm_command("recipe=mae", *tiny_settings("mae"), "dry_run=true", "name=first", cwd=tmp_path)

@@ -115,6 +115,7 @@ def test_many_classes_are_numbered_and_not_named() -> None:
     assert figure.axes[0].get_ylabel() == "true class, by number"
 
 
+@pytest.mark.thorough
 def test_each_cell_of_a_thousand_classes_has_two_pixels() -> None:
     counts = torch.eye(1000, dtype=torch.int64) * 50
     figure = confusion_figure(counts, [""] * 1000, title="")

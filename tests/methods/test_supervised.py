@@ -378,6 +378,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_any_optimizer_of_timm_lowers_the_loss(optimizer):
     rate = {

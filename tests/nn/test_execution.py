@@ -74,6 +74,7 @@ def step(method):
     return {"loss": loss.detach()} | numbers | dict(method.named_buffers()), size
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("kind", "backbone", "share"),
     [
@@ -209,8 +210,11 @@ CASES = [
 
 @pytest.mark.parametrize(
     ("kind", "backbone", "most", "low"),
-    [pytest.param(*case, False, marks=() if n in (0, 2) else pytest.mark.e2e) for n, case in enumerate(CASES)]
-    + [pytest.param(*CASES[n], True, marks=() if n == 5 else pytest.mark.e2e) for n in (0, 1, 4, 5)],
+    [
+        pytest.param(*case, False, marks=() if n == 0 else pytest.mark.thorough if n == 2 else pytest.mark.e2e)
+        for n, case in enumerate(CASES)
+    ]
+    + [pytest.param(*CASES[n], True, marks=pytest.mark.thorough if n == 5 else pytest.mark.e2e) for n in (0, 1, 4, 5)],
 )
 def test_compiled_steps_compute_the_same_with_few_graphs_and_no_recompiling(aot_eager, kind, backbone, most, low):
     plain = method_on(kind, backbone)
@@ -233,6 +237,7 @@ def test_compiled_steps_compute_the_same_with_few_graphs_and_no_recompiling(aot_
     assert graphs() == before
 
 
+@pytest.mark.thorough
 def test_blocks_with_different_drop_path_share_a_graph(aot_eager):
     backbone = build_backbone(**VIT | {"depth": 3}, drop_path_rate=0.3).train()
     backbone.compile_blocks()
@@ -296,6 +301,7 @@ def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_
     assert "rankme" in (tmp_path / "run" / "metrics.csv").read_text(), "there was an evaluation on the way"
 
 
+@pytest.mark.thorough
 def test_compiled_fine_tuning_is_validated_and_exported_as_it_stands(aot_eager, settings_of, tiny_run, tmp_path):
     words = ["labels_per_class=25", "epochs=1", "min_updates=6", "evaluations=3", "holdout=0.2", "scratch=false"]
     settings = settings_of("finetune", f"run={tiny_run}", *words, "compile=true", "trainer.accelerator=cpu")

@@ -147,6 +147,7 @@ PUBLISHED_RESNETS = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("layout", PUBLISHED_RESNETS)
 def test_resnets_of_dino_swav_and_moco_load_through_both_doors(layout, tmp_path):
     theirs = randomized(build_backbone("resnet18", image_size=64))

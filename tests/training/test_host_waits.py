@@ -163,7 +163,7 @@ def watch(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("more", [[], MORE], ids=["", "accumulated, clipped"])
+@pytest.mark.parametrize("more", [[], pytest.param(MORE, marks=pytest.mark.thorough)], ids=["", "accumulated, clipped"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_pretraining_asks_the_device_nothing(watch, settings_of, tmp_path, method, backbone, more):

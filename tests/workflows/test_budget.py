@@ -98,6 +98,7 @@ def test_what_counts_epochs_keeps_its_share_of_the_run_unless_it_was_given():
     assert scale_epochs(never, 8, [])[0].knn_every_epochs == 0
 
 
+@pytest.mark.thorough
 def test_a_run_with_a_budget_is_the_run_of_as_many_updates_resumed_or_not(
     run, seconds_of_an_update, monkeypatch, tmp_path
 ):
@@ -116,6 +117,7 @@ def test_a_run_with_a_budget_is_the_run_of_as_many_updates_resumed_or_not(
             run(tmp_path / "broken", other, "resume=auto")
 
 
+@pytest.mark.thorough
 def test_a_budget_below_an_epoch_ends_within_it(run, seconds_of_an_update, tmp_path):
     seconds_of_an_update(2880.0)
     run(tmp_path / "short", "batch_size=50", "budget=10h")

@@ -62,6 +62,7 @@ def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs
     torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=0.02)
 
 
+@pytest.mark.thorough
 def test_a_head_fitted_first_fits_the_first_step_of_a_network_that_learnt_other_images(resnet):
     _, labeled, method = resnet()
     for norm in norms_of(method):

@@ -103,6 +103,7 @@ def test_what_is_done_is_not_done_again_and_what_is_missing_is(finished, compare
     assert [{**e, "seconds": 0} for e in again] == [{**e, "seconds": 0} for e in others[0]]
 
 
+@pytest.mark.thorough
 def test_more_labels_and_seeds_may_be_added_and_nothing_else_changed(finished, compare, tmp_path):
     folder, cells = finished
     copy = tmp_path / "copy"
@@ -115,6 +116,7 @@ def test_more_labels_and_seeds_may_be_added_and_nothing_else_changed(finished, c
     assert [cell for cell in more if cell["labels_per_class"] != 2] == cells
 
 
+@pytest.mark.thorough
 def test_findings_are_kept_with_what_cannot_be_read_and_stay_when_it_goes_on(compare, tmp_path, capsys):
     rng = np.random.default_rng(0)
     for place in range(48):
@@ -142,6 +144,7 @@ def test_a_comparison_needs_images_to_choose_by_and_one_device(compare, tmp_path
         compare(tmp_path / "b", "trainer.devices=2", "trainer.strategy=ddp")
 
 
+@pytest.mark.thorough
 def test_classes_with_fewer_images_give_all_of_theirs_which_is_told_first_and_the_time_left_is_estimated(
     compare, tmp_path, capsys
 ):

@@ -83,7 +83,7 @@ def test_the_score_of_the_start_is_measured_first_and_stands_beside_the_last(tin
         assert results[f"start_{score}"] == pytest.approx(end_of_the_start[score], abs=0.3)
 
 
-@pytest.mark.parametrize("method", ["mae", "dino"])
+@pytest.mark.parametrize("method", ["mae", pytest.param("dino", marks=pytest.mark.thorough)])
 def test_while_the_backbone_is_frozen_only_the_rest_learns(method, keep_on, tiny_run, tmp_path):
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:

@@ -91,6 +91,7 @@ def test_plain_timm_loads_the_classifier_and_it_scores_what_the_results_say(fini
     )
 
 
+@pytest.mark.thorough
 def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, monkeypatch):
     heads = {}
     fit_head = finetuning.fit_head
@@ -175,6 +176,7 @@ def test_a_run_that_broke_goes_on_as_if_it_had_not(holdout, finetune, tmp_path, 
         assert torch.equal(value, other[name]), name
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_done_comes_out_the_same_when_resumed(finished, finetune, tmp_path):
     folder, results = finished
     shutil.copytree(folder, tmp_path / "copy")
@@ -183,6 +185,7 @@ def test_a_run_that_was_done_comes_out_the_same_when_resumed(finished, finetune,
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
 
+@pytest.mark.thorough
 def test_labels_per_class_bound_what_is_learnt_and_validated_by(finetune, tmp_path, capsys):
     finetune(tmp_path / "run", "labels_per_class=5", "holdout=0.2", "scratch=false")
     told = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -331,6 +334,7 @@ def settings_for_labels(holdout):
     return SimpleNamespace(holdout=holdout, seed=0, labels_per_class=None, compare=False)
 
 
+@pytest.mark.thorough
 def test_what_was_left_out_stands_in_the_findings(finetune, tmp_path, capsys):
     root = tmp_path / "photos"
     two_classes(root, "train", each=20)
@@ -355,6 +359,7 @@ def test_a_used_folder_is_refused(finished, finetune, tmp_path):
         finetune(tmp_path / "used")
 
 
+@pytest.mark.thorough
 def test_the_classifier_and_its_scores_are_written_before_the_comparison_from_scratch(finetune, monkeypatch, tmp_path):
     def interrupted(*_):
         raise KeyboardInterrupt

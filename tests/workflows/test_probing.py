@@ -43,6 +43,7 @@ def of_some_digits(probe, tiny_run):
     return probe(f"run={tiny_run}", "data=digits", "train_images=300", "batch_size=64", into="some")
 
 
+@pytest.mark.thorough
 def test_a_run_is_probed_on_its_own_images_unless_others_are_named(probe, tiny_run):
     own = probe(f"run={tiny_run}", "train_images=100", "pixels=false")
     assert (own["train_images"], own["test_images"]) == (100, 599)
@@ -71,6 +72,7 @@ def test_the_scores_are_those_of_the_frozen_features(of_all_digits, folder, tiny
     assert (folder / "all" / "confusion.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("protocol", ["mae", "dino"])
 def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protocol, probe, tiny_run):
     words = (f"run={tiny_run}", "data=digits", f"protocol={protocol}", "train_images=200", "pixels=false")
@@ -82,6 +84,7 @@ def test_the_result_names_its_protocol_and_how_it_differs_from_the_papers(protoc
     assert any("2 random crops" in deviation for deviation in several["deviations"])
 
 
+@pytest.mark.thorough
 def test_features_are_computed_once_and_batches_change_no_score(of_some_digits, probe, tiny_run, monkeypatch):
     from sslvision.backbones.vit import ViT
 

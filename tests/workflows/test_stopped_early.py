@@ -65,6 +65,7 @@ def apart_from_time(results):
     return {**results, "seconds": 0}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_run_that_patience_stopped_is_the_same_when_resumed(times, finetune, tmp_path):
     words = (STOPS, "scratch=false", "ema=0.5")
@@ -79,6 +80,7 @@ def test_a_run_that_patience_stopped_is_the_same_when_resumed(times, finetune, t
     assert same_bits(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_cut_in_the_arm_from_scratch_changes_neither_arm(cut, finetune, tmp_path, monkeypatch):
     words = (STOPS, "patience=4")
@@ -92,6 +94,7 @@ def test_a_cut_in_the_arm_from_scratch_changes_neither_arm(cut, finetune, tmp_pa
     assert same_bits(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_a_cut_before_patience_ends_leaves_its_count_as_it_was(finetune, tmp_path, monkeypatch):
     words = (STOPS, "scratch=false", "patience=3")
     whole = finetune(tmp_path / "whole", *words)

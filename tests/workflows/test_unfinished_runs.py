@@ -71,6 +71,7 @@ def test_a_checkpoint_of_an_earlier_version_is_read_by_the_settings_of_its_run(s
     assert same(load_backbone(stopped).backbone, load_backbone(tiny_run).backbone)
 
 
+@pytest.mark.thorough
 def test_a_stopped_fine_tuning_predicts_by_the_weights_that_validated_best(stopped, settings_of, tmp_path):
     run = tmp_path / "tuned"
     words = [f"run={stopped}", "data=digits", "epochs=0", "min_updates=4", "evaluations=4", "scratch=false", "lr=0.01"]

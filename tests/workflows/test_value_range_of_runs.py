@@ -26,6 +26,7 @@ def infrared(tmp_path_factory):
     return root
 
 
+@pytest.mark.thorough
 def test_the_range_is_kept_in_the_config_and_in_the_exports_and_used_by_every_command(
     infrared, run_tiny, settings_of, tmp_path, monkeypatch
 ):

@@ -220,6 +220,7 @@ def test_the_advice_is_one_that_can_be_followed(clock, monkeypatch, workers, cac
     assert advice in waits.summary()
 
 
+@pytest.mark.thorough
 def test_a_run_on_a_slow_disk_is_told_that_it_is_data_bound(tmp_path, run_tiny, monkeypatch):
     """From image files, read by the process that trains; real time."""
     monkeypatch.setattr(data_waits, "LEAST", 6)
