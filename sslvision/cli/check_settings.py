@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+from sslvision.workflows.scaling_settings import Scale
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict)
+Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Scale)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {

@@ -16,6 +16,7 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
+    "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -77,6 +78,15 @@ EXAMPLES = {
         ("run=outputs/a images=photos", "a CSV file of classes and probabilities for a folder of images"),
         ("run=outputs/a images=photo.jpg output=photo.csv", "one image"),
     ),
+    "scale": (
+        ("recipe=mae budget=30m", "parameters, images and updates, on the included images, in half an hour"),
+        ("recipe=mae budget=30m dry_run=true", "the plan only: which trainings, and how many minutes each takes"),
+        ("recipe=mae_photos data=photos budget=2h 'axes=[images]' seeds=3", "would more images of yours help?"),
+        (
+            "recipe=mae budget=30m score=loss",
+            "the laws of MAE's held-out loss; what is trained already is not trained again",
+        ),
+    ),
 }
 
 OPTIONS = (
@@ -94,7 +104,7 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = "run=... images=... " if command.name == "predict" else "" if command.name == "pretrain" else "run=... "
+    needed = "run=... images=... " if command.name == "predict" else "" if command.pretrains else "run=... "
     console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")
     console.print(_table("options", list(OPTIONS)))
     about = [

@@ -111,7 +111,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     left = ""
-    if getattr(settings, "compare", False):
+    if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
         starts_anew = [f"{key}=true" for key in ("overwrite", "dry_run") if getattr(settings, key)]
         but = f", but without {' and '.join(starts_anew)}, which would delete them" if starts_anew else ""
         left = f" The trainings that have ended are kept: the same command again{but} goes on with the others."

@@ -10,8 +10,8 @@ from sslvision.data.source import Source, Splits
 from sslvision.errors import DataError
 from sslvision.evaluation.features import Extraction, extract_features, sample_indices
 from sslvision.evaluation.knn import knn_top
-from sslvision.methods.mae import MAE
 from sslvision.methods.base import Method
+from sslvision.methods.mae import MAE
 
 MASKS = 1  # seed of the masks of the held-out loss, the same for every method
 
@@ -45,7 +45,9 @@ def knn_error(method: Method, splits: Splits, *, at_most: int, how: Extraction) 
 
 
 @torch.no_grad()
-def held_out_loss(method: MAE, source: Source, *, at_most: int, how: Extraction, batch: int = 50) -> tuple[float, float]:
+def held_out_loss(
+    method: MAE, source: Source, *, at_most: int, how: Extraction, batch: int = 50
+) -> tuple[float, float]:
     """Return MAE's loss on whole images that it was not trained on, with masks that depend on the image alone; and its error.
 
     Args:

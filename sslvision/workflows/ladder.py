@@ -77,7 +77,9 @@ def sizes_of(backbone: Mapping[str, Any], built: Backbone, *, channels: int, run
     sizes = [Size(count_parameters(built))]
     for rung in range(1, rungs):
         options = smaller_vit(depth, width, channels_of_head, factor**rung)
-        sizes.insert(0, Size(count_parameters(build_backbone(**{**backbone, **options}, channels=channels)), (*options.items(),)))
+        sizes.insert(
+            0, Size(count_parameters(build_backbone(**{**backbone, **options}, channels=channels)), (*options.items(),))
+        )
     ratios = [larger.parameters / smaller.parameters for smaller, larger in zip(sizes, sizes[1:], strict=False)]
     if min(ratios) < 1 + 0.5 * (factor - 1):
         counts = ", ".join(f"{size.parameters:,}" for size in sizes)
@@ -120,7 +122,14 @@ def shares_of(images: int, *, batch_size: int, rungs: int, factor: float) -> lis
 
 
 def rungs_of(
-    axes: Sequence[str], sizes: Sequence[Size], shares: Sequence[int], updates: int, *, rungs: int, factor: float, seed: int
+    axes: Sequence[str],
+    sizes: Sequence[Size],
+    shares: Sequence[int],
+    updates: int,
+    *,
+    rungs: int,
+    factor: float,
+    seed: int,
 ) -> dict[str, list[Rung]]:
     """Return the trainings of each axis, the smallest first; the last is the same on all axes.
 

@@ -22,7 +22,9 @@ class Scale(Pretrain):
     elsewhere: ClassVar[tuple[str, ...]] = Pretrain.elsewhere
 
     epochs: int = _option(100, "passes of the largest training over the images, if there is no budget")
-    budget: str | None = _option(None, "time for everything, such as 30m or 2h: the lengths that fill it are measured first")
+    budget: str | None = _option(
+        None, "time for everything, such as 30m or 2h: the lengths that fill it are measured first"
+    )
     resume: str | None = _option(None, "auto, or nothing: trainings that are done are kept in any case")
     dry_run: bool = _option(False, "measure, print the plan, and stop")
     axes: list[str] = _option([*AXES], "what is scaled: parameters, images, updates")
@@ -38,7 +40,9 @@ class Scale(Pretrain):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.axes or len({*self.axes}) < len(self.axes) or {*self.axes} - {*AXES}:
-            raise UsageError(f"axes={self.axes} must be one or more of {', '.join(AXES)}, each once: axes=[images,updates].")
+            raise UsageError(
+                f"axes={self.axes} must be one or more of {', '.join(AXES)}, each once: axes=[images,updates]."
+            )
         if self.rungs < 4:
             raise UsageError(
                 f"rungs={self.rungs} is too small: a law has three unknowns, so that 4 sizes are needed, and 5 or more to test it."
@@ -48,6 +52,10 @@ class Scale(Pretrain):
         if self.seeds < 1:
             raise UsageError(f"seeds={self.seeds} must be 1 or more.")
         if self.resume not in (None, "auto"):
-            raise UsageError(f"resume={self.resume}: a ladder goes on in its own folder, by itself or with resume=auto.")
+            raise UsageError(
+                f"resume={self.resume}: a ladder goes on in its own folder, by itself or with resume=auto."
+            )
         if self.init_from is not None:
-            raise UsageError("init_from has weights of one size, and a ladder has several: it starts from random weights.")
+            raise UsageError(
+                "init_from has weights of one size, and a ladder has several: it starts from random weights."
+            )
