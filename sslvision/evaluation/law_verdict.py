@@ -144,7 +144,8 @@ def _predicts(fitted: Fit, held_out: Interval | None, observed: float) -> tuple[
     """Check that the smaller two thirds predict the largest size, and closely enough for it to mean something."""
     if held_out is None:
         return (Check("predicts", False, "the smaller two thirds are too few to predict the largest"),)
-    words = f"the smaller two thirds predict {held_out.low:.4g} to {held_out.high:.4g} for the largest, which has {observed:.4g}"
+    low, high = max(0.0, held_out.low), held_out.high
+    words = f"the smaller two thirds predict {low:.4g} to {high:.4g} for the largest, which has {observed:.4g}"
     inside = observed in held_out
     fall, width = float(np.ptp(fitted.y)), held_out.high - held_out.low
     wide = width > fall

@@ -1,10 +1,11 @@
 """The trainings of a scaling ladder: sizes, shares of the images, and lengths, and how long they take.
 
-One dial sizes the model: its number of parameters. The depth follows as its cube root, since width follows depth in proportion and
+One dial sizes the model: its number of parameters. The depth follows as its cube root, since width is proportional to depth and
 a block has width^2 parameters; the width makes up for the rounding of the depth, so that sizes are geometric although depths
 are few; and heads keep about their channels. The largest model is the recipe's own.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,12 +81,12 @@ def sizes_of(backbone: Mapping[str, Any], built: Backbone, *, channels: int, run
         sizes.insert(
             0, Size(count_parameters(build_backbone(**{**backbone, **options}, channels=channels)), (*options.items(),))
         )
-    ratios = [larger.parameters / smaller.parameters for smaller, larger in zip(sizes, sizes[1:], strict=False)]
+    ratios = [larger.parameters / smaller.parameters for smaller, larger in itertools.pairwise(sizes)]
     if min(ratios) < 1 + 0.5 * (factor - 1):
         counts = ", ".join(f"{size.parameters:,}" for size in sizes)
         raise UsageError(
-            f"The backbone is too small for rungs={rungs} with factor={factor:g}: the sizes would have {counts} parameters. Take "
-            "fewer rungs, a smaller factor, or a larger backbone (backbone.depth, backbone.embed_dim)."
+            f"The backbone is too small for rungs={rungs} with factor={factor:g}: the sizes would have {counts} parameters. "
+            "Take fewer rungs, a smaller factor, or a larger backbone (backbone.depth, backbone.embed_dim)."
         )
     return sizes
 

@@ -20,6 +20,7 @@ from sslvision.evaluation.held_out_scores import held_out_loss, knn_error
 from sslvision.methods.base import Method
 from sslvision.methods.mae import MAE
 from sslvision.runs.loggers import build_loggers, close_loggers
+from sslvision.settings import Pretrain
 from sslvision.training.callbacks.health import Health
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
 from sslvision.training.callbacks.unreadable_images import UnreadableImages
@@ -55,12 +56,12 @@ class Ground:
     scores: tuple[str, ...]
     machine: Machine
 
-    def of_size(self, size: Size, seed: int) -> Scale:
+    def of_size(self, size: Size, seed: int) -> Pretrain:
         """Return the settings of a model."""
         backbone = {**self.settings.backbone, **dict(size.options)}
         return dataclasses.replace(self.settings, backbone=backbone, seed=seed, budget=None)
 
-    def build(self, settings: Scale) -> Method:
+    def build(self, settings: Pretrain) -> Method:
         """Return the method of a training, with the statistics of all images."""
         method = method_from_settings(settings)
         method.normalize.set(self.mean, self.std)
@@ -112,7 +113,8 @@ def scores_of(asked: str, method: Method, splits: Splits, evaluated: Splits) -> 
         raise UsageError(
             f"There is nothing to score: {why_not_evaluated(evaluated)}, and a {type(method).__name__} without labels has no "
             "number that can be compared between sizes: the loss of a teacher and student is measured against themselves, and "
-            "RankMe is no error. Give labeled images with probe_data=FOLDER, or use MAE with held-out images (data.holdout=0.1)."
+            "RankMe is no error. Give labeled images with probe_data=FOLDER, or use MAE, with images held out "
+            "(data.holdout=0.1)."
         )
     return tuple(sorted(found, key=lambda name: name != asked))
 
@@ -131,14 +133,12 @@ def measure(ground: Ground, size: Size, *, seconds: float) -> Times:
     data = ground.batches(method, len(ground.splits.train), settings.seed)
     timed = time_updates(settings, method, data, seconds=seconds)
     overhead = time.perf_counter() - began - (timed.updates + timed.skipped) * timed.each
-    scored = 0.0
-    for images in (TRIED, 2 * TRIED):  # the first warms up; the difference is the time of more images
-        began = time.perf_counter()
-        ground.score(method.float(), at_most=images, workers=data.workers)
-        before, scored = scored, time.perf_counter() - began
+    began = time.perf_counter()
+    ground.score(method.float(), at_most=TRIED, workers=data.workers)
+    scored = time.perf_counter() - began
     sources = (ground.evaluated.train, ground.evaluated.test) if "knn" in ground.scores else (None, ground.splits.test)
     counts = [min(len(source), settings.evaluate_images) if source is not None else 0 for source in sources]
-    tried = sum(min(count, 2 * TRIED) for count in counts)
+    tried = sum(min(count, TRIED) for count in counts)
     return Times(timed.each, max(0.0, overhead) + scored * sum(counts) / tried)
 
 
@@ -152,10 +152,10 @@ def train(ground: Ground, rung: Rung, folder: Path) -> dict[str, Any]:
         Diverged: The loss is no longer finite.
     """
     began = time.perf_counter()
-    settings = ground.of_size(rung.size, rung.seed)
+    settings: Pretrain = ground.of_size(rung.size, rung.seed)
     per_epoch = rung.images // settings.batch_size
-    scaled, _ = scale_epochs(settings, rung.updates / per_epoch, ())  # type: ignore[assignment]
-    method = ground.build(scaled)  # type: ignore[arg-type]
+    scaled, _ = scale_epochs(settings, rung.updates / per_epoch, ())
+    method = ground.build(scaled)
     data = ground.batches(method, rung.images, rung.seed)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").unlink(missing_ok=True)  # of a training that was cut off

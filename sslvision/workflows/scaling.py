@@ -99,12 +99,13 @@ def scale(settings: Scale, folder: Path, words: Sequence[str] = ()) -> dict[str,
     silence_lightning()
     ground, sizes, shares, remarks = prepare(settings)
     done, plan = claim(settings, folder, words)
-    largest_first = list(reversed(sizes))
 
     def ladders(updates: int) -> list[Ladder]:
-        of = {"rungs": settings.rungs, "factor": settings.factor}
         seeds = range(settings.seed, settings.seed + settings.seeds)
-        return [rungs_of(settings.axes, sizes, shares, updates, seed=seed, **of) for seed in seeds]
+        return [
+            rungs_of(settings.axes, sizes, shares, updates, rungs=settings.rungs, factor=settings.factor, seed=seed)
+            for seed in seeds
+        ]
 
     print_configuration(console, _configuration(settings, ground, sizes, folder), title=settings.about or folder.name)
     print_findings(console, remarks)
@@ -112,7 +113,7 @@ def scale(settings: Scale, folder: Path, words: Sequence[str] = ()) -> dict[str,
         console.print(f"Measuring the time of updates of {len(sizes)} size(s).")
         seconds = settings.budget_seconds
         each = min(LONGEST_S, SHARE * seconds / len(sizes)) if seconds else 2.0
-        times = {size.parameters: measure(ground, size, seconds=each) for size in largest_first}
+        times = {size.parameters: measure(ground, size, seconds=each) for size in sizes}
         plan = Plan(_base_updates(settings, shares[-1], times, ladders, spent=time.perf_counter() - started), times)
         if not settings.dry_run:
             run_files.write_json(folder / "plan.json", plan.record)
@@ -141,15 +142,21 @@ def prepare(settings: Scale) -> tuple[Ground, list[Size], list[int], list[str]]:
     if machine.world_size > 1:
         raise UsageError("A ladder trains many networks one after another, on one device: set trainer.devices=1.")
     method = method_from_settings(settings)
-    backbone, of = method.pretrained(), {"rungs": settings.rungs, "factor": settings.factor}
+    backbone, rungs, factor = method.pretrained(), settings.rungs, settings.factor
     sizes = [Size(count_parameters(backbone))]
     if "parameters" in settings.axes:
-        sizes = sizes_of(settings.backbone, backbone, channels=int(settings.data.get("channels", 3)), **of)
+        sizes = sizes_of(
+            settings.backbone, backbone, channels=int(settings.data.get("channels", 3)), rungs=rungs, factor=factor
+        )
     data = open_data(settings, method)
     images = len(data.splits.train)
     if images < settings.batch_size:
         raise UsageError(f"There are {images:,} training images, fewer than batch_size={settings.batch_size}.")
-    shares = shares_of(images, batch_size=settings.batch_size, **of) if "images" in settings.axes else [images]
+    shares = (
+        shares_of(images, batch_size=settings.batch_size, rungs=rungs, factor=factor)
+        if "images" in settings.axes
+        else [images]
+    )
     evaluated = open_evaluated(settings, data.splits)
     ground = Ground(
         settings=settings,
@@ -223,9 +230,9 @@ def _base_updates(settings: Scale, images: int, times: Mapping[int, Times], ladd
         needed = spent + fixed + shortest * (whole - fixed) / many
         raise UsageError(
             f"budget={settings.budget} is too small: measuring and evaluating take {(spent + fixed) / 60:.1f} minutes, and the "
-            f"largest training would have {max(0, updates):,} updates, of {shortest:,} or more. Give budget={needed / 60 + 1:.0f}m "
-            "or more, or take fewer axes or rungs, a smaller model (backbone.depth, backbone.embed_dim), or fewer images to "
-            "evaluate (evaluate_images)."
+            f"largest training would have {max(0, updates):,} updates, of {shortest:,} or more. Give "
+            f"budget={needed / 60 + 1:.0f}m or more, or take fewer axes or rungs, a smaller model (backbone.depth, "
+            "backbone.embed_dim), or fewer images to evaluate (evaluate_images)."
         )
     return updates
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sslvision.evaluation.law_verdict import Examined, as_json, examine
+from sslvision.evaluation.power_law import Interval
 from sslvision.figures.scaling_laws import Panel, scaling_figure
 from sslvision.runs import run_files
 from sslvision.workflows.console import print_findings
@@ -121,7 +122,8 @@ def report(
         console.print(f"[bold]{axis}[/]: {' '.join(law['sentences'])}")
     print_findings(console, findings)
     console.print(
-        f"{len(done)} trainings in {results['seconds'] / 60:.1f} minutes. Everything is in {folder}, described in its README.md."
+        f"{len(done)} trainings in {results['seconds'] / 60:.1f} minutes. Everything is in {folder}, described in its "
+        "README.md."
     )
     return results
 
@@ -142,8 +144,8 @@ def panel_of(axis: str, examined: Examined) -> Panel:
         fitted.y.tolist(),
         fitted.sigma.tolist(),
         curve,
-        irreducible,  # type: ignore[arg-type]
-        dataclasses.astuple(examined.exponent),  # type: ignore[arg-type]
+        irreducible,
+        dataclasses.astuple(examined.exponent),
         examined.believed,
     )
 
@@ -151,26 +153,26 @@ def panel_of(axis: str, examined: Examined) -> Panel:
 def sentences(axis: str, examined: Examined, score: str) -> list[str]:
     """Return what a law says, and whether it is to be believed, in sentences."""
     unit = " %" if score == "knn" else ""
-    further = examined.samples.law(FURTHER * examined.samples.fit.law.x0)
-    now = examined.samples.law(examined.samples.fit.law.x0)
-    told = [
-        f"Ten times the {axis} ({MEANS[axis]}) would bring {further.value:.3g}{unit} ({further.low:.3g} to {further.high:.3g}) "
-        f"instead of {now.value:.3g}{unit}."
-    ]
-    if examined.determined:
-        low, high = examined.irreducible.low, examined.irreducible.high
-        told.append(
-            f"No more than that: {examined.irreducible.value:.3g}{unit} ({low:.3g} to {high:.3g}) are irreducible."
-        )
-    else:
-        told.append(f"The irreducible term is only bounded: {examined.irreducible.high:.3g}{unit} at most.")
     failed = [check.words for check in examined.checks if not check.passed]
+    if not examined.checks[1].passed:  # without a fall there is nothing to extrapolate
+        return [f"No law of the {axis} can be told: {'; '.join(failed)}."]
+    largest = examined.samples.fit.law.x0
+    now, further, least = examined.samples.law(largest), examined.samples.law(FURTHER * largest), examined.irreducible
+    told = [
+        f"Ten times the {axis} ({MEANS[axis]}) would bring {further.value:.3g}{unit} ({_range(further)}) instead of "
+        f"{now.value:.3g}{unit}.",
+        f"{least.value:.3g}{unit} ({_range(least)}) would remain of any number."
+        if examined.determined
+        else f"What would remain of any number is not determined: {least.high:.3g}{unit} at most.",
+    ]
     held = [check.words for check in examined.checks if check.passed and check.name == "predicts"]
     if examined.believed:
-        told.append(f"The law is to be believed in this range: {held[0]}.")
-    else:
-        told.append(f"Do not believe it: {'; '.join(failed)}." + (f" ({held[0]}.)" if held else ""))
-    return told
+        return [*told, f"The law passed its tests: {held[0]}."]
+    return [*told, f"It is not to be believed: {'; '.join(failed)}." + (f" (Yet {held[0]}.)" if held else "")]
+
+
+def _range(interval: Interval) -> str:
+    return f"{max(0.0, interval.low):.3g} to {interval.high:.3g}"
 
 
 def write_table(file: Path, done: Done) -> None:
@@ -186,30 +188,13 @@ def write_table(file: Path, done: Done) -> None:
 def _print_laws(console: Console, laws: Mapping[str, Examined], score: str) -> None:
     table = Table(title=f"{LABELS[score]} = E + A x^-alpha", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("x")
-    for heading in (
-        "sizes",
-        "largest",
-        "10 times",
-        "alpha",
-        "irreducible E",
-        "two thirds predict",
-        "observed",
-        "believe it",
-    ):
-        table.add_column(heading, justify="right")
+    for heading in ("largest", "10 times as many", "alpha", "E", "believed"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for axis, law in laws.items():
-        largest, further = (law.samples.law(times * law.samples.fit.law.x0) for times in (1, FURTHER))
-        table.add_row(
-            axis,
-            f"{len(set(law.samples.fit.x.tolist()))}",
-            f"{largest.value:.3g}",
-            f"{further.low:.3g} to {further.high:.3g}",
-            f"{law.exponent.low:.2f} to {law.exponent.high:.2f}",
-            f"{law.irreducible.low:.3g} to {law.irreducible.high:.3g}"
-            if law.determined
-            else f"<= {law.irreducible.high:.3g}",
-            f"{law.held_out.low:.3g} to {law.held_out.high:.3g}" if law.held_out else "–",
-            f"{law.observed:.3g}",
-            "yes" if law.believed else "no",
-        )
+        largest = law.samples.fit.law.x0
+        least = _range(law.irreducible) if law.determined else f"{law.irreducible.high:.3g} at most"
+        numbers = (f"{law.observed:.3g}", _range(law.samples.law(FURTHER * largest)), _range(law.exponent), least)
+        if not law.checks[1].passed:
+            numbers = (numbers[0], "–", "–", "–")
+        table.add_row(axis, *numbers, "yes" if law.believed else "no")
     console.print(table)

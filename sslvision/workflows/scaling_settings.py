@@ -45,7 +45,7 @@ class Scale(Pretrain):
             )
         if self.rungs < 4:
             raise UsageError(
-                f"rungs={self.rungs} is too small: a law has three unknowns, so that 4 sizes are needed, and 5 or more to test it."
+                f"rungs={self.rungs} is too small: a law has three unknowns, so that 4 sizes are needed, and 5 to test it."
             )
         if not 1.2 <= self.factor <= 10:
             raise UsageError(f"factor={self.factor} must be a number from 1.2 to 10.")
