@@ -15,7 +15,7 @@ from sslvision.errors import DataError
 Array = NDArray[np.float64]
 
 EXPONENTS = (0.01, 4.0)  # that are tried: a law with less is a constant, one with more a cliff
-GRID, ZOOMS, ZOOMED = 80, 3, 9  # exponents tried at first, refinements, and exponents in each
+GRID, ZOOMS, ZOOMED = 60, 8, 7  # exponents tried at first, refinements, and exponents in each
 PARAMETERS = 3
 SAMPLES = 1000
 LEVEL = 0.95

@@ -14,14 +14,16 @@ def law(irreducible, reducible, exponent, x=SIZES):
     return irreducible + reducible * (x / SIZES[-1]) ** -exponent
 
 
-def test_exact_scores_give_back_their_law_whatever_the_unit_of_x():
-    for irreducible, reducible, exponent in ((10, 10, 0.5), (0, 3, 0.1), (0.2, 0.01, 1.5), (40, 2, 3.0)):
-        y = law(irreducible, reducible, exponent)
-        for unit in (1e-9, 1.0, 1e12):
-            fitted = fit(unit * SIZES, y, np.full(6, 0.1))
-            assert fitted.law(unit * SIZES) == pytest.approx(y, rel=1e-3)
-            assert fitted.law.exponent == pytest.approx(exponent, rel=0.03)
-            assert fitted.law.irreducible == pytest.approx(irreducible, abs=0.03 * y[0])
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e12])
+@pytest.mark.parametrize(
+    ("irreducible", "reducible", "exponent"), [(10, 10, 0.5), (0, 3, 0.1), (0.2, 0.01, 1.5), (40, 2, 3)]
+)
+def test_exact_scores_give_back_their_law_whatever_the_unit_of_x(irreducible, reducible, exponent, unit):
+    y = law(irreducible, reducible, exponent)
+    fitted = fit(unit * SIZES, y, np.full(6, 0.1))
+    assert fitted.law(unit * SIZES) == pytest.approx(y, rel=1e-3)
+    assert fitted.law.exponent == pytest.approx(exponent, rel=0.03)
+    assert fitted.law.irreducible == pytest.approx(irreducible, abs=0.01 * y[0])
 
 
 def test_no_other_law_on_a_grid_is_closer_and_neither_term_is_negative():
@@ -32,13 +34,11 @@ def test_no_other_law_on_a_grid_is_closer_and_neither_term_is_negative():
         fitted = fit(SIZES, y, sigma)
         assert fitted.law.irreducible >= 0
         assert fitted.law.reducible >= 0
-        tried = [
-            (((y - law(e, a, alpha)) / sigma) ** 2).sum()
-            for e in np.linspace(0, y.max(), 30)
-            for a in np.linspace(0, y.max(), 30)
-            for alpha in np.geomspace(0.01, 4, 30)
-        ]
-        assert fitted.chi2 <= min(tried) * (1 + 1e-6)
+        e, a, alpha, x = np.ix_(
+            np.linspace(0, y.max(), 30), np.linspace(0, y.max(), 30), np.geomspace(0.01, 4, 30), SIZES
+        )
+        tried = (((y - law(e, a, alpha, x)) / sigma) ** 2).sum(-1)
+        assert fitted.chi2 <= tried.min() * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("scatter", [1.0, 2.0])
@@ -59,14 +59,16 @@ def test_the_bootstrap_is_a_function_of_its_seed():
     assert one == same != other
 
 
-def test_a_law_is_believed_and_predicts_the_largest_from_the_smaller_two_thirds():
-    rng = np.random.default_rng(3)
-    x = np.repeat(SIZES, 2)
-    examined = examine(x, law(15, 10, 0.5, x) + 0.3 * rng.normal(size=12), np.full(12, 0.3), seed=0)
-    assert examined.believed, examined.checks
-    assert examined.determined
-    assert 15 in examined.irreducible
-    assert examined.observed in examined.held_out
+def test_laws_are_believed_and_predict_the_largest_from_the_smaller_two_thirds():
+    x, believed, predicted = np.repeat(SIZES, 2), [], []
+    for trial in range(20):
+        y = law(15, 10, 0.5, x) + 0.3 * np.random.default_rng(trial).normal(size=12)
+        examined = examine(x, y, np.full(12, 0.3), seed=0)
+        assert examined.determined
+        believed.append(examined.believed)
+        predicted.append(examined.observed in examined.held_out)
+    assert sum(believed) >= 17
+    assert sum(predicted) >= 18
 
 
 def test_a_law_without_an_irreducible_term_bounds_it_only():
@@ -115,6 +117,6 @@ def test_scores_that_cannot_be_are_refused(x, y, sigma):
 
 
 def test_a_prediction_too_wide_to_fail_is_no_test():
-    examined = examine(SIZES, law(10, 10, 0.5), np.full(6, 5.0), seed=0)
+    examined = examine(SIZES, law(10, 10, 0.5), np.full(6, 15.0), seed=0)
     assert examined.observed in examined.held_out
     assert "precise" in [check.name for check in examined.checks if not check.passed]
