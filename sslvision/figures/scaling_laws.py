@@ -24,7 +24,7 @@ class Panel(NamedTuple):
         x, y, sigma: Scores and their standard errors.
         curve: Points (x, law, low, high), ascending; those beyond the largest x are extrapolated.
         irreducible: The irreducible term, with its interval; None where it is not determined.
-        exponent: The exponent, with its interval.
+        exponent: The exponent, with its interval; None where no fall is told from noise.
         believed: Whether the law is to be believed.
     """
 
@@ -34,7 +34,7 @@ class Panel(NamedTuple):
     sigma: Sequence[float]
     curve: Sequence[tuple[float, float, float, float]]
     irreducible: tuple[float, float, float] | None
-    exponent: tuple[float, float, float]
+    exponent: tuple[float, float, float] | None
     believed: bool
 
 
@@ -84,18 +84,26 @@ def _draw(axes: Axes, panel: Panel) -> None:
         panel.x, panel.y, 1.96 * np.array(panel.sigma),
         fmt="o", color=INK, ms=4, elinewidth=1, capsize=2, label="measured, 95 % over test sets", zorder=3,
     )  # fmt: skip
-    value, least, most = panel.exponent
-    told = f"exponent {value:.2f} ({least:.2f} to {most:.2f})"
-    axes.set_title(f"{told}\n{'holds' if panel.believed else 'not to be believed'}", loc="left", size=8, color=MUTED)
+    axes.set_title(_verdict(panel), loc="left", size=8, color=MUTED)
+    axes.margins(x=0.04)
     axes.annotate(
-        f"{law[-1]:.3g}", (x[-1], law[-1]), xytext=(-2, 5), textcoords="offset points", size=8, color=BLUE, weight="bold",
-        ha="right",
+        f"{law[-1]:.3g}", (x[-1], law[-1]), xytext=(-2, -5), textcoords="offset points", size=8, color=BLUE, weight="bold",
+        ha="right", va="top",
     )  # fmt: skip
     axes.set_xlabel(panel.axis)
-    decades = [10.0**power for power in range(math.floor(math.log10(x[0])), math.ceil(math.log10(x[-1])) + 1)]
-    axes.xaxis.set_major_locator(FixedLocator([one for one in decades if x[0] <= one <= x[-1]] or [largest]))
+    powers = range(math.floor(math.log10(x[0])), math.ceil(math.log10(x[-1])) + 1)
+    ticks = [mantissa * 10.0**power for power in powers for mantissa in (1, 3)]
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if x[0] <= tick <= x[-1]] or [largest]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: _short(tick)))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _verdict(panel: Panel) -> str:
+    """Return what to think of a law, in two lines."""
+    if panel.exponent is None:
+        return "no fall is told from noise:\nthere is no law"
+    value, least, most = panel.exponent
+    return f"exponent {value:.2f} ({least:.2f} to {most:.2f})\n{'passed its tests' if panel.believed else 'not to be believed'}"
 
 
 def _place_y_ticks(axes: Axes, panels: Sequence[Panel]) -> None:

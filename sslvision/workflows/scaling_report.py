@@ -145,7 +145,7 @@ def panel_of(axis: str, examined: Examined) -> Panel:
         fitted.sigma.tolist(),
         curve,
         irreducible,
-        dataclasses.astuple(examined.exponent),
+        dataclasses.astuple(examined.exponent) if examined.checks[1].passed else None,
         examined.believed,
     )
 
