@@ -132,6 +132,8 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
         return None
     if folder is None:
         raise UsageError("resume=auto needs to know which run folder: give name=... or output_dir=...")
+    if resume != "auto" and not folder.exists():
+        raise UsageError(f"resume={resume}: there is no such checkpoint or run folder. {_WHAT_TO_RESUME}")
     near = difflib.get_close_matches(
         folder.name, [file.parent.name for file in folder.parent.glob("*/config.yaml")], n=1
     )
@@ -141,6 +143,9 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
         f"resume={resume}: there is no run in {folder} (no config.yaml).{told} To start one that a later call resumes, add "
         f"{start}."
     )
+
+
+_WHAT_TO_RESUME = "Give the path of a .ckpt file, or resume=auto with the name= or output_dir= of a run."
 
 
 def _run_to_resume(resume: str, name: Any, output_dir: Any, dry_run: Any) -> Path | None:
