@@ -58,7 +58,7 @@ def label_efficiency_figure(cells: Sequence[Cell], *, title: str, classes: int) 
     figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False, family=families)
     axes = figure.subplots()
     most = max(line[-1].x for line in lines.values())
-    axes.set_title(f"{about_seeds(cells)}; {about_test_images(cells)}", loc="left", size=8, color=MUTED)
+    axes.set_title(f"{about_seeds(cells)}\n{about_test_images(cells)}", loc="left", size=8, color=MUTED)
     style(axes)
     for number, (arm, line) in enumerate(lines.items()):
         shift = (number - (len(lines) - 1) / 2) * 3 / 72  # inches

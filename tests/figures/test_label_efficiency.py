@@ -83,7 +83,7 @@ def test_error_bars_are_one_deviation_long_and_absent_for_one_seed() -> None:
     _, _, (bars,) = figure.axes[0].containers[0]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[48, 52], [58, 62], [90, 90]]
     assert figure.axes[0].get_title("left") == (
-        "mean and standard deviation of 1 to 3 seeds; 40 test images: 90.0 % has the 95 % interval 81.0 to 97.0 %"
+        "mean and standard deviation of 1 to 3 seeds\n40 test images: 90.0 % has the 95 % interval 81.0 to 97.0 %"
     )
 
 
@@ -119,6 +119,9 @@ def test_texts_stand_apart_and_the_legend_goes_from_the_best_to_the_worst(every:
 
 def test_every_point_lies_inside_the_axes() -> None:
     figure = label_efficiency_figure(close(), title="", classes=10)
+    drawn(figure)
+    (axes,) = figure.axes
+    assert axes._left_title.get_window_extent().x1 < figure.legends[0].get_window_extent().x0
     drawn(figure)
     frame = figure.axes[0].get_window_extent()
     for line in (container[0] for container in figure.axes[0].containers):
