@@ -132,13 +132,16 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
         return None
     if folder is None:
         raise UsageError("resume=auto needs to know which run folder: give name=... or output_dir=...")
-    if resume != "auto" and not folder.exists():
-        raise UsageError(f"resume={resume}: there is no such checkpoint or run folder. {_WHAT_TO_RESUME}")
     near = difflib.get_close_matches(
         folder.name, [file.parent.name for file in folder.parent.glob("*/config.yaml")], n=1
     )
     told = f" Did you mean name={near[0]}?" if near and not given.get("output_dir") else ""
     start = "recipe=NAME" if command is PRETRAIN else "run=..."
+    if resume != "auto" and not folder.exists():
+        raise UsageError(
+            f"resume={resume}: there is no such checkpoint or run folder. {_WHAT_TO_RESUME} To start a run that a later call "
+            f"resumes, add {start}."
+        )
     raise UsageError(
         f"resume={resume}: there is no run in {folder} (no config.yaml).{told} To start one that a later call resumes, add "
         f"{start}."
