@@ -53,7 +53,10 @@ def _check_source(source: Source, split: str) -> None:
 
 
 def _check_labels(source: Source, split: str) -> None:
-    labels, wanted = source.labels, f"labels are a tensor (N,) of int64, here ({len(source)},), or None"
+    labels, wanted = (
+        source.labels,
+        f"labels are a tensor (N,) of int64, one class for each image, here ({len(source)},), or None",
+    )
     if labels is None:
         return
     if not isinstance(labels, Tensor):
