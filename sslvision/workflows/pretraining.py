@@ -150,22 +150,13 @@ def conclude(
     return results
 
 
-def _backbone_of(init_from: str) -> dict[str, Any]:
-    """Return the backbone of weights to start from. Raises UsageError, in the words of `init_from`, if there are none."""
-    try:
-        return backbone_of_weights(init_from)
-    except UsageError as error:  # its words are about probing
-        said = str(error).replace(f"run={Path(init_from)}", f"init_from={init_from}")
-        raise UsageError(said.replace("give its path, run=", "give its path, init_from=")) from error
-
-
 def continued(settings: Pretrain, resume: Resume | None) -> Pretrain:
     """Return the settings with the backbone of `init_from`, if none is named, and with the `init_from` of a resumed run."""
     then = resume.record["settings"] if resume is not None else {}
     init_from = settings.init_from or then.get("init_from")
     backbone = settings.backbone
     if "name" not in backbone:
-        known = then["backbone"] if then else _backbone_of(str(init_from))
+        known = then["backbone"] if then else backbone_of_weights(str(init_from), setting="init_from")
         backbone = {**known, **backbone}
     return dataclasses.replace(settings, init_from=init_from, backbone=backbone)
 
@@ -223,7 +214,8 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     loader = ("workers", "normalize", "max_unreadable", *cache)  # arguments that the source does not get
     target = locate("data", data["_target_"])
     parameters = inspect.signature(target).parameters
-    if "channels" in data and not {"channels", *_catch_all(parameters)} & set(parameters):
+    any_key = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if "channels" in data and "channels" not in parameters and not any_key:
         raise UsageError(
             f"data._target_={data['_target_']} has no parameter channels: a function that opens a data source takes channels, "
             "the number of channels of its images (docs/extending.md)."
@@ -232,11 +224,6 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
-
-
-def _catch_all(parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Return the name of **options among some parameters, if there are any."""
-    return [name for name, one in parameters.items() if one.kind is inspect.Parameter.VAR_KEYWORD]
 
 
 def shrunk(source: Source, size: tuple[int, int]) -> list[str]:
