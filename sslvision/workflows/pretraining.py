@@ -221,7 +221,7 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
             "the number of channels of its images (docs/extending.md)."
         )
     splits = target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
-    check_contract(splits)
+    splits = check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
 
