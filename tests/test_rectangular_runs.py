@@ -65,11 +65,7 @@ def dry_run(photos, work, warm_command):
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        recipe if recipe in ("mae", "dino_swin") else pytest.param(recipe, marks=pytest.mark.thorough)
-        for recipe in RECIPES
-    ],
+    "recipe", [recipe if recipe == "mae" else pytest.param(recipe, marks=pytest.mark.thorough) for recipe in RECIPES]
 )
 def test_a_run_on_rectangles_leaves_a_backbone_whose_transform_in_timm_gives_the_printed_scores(
     recipe, dry_run, photos
@@ -120,6 +116,7 @@ def test_a_rectangular_run_is_probed_fine_tuned_and_labels_images(dry_run, photo
     assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=0.005)
 
 
+@pytest.mark.thorough
 def test_a_rectangular_run_is_compared_at_several_numbers_of_labels(dry_run, work, warm_command):
     run, _ = dry_run("mae")
     words = ["recipe=compare", "labels_per_class=[1,3]", "seeds=1", "lr_ratios=[1.0]", "epochs=0", "min_updates=2"]

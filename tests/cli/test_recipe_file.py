@@ -107,6 +107,7 @@ def test_a_path_comes_back_from_the_config_of_a_run_as_it_was_given(root, tmp_pa
         assert compose_settings(words).data == before.data
 
 
+@pytest.mark.thorough
 def test_the_data_of_a_recipe_can_be_replaced_and_what_any_source_takes_stays(tmp_path):
     given = ["data.root=a", "data.holdout=0.3", "data.workers=2", "data.cache=disk"]
     recorded(tmp_path / "x", "recipe=mae", "data=folder", *given)
