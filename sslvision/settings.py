@@ -388,5 +388,7 @@ def locate(section: str, target: Any) -> Callable[..., Any]:
     try:
         found = pkgutil.resolve_name(str(target))
     except Exception as error:
-        raise UsageError(f"{section}._target_={target} cannot be imported: {str(error).splitlines()[0]}") from error
+        where = "Is its name MODULE.NAME, and its file in the current folder or on PYTHONPATH?"
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"{section}._target_={target} cannot be imported: {told}. {where}") from error
     return cast(Callable[..., Any], found)

@@ -65,11 +65,7 @@ def dry_run(photos, work, warm_command):
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [
-        recipe if recipe in ("mae", "dino_swin") else pytest.param(recipe, marks=pytest.mark.thorough)
-        for recipe in RECIPES
-    ],
+    "recipe", [recipe if recipe == "mae" else pytest.param(recipe, marks=pytest.mark.thorough) for recipe in RECIPES]
 )
 def test_a_run_on_rectangles_leaves_a_backbone_whose_transform_in_timm_gives_the_printed_scores(
     recipe, dry_run, photos
@@ -118,6 +114,20 @@ def test_a_rectangular_run_is_probed_fine_tuned_and_labels_images(dry_run, photo
     assert [row["label"] for row in rows] == [("left", "top")[place] for place in best.indices]
     # Pillow and torch resample to levels that may differ by one.
     assert [float(row["probability"]) for row in rows] == pytest.approx(best.values.tolist(), abs=0.005)
+
+
+@pytest.mark.thorough
+def test_a_rectangular_run_is_compared_at_several_numbers_of_labels(dry_run, work, warm_command):
+    run, _ = dry_run("mae")
+    words = ["recipe=compare", "labels_per_class=[1,3]", "seeds=1", "lr_ratios=[1.0]", "epochs=0", "min_updates=2"]
+    quick = [word for word in QUICK if not word.startswith("batch_size")]
+    done = warm_command(f"run={run}", *words, "evaluations=1", "name=compared", *quick, of="finetune", cwd=work)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with open(work / "outputs" / "compared" / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 8
+    assert {row["test_images"] for row in rows} == {"16"}
+    assert (work / "outputs" / "compared" / "comparison.png").is_file()
 
 
 def test_a_run_on_squares_is_resumed_with_both_sides_given(train_tiny, tmp_path):

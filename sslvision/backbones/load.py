@@ -38,6 +38,7 @@ def load_backbone(
     pretrained: bool = True,
     head: bool = True,
     seed: int = 0,
+    setting: str = "run",
     **timm_options: Any,
 ) -> Loaded:
     """Build the model that `where` refers to and load its weights strictly.
@@ -55,6 +56,7 @@ def load_backbone(
         pretrained: False leaves the model randomly initialized.
         head: False ignores the head of an exported classifier.
         seed: Seed of random weights. The global random state is not changed.
+        setting: Name that errors give to `where`: "run" or "init_from".
         timm_options: Arguments of the timm model that override those of the weights: drop_path_rate, num_heads, ...
 
     Raises:
@@ -64,7 +66,9 @@ def load_backbone(
     check_backbone(timm_options)
     check_dimensions(timm_options)
     given = None if image_size is None else height_and_width(image_size, "backbone.image_size")
-    source = find_source(where, pretrained=pretrained, heads=timm_options.get("num_heads"), image_size=given)
+    source = find_source(
+        where, pretrained=pretrained, heads=timm_options.get("num_heads"), image_size=given, setting=setting
+    )
     size, depth = given or source.image_size, channels or source.channels
     if depth != source.channels and not source.any_channels:
         raise UsageError(
@@ -98,16 +102,16 @@ def load_backbone(
     return Loaded(backbone, mean, std, classes or None, weights if pretrained else "random")
 
 
-def backbone_of_weights(where: str | Path) -> dict[str, Any]:
+def backbone_of_weights(where: str | Path, *, setting: str = "run") -> dict[str, Any]:
     """Return the arguments of build_backbone for the model that weights belong to: name, image_size, and others.
 
     Args:
-        where: As in `load_backbone`.
+        where, setting: As in `load_backbone`.
 
     Raises:
         UsageError: `where` is nothing that a backbone can be loaded from.
     """
-    source = find_source(where, pretrained=True, heads=None, image_size=None)
+    source = find_source(where, pretrained=True, heads=None, image_size=None, setting=setting)
     own = {"in_chans", "num_classes", "fc_norm", "global_pool", *size_options(source.name, source.image_size)}
     options = {key: value for key, value in source.arguments.items() if key not in own}
     pool = source.arguments.get("global_pool")

@@ -26,6 +26,7 @@ OF_METHODS = (
     "ema.module.model.",
     "backbone.model.",
 )  # in checkpoints of methods, best first
+RANDOM = {"run": "pretrained=false", "init_from": "no init_from"}  # setting: what gives random weights instead
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # timm's names for them in an export folder
 
 
@@ -84,9 +85,9 @@ def patch_grids(name: str, arguments: Mapping[str, Any]) -> Grids:
 
 
 def find_source(
-    where: str | Path, *, pretrained: bool, heads: int | None, image_size: tuple[int, int] | None
+    where: str | Path, *, pretrained: bool, heads: int | None, image_size: tuple[int, int] | None, setting: str
 ) -> WeightSource:
-    """Return the weights that `where` refers to."""
+    """Return the weights that `where` refers to, which was given as `setting`: "run" or "init_from"."""
     path, name = Path(where).expanduser(), str(where)
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
@@ -96,27 +97,27 @@ def find_source(
             return _exported(path.parent, path.parent)
         return _released(path, heads, image_size)
     if timm.is_model(name):
-        return _named(name, pretrained)
+        return _named(name, pretrained, setting)
     if (path / "config.yaml").is_file():
-        return _unfinished(path, where)
-    if (told := elsewhere(path, "run")) is not None:
+        return _unfinished(path, where, setting)
+    if (told := elsewhere(where, setting)) is not None:
         raise UsageError(told)
     near = timm.list_models(f"{name}_*")[:3] or difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
     raise UsageError(
-        f"run={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
+        f"{setting}={where} is nothing to load a backbone from: no run folder (with export/), no export folder (with "
         "config.json and model.safetensors), no .pth or .safetensors file, and no timm model has that name."
         + (f" Near it in timm: {', '.join(near)}." if near else "")
     )
 
 
-def elsewhere(path: Path, setting: str) -> str | None:
+def elsewhere(where: str | Path, setting: str) -> str | None:
     """Return what to do about a path that does not exist, if it is a URL, a name of weights on a hub, or of a file; or None.
 
     Args:
-        path: The path.
+        where: The path, as it was given.
         setting: Setting that it was given for.
     """
-    name = str(path)
+    path, name = Path(where), str(where)
     if re.match(r"https?:/", name):
         return f"{setting}={name} is a URL: download the file, and give its path, {setting}={path.name}."
     if timm.is_model(short := name.removeprefix("hf-hub:").removeprefix("hf_hub:").removeprefix("timm/")):
@@ -172,7 +173,7 @@ def _crop_pct(known: Mapping[str, Any]) -> float | None:
     return crop_pct
 
 
-def _unfinished(folder: Path, where: str | Path) -> WeightSource:
+def _unfinished(folder: Path, where: str | Path, setting: str) -> WeightSource:
     """Return the weights in the newest whole checkpoint of a run that has no export."""
     reasons = []
     ranked = sorted((len(file.stem), file.stem, file) for file in (folder / "checkpoints").glob("last*.ckpt"))
@@ -204,7 +205,7 @@ def _unfinished(folder: Path, where: str | Path) -> WeightSource:
             crop_pct=built.get("crop_pct"),
         )
     raise UsageError(
-        f"run={where} has no export/: it has not ended, and it has no whole checkpoint to read instead. "
+        f"{setting}={where} has no export/: it has not ended, and it has no whole checkpoint to read instead. "
         f"{' '.join(reasons)} Let it finish first: {command_to_resume(folder)}.".replace("  ", " ")
     )
 
@@ -230,38 +231,38 @@ def _released(file: Path, heads: int | None, image_size: tuple[int, int] | None)
     return WeightSource(name, arguments, size, arguments["in_chans"], mean, std, weights, lambda: state)
 
 
-def _named(name: str, pretrained: bool) -> WeightSource:
+def _named(name: str, pretrained: bool, setting: str) -> WeightSource:
     """Return timm's weights of a model name."""
     try:
         known = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     except RuntimeError as error:
         tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
         raise UsageError(
-            f"run={name}: timm has no weights with this tag; it has {', '.join(tags) or 'none'}."
+            f"{setting}={name}: timm has no weights with this tag; it has {', '.join(tags) or 'none'}."
         ) from error
     if pretrained and not known.has_weights:
         raise UsageError(
-            f"run={name}: timm publishes no weights of this model. Choose another one (timm.list_pretrained() lists them), "
-            "or pretrained=false for random weights."
+            f"{setting}={name}: timm publishes no weights of this model. Choose another one (timm.list_pretrained() lists "
+            f"them), or {RANDOM[setting]} for random weights."
         )
     full = f"{name}.{known.tag}" if known.tag and "." not in name else name
     channels, *sides = known.input_size
     size = height_and_width(sides)
     arguments = {"in_chans": channels, **size_options(name, size)}
     mean, std = (list(known.mean), list(known.std)) if pretrained else (None, None)
-    weights, read = f"timm's pretrained {full}", partial(_fetch, name)
+    weights, read = f"timm's pretrained {full}", partial(_fetch, name, setting)
     return WeightSource(name, arguments, size, channels, mean, std, weights, read, any_channels=True)
 
 
-def _fetch(name: str) -> dict[str, Tensor]:
+def _fetch(name: str, setting: str) -> dict[str, Tensor]:
     """Return timm's pretrained weights without the head."""
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # of the network, the file system, or the file itself
         reason = (str(error).splitlines() or [""])[0][:300]
         raise UsageError(
-            f"run={name}: timm's pretrained weights cannot be downloaded ({type(error).__name__}: {reason}). Give a file or "
-            "an export folder, or pretrained=false for random weights."
+            f"{setting}={name}: timm's pretrained weights cannot be downloaded ({type(error).__name__}: {reason}). Give a "
+            f"file or an export folder, or {RANDOM[setting]} for random weights."
         ) from error
     return dict(model.state_dict())
 

@@ -45,6 +45,16 @@ ELSEWHERE = {
     "num_workers": "data.workers",
 }
 
+_CLASS_FOLDERS = "labels are the names of class folders, one for each image (docs/guide/your-own-images.md)"
+ABSENT = {  # what others have, and what is here instead
+    **dict.fromkeys(("labels", "label_file", "labels_file", "annotations", "csv"), _CLASS_FOLDERS),
+    **dict.fromkeys(
+        ("multilabel", "multi_label", "loss", "criterion"),
+        f"the loss is that of one class for each image: {_CLASS_FOLDERS}",
+    ),
+    "recipe": "this command has no recipes: its settings are given on the command line, and --help lists them",
+}
+
 
 def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     """Return the settings of a command, after checking every key and value.
@@ -61,6 +71,8 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     for section, values in sections.items():
         any_key = None in known[section]
         for key in values:
+            if (section, key) == ("data", "channels"):  # recipes and runs give it, not only users: see open_splits
+                continue
             if key != "_target_" and key not in known[section] and not any_key:
                 raise UsageError(_unknown(f"{section}.{key}" if section else key, known))
     for section, values in sections.items():
@@ -191,5 +203,7 @@ def _unknown(key: str, known: Mapping[str, Mapping[str | None, Any]]) -> str:
     shown = key.removeprefix("method.")  # it may have been given without
     if last in OURS:
         return f"There is no setting {shown}; use {OURS[last]}."
+    if not near and last in ABSENT:
+        return f"There is no setting {shown}: {ABSENT[last]}."
     near = [ELSEWHERE[last]] if last in ELSEWHERE else near
     return f"There is no setting {shown}." + (f" Did you mean {' or '.join(near[:3])}?" if near else " See --help.")

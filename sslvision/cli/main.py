@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.cli.words import split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
+from sslvision.runs.redaction import redact
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
 from sslvision.system.resuming import command_to_resume
@@ -112,10 +114,8 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
     """
     left = ""
     if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
-        starts_anew = [f"{key}=true" for key in ("overwrite", "dry_run") if getattr(settings, key)]
-        but = f", but without {' and '.join(starts_anew)}, which would delete them" if starts_anew else ""
-        left = f" The trainings that have ended are kept: the same command again{but} goes on with the others."
-    elif hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
+        return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
+    if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
             left = f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
         else:
@@ -127,6 +127,23 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         signum = signal.SIGTERM
         left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in words else f" {NOT_REQUEUED}"
     return Stopped(f"{signal.Signals(signum).name} outside of training.{left}", signum)
+
+
+def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: Any) -> str:
+    """Return how many trainings of a comparison or ladder are kept, and the command that goes on with the others."""
+    if settings.dry_run:
+        return "This was a dry run, which is not resumed: start it again."
+    folder = Path(os.environ.get(RUN_FOLDER, ""))
+    record = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl")
+    ended = sum(line.endswith("}\n") for line in record.open()) if record.is_file() else 0
+    kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
+    again = [word for word in words if word.split("=")[0] != "overwrite"]
+    left_out = ""
+    if settings.overwrite:
+        left_out = " (without overwrite=true, which would delete them)"
+        again += ["overwrite=false"] if len(again) == len(words) else []  # it is the recipe's
+    line = shlex.join(["python", "-m", f"sslvision.{command.name}", *redact(again)])
+    return f"{kept} kept in {folder}; the one under way begins anew. The same command goes on{left_out}: {line}"
 
 
 def _complain(error: SSLVisionError) -> int:

@@ -137,10 +137,18 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
     )
     told = f" Did you mean name={near[0]}?" if near and not given.get("output_dir") else ""
     start = "recipe=NAME" if command.pretrains else "run=..."
+    if resume != "auto" and not folder.exists():
+        raise UsageError(
+            f"resume={resume}: there is no such checkpoint or run folder. {_WHAT_TO_RESUME} To start a run that a later call "
+            f"resumes, add {start}."
+        )
     raise UsageError(
         f"resume={resume}: there is no run in {folder} (no config.yaml).{told} To start one that a later call resumes, add "
         f"{start}."
     )
+
+
+_WHAT_TO_RESUME = "Give the path of a .ckpt file, or resume=auto with the name= or output_dir= of a run."
 
 
 def _run_to_resume(resume: str, name: Any, output_dir: Any, dry_run: Any) -> Path | None:

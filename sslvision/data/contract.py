@@ -1,34 +1,80 @@
-"""Checking a source of a user's own before training, in the words of its contract (data/source.py)."""
+"""Checking a source of a user's own in the words of its contract (data/source.py): before training, and as images are read.
 
-from typing import Any, NoReturn
+An image of another type would otherwise be copied into a batch of bytes without a word: floats from 0 to 1 become black.
+"""
+
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from sslvision.data.source import Source, UnreadableImage
+from sslvision.data.source import Source, Splits, UnreadableImage
+from sslvision.data.sources.folder import FileSource
 from sslvision.errors import SSLVisionError, UsageError
 
 ATTRIBUTES = ("name", "channels", "classes", "labels", "images", "read", "describe", "__len__")
 TRIED = 10  # images read until one is readable
 
 
-def check_contract(splits: Any) -> None:
+class BrokenContract(UsageError):
+    """A source that does not keep the contract."""
+
+    def __init__(self, message: str):
+        # A loader's worker passes its whole traceback on as the message, with ours at the end.
+        super().__init__(message.rpartition(f"{BrokenContract.__name__}: ")[2].strip())
+
+
+class CheckedSource:
+    """A source whose images are checked as they are read.
+
+    Args:
+        source: The source, whose attributes have been checked.
+        split: Its part of the data set, for messages.
+    """
+
+    def __init__(self, source: Source, split: str):
+        self.source, self.split = source, split
+        self.name, self.channels, self.classes = source.name, source.channels, source.classes
+        self.labels, self.images = source.labels, source.images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, index: int) -> Tensor:
+        """Return image `index` as (C, H, W) uint8; raises what the source raises, and BrokenContract."""
+        image = self.source.read(index)
+        _check_image(self.source, self.split, index, image)
+        return image
+
+    def describe(self, index: int) -> str:
+        """Return the source's name of image `index`."""
+        return self.source.describe(index)
+
+
+def check_contract(splits: Any) -> Splits:
     """Check every source of `splits` that is not part of this package: its attributes, its labels and its first image.
 
+    Returns:
+        The splits, with sources that check every image as it is read.
+
     Raises:
-        UsageError: With what was found, what the contract says, and how to get there.
+        BrokenContract: With what was found, what the contract says, and how to get there.
     """
     if not isinstance(splits, tuple) or not hasattr(splits, "train"):
-        raise UsageError(
+        raise BrokenContract(
             f"The data source returned {_kind(splits)}, not sslvision.Splits: return Splits(train, test), where test may be "
             "None (docs/extending.md)."
         )
+    checked: Any = splits
     for name in ("train", "test", "validation"):
         source = getattr(splits, name, None)
         if source is not None and not type(source).__module__.startswith("sslvision."):
             _check_source(source, name)
+            if source.images is None and not isinstance(source, FileSource):
+                checked = checked._replace(**{name: CheckedSource(source, name)})
+    return cast(Splits, checked)
 
 
 def _check_source(source: Source, split: str) -> None:
@@ -53,7 +99,10 @@ def _check_source(source: Source, split: str) -> None:
 
 
 def _check_labels(source: Source, split: str) -> None:
-    labels, wanted = source.labels, f"labels are a tensor (N,) of int64, here ({len(source)},), or None"
+    labels, wanted = (
+        source.labels,
+        f"labels are a tensor (N,) of int64, one class for each image, here ({len(source)},), or None",
+    )
     if labels is None:
         return
     if not isinstance(labels, Tensor):
@@ -80,14 +129,25 @@ def _check_first_image(source: Source, split: str) -> None:
             raise
         except Exception as error:
             words = " ".join(str(error).split())[:200]
-            raise UsageError(
+            raise BrokenContract(
                 f"{_title(source, split)}: read({index}) raised {type(error).__name__}: {words}. A source raises "
                 "UnreadableImage (sslvision.data.source) for an image that cannot be decoded; any other exception ends the "
                 "run."
             ) from error
     else:
         return  # the loader counts and reports them
-    found, channels = f"read({index}) returned {_kind(image)}", source.channels
+    _check_image(source, split, index, image)
+    described: Any = source.describe(index)
+    if not isinstance(described, str):
+        _refuse(source, split, f"describe({index}) returned {_kind(described)}", "a str, such as the path of the image")
+
+
+def _check_image(source: Source, split: str, index: int, image: Any) -> None:
+    channels = source.channels
+    is_bytes = isinstance(image, Tensor) and image.dtype == torch.uint8
+    if is_bytes and image.ndim == 3 and image.shape[0] == channels and image.numel():
+        return
+    found = f"read({index}) returned {_kind(image)}"
     wanted = f"(C, H, W) uint8 in 0..255, here ({channels}, H, W)"
     if not isinstance(image, Tensor):
         how = (
@@ -102,13 +162,14 @@ def _check_first_image(source: Source, split: str) -> None:
         _refuse(source, split, found, f"{wanted}: {how}")
     if image.dtype != torch.uint8:
         _refuse(source, split, found, f"{wanted}: scale it to 0..255 with one range for all images, then .byte()")
-    if image.ndim != 3 or image.shape[0] != channels or not image.numel():
-        last = image.ndim == 3 and image.shape[2] == channels
-        how = ": image.permute(2, 0, 1)" if last else ": image[None]" if image.ndim == 2 and channels == 1 else ""
-        _refuse(source, split, found, f"{wanted}{how}")
-    described: Any = source.describe(index)
-    if not isinstance(described, str):
-        _refuse(source, split, f"describe({index}) returned {_kind(described)}", "a str, such as the path of the image")
+    how = ""
+    if image.ndim == 3 and image.shape[2] == channels:
+        how = ": image.permute(2, 0, 1)"
+    elif image.ndim == 2 and channels == 1:
+        how = ": image[None]"
+    elif image.ndim == 3 and image.numel():
+        how = f", as many as data.channels={channels}: give data.channels={min(image.shape)} if all images have so many"
+    _refuse(source, split, found, f"{wanted}{how}")
 
 
 def _kind(value: Any) -> str:
@@ -127,7 +188,7 @@ def _title(source: Any, split: str) -> str:
 
 
 def _refuse(source: Any, split: str, found: str, expected: str) -> NoReturn:
-    raise UsageError(
+    raise BrokenContract(
         f"{_title(source, split)}: {found}. Expected: {expected}. The contract is in sslvision/data/source.py and "
         "docs/extending.md."
     )

@@ -195,11 +195,23 @@ def _computed_statistics(source: Source, seed: int) -> tuple[list[float], list[f
         for part in pixels.split(COUNTED, dim=1):
             counts += torch.stack([channel.bincount(minlength=256) for channel in part])
     if not counts.any():
-        raise DataError(f"None of the images drawn from {source.name} can be read; is it the right folder?")
+        raise DataError(
+            f"None of the images drawn from {source.name} to compute mean and deviation can be read{_first_reason(source)}. "
+            "Is it the right folder, and do data.channels and data.root fit its files?"
+        )
     shares = counts / counts.sum(1, keepdim=True)
     mean = shares @ levels  # (C,)
     std = (shares * (levels - mean[:, None]) ** 2).sum(1).sqrt().clamp(min=1 / 255)  # no division by zero if constant
     return mean.tolist(), std.tolist()
+
+
+def _first_reason(source: Source) -> str:
+    """Return the first image and why it cannot be read, in words; nothing if it can be."""
+    try:
+        source.read(0)
+    except UnreadableImage as error:
+        return f"; the first: {source.describe(0)} ({error})"
+    return ""
 
 
 def _pixels_to_count(source: Source, seed: int) -> Iterator[Tensor]:

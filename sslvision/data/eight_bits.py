@@ -67,7 +67,9 @@ def eight_bits(values: np.ndarray, value_range: ValueRange | None = None) -> np.
     if values.dtype == np.uint8:
         return np.ascontiguousarray(values)
     if kind not in "iuf":
-        raise UnreadableImage(f"its pixels are of type {values.dtype}, not numbers")
+        raise UnreadableImage(
+            f"its pixels are of type {values.dtype}: save real numbers, such as numpy.abs of complex ones"
+        )
     given = value_range and (value_range.floats if kind == "f" else value_range.integers)
     low, high = given or _own_range(values)
     span = max(high - low, float(np.finfo(np.float32).tiny))

@@ -25,6 +25,9 @@ class Cell(TypedDict):
     mean: float
     deviation: float  # standard deviation; ignored if there is one seed
     seeds: int
+    test_images: int
+    low: float  # 95 % interval of the mean over test sets of this size, in percent
+    high: float
 
 
 class Point(NamedTuple):
@@ -55,7 +58,7 @@ def label_efficiency_figure(cells: Sequence[Cell], *, title: str, classes: int) 
     figure.suptitle(title, x=0.02, ha="left", size=10, color=INK, weight="bold", parse_math=False, family=families)
     axes = figure.subplots()
     most = max(line[-1].x for line in lines.values())
-    axes.set_title(_about_seeds(cells), loc="left", size=8, color=MUTED)
+    axes.set_title(f"{about_seeds(cells)}\n{about_test_images(cells)}", loc="left", size=8, color=MUTED)
     style(axes)
     for number, (arm, line) in enumerate(lines.items()):
         shift = (number - (len(lines) - 1) / 2) * 3 / 72  # inches
@@ -79,11 +82,21 @@ def label_efficiency_figure(cells: Sequence[Cell], *, title: str, classes: int) 
     return figure
 
 
-def _about_seeds(cells: Sequence[Cell]) -> str:
+def about_seeds(cells: Sequence[Cell]) -> str:
+    """Return in words how many trainings a value is the mean of."""
     fewest, most = min(cell["seeds"] for cell in cells), max(cell["seeds"] for cell in cells)
     if most == 1:
         return "one seed"
     return f"mean and standard deviation of {most if fewest == most else f'{fewest} to {most}'} seeds"
+
+
+def about_test_images(cells: Sequence[Cell]) -> str:
+    """Return in words what so many test images tell, by the interval of the best value."""
+    best = max(cells, key=lambda cell: cell["mean"])
+    return (
+        f"{best['test_images']:,} test images: {best['mean']:.1f} % has the 95 % interval {best['low']:.1f} to "
+        f"{best['high']:.1f} %"
+    )
 
 
 def _point(cell: Cell, classes: int) -> Point:

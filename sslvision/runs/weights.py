@@ -146,13 +146,8 @@ def _tensors_of(method: Method, path: Path) -> tuple[str, dict[str, Tensor], Gri
         file = find_weights(path)
         content = read_released(file)
         return str(file), flat_tensors(content), made_for(file, content)
-    try:
-        loaded = load_backbone(name, image_size=backbone.image_size, channels=backbone.channels, head=False)
-    except UsageError as error:  # its words are about probing
-        said = str(error).replace(f"run={name}", f"init_from={name}")
-        raise UsageError(
-            said.replace("pretrained=false for random weights", "no init_from for random weights")
-        ) from error
+    size, channels = backbone.image_size, backbone.channels
+    loaded = load_backbone(name, image_size=size, channels=channels, head=False, setting="init_from")
     network = loaded.backbone.model
     return loaded.weights, dict(network.state_dict()), grids_of(network)
 

@@ -111,7 +111,7 @@ def refuse_other_kinds(file: Path) -> None:
     if file.suffix == ".tar" and is_archive(file):  # PyTorch's examples name their checkpoints .pth.tar
         found = None
     found = found or next((words for begin, words in OTHER_KINDS.items() if head.startswith(begin)), None)
-    if found is not None and file.suffix != ".safetensors":
+    if found is not None and (file.suffix != ".safetensors" or head.startswith((b"version https://git-lfs", b"<"))):
         raise UsageError(
             f"{file} {found}. Weights are a .pth file of tensors in plain containers, or a .safetensors file."
         )

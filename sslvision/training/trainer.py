@@ -162,7 +162,8 @@ def _rejections(options: dict[str, Any]) -> Iterator[None]:
         L.utilities.exceptions.MisconfigurationException,
     ) as error:
         shown = ", ".join(f"trainer.{key}={value}" for key, value in options.items())
-        hint = " trainer.accelerator=auto takes what this machine has." if "accelerator" in options else ""
+        took = ["accelerator", "devices"] + ["strategy"] * isinstance(options.get("strategy"), str)
+        hint = "".join(f" trainer.{key}=auto takes what this machine has." for key in took if key in options)
         raise UsageError(f"Lightning rejects {shown or 'the trainer'}: {error}{hint}") from error
 
 

@@ -21,7 +21,6 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,10 @@ from torch.nn import functional as F
 from sslvision.data.sources.list_images import share, some
 from sslvision.data.subsets import Subset, draw_up_to
 from sslvision.errors import UsageError
-from sslvision.evaluation.confidence import ranking_of, score
+from sslvision.evaluation.confidence import ranking_of, score, wilson_interval
 from sslvision.evaluation.linear_probe import linear_probe
-from sslvision.figures.label_efficiency import Cell, label_efficiency_figure
+from sslvision.figures.label_efficiency import Cell, about_seeds, about_test_images, label_efficiency_figure
 from sslvision.runs import run_files
-from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune
 from sslvision.training.trainer import Machine, configure_torch, resolve_machine, silence_lightning
 from sslvision.workflows.classifier_training import (
@@ -52,6 +50,7 @@ from sslvision.workflows.classifier_training import (
     train_classifier,
     with_method,
 )
+from sslvision.workflows.comparison_record import Point, claim
 from sslvision.workflows.console import print_comparison, print_configuration, print_findings
 from sslvision.workflows.labeled_data import (
     Features,
@@ -60,26 +59,10 @@ from sslvision.workflows.labeled_data import (
     open_labeled_data,
     rank_classes,
 )
+from sslvision.workflows.time_left import Training, estimate, in_words
 
 SCRATCH, FROZEN, PARTIAL, FULL = ARMS = ("from scratch", "frozen features", "partial", "full")
 VALIDATE_ON = 1_000  # images at most
-MAY_CHANGE = ("labels_per_class", "seeds", "name", "output_dir", "resume", "overwrite", "about", "logger")
-
-CONTENTS = """\
-# {name}
-
-Made by `{command}`. The same command continues where it was stopped.
-
-| file | what it is |
-| --- | --- |
-| comparison.csv | mean and standard deviation of top-1 for each arm and number of labels |
-| comparison.png | the same as a figure |
-| results.json | what was left out of the images or guessed, and how many could not be read, under `findings` |
-| cells.jsonl | every training: arm, labels, seed, learning rate, validation and test accuracy, seconds |
-| config.yaml, environment.json | all settings; versions, git commit and hardware |
-"""
-
-Point = tuple[str, Any, int, float]  # arm, labels per class, seed, learning rate as a ratio to pretraining's
 
 
 def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list[Cell]:
@@ -120,44 +103,13 @@ def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list
         cells += [comparison.cell(arm, labels) for arm in ARMS]
         write(cells, folder, labeled, comparison.findings())
         print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images per class")
+        console.print(f"{about_seeds(cells)[0].upper()}{about_seeds(cells)[1:]}; {about_test_images(cells)}.")
     print_findings(console, comparison.unreadable)
     spent = sum(entry["seconds"] for entry in comparison.done.values())
     console.print(
         f"{len(comparison.done)} trainings in {spent:,.0f} s. Everything is in {folder}, described in its README.md."
     )
     return cells
-
-
-def claim(settings: Finetune, folder: Path, words: Sequence[str]) -> dict[Point, dict[str, Any]]:
-    """Claim the comparison's folder, and return the trainings done before.
-
-    Raises:
-        UsageError: The folder is used by something else, or by a comparison with other settings.
-    """
-    record, kept = folder / "cells.jsonl", folder / "settings.json"
-    plain = json.loads(json.dumps(redact(dataclasses.asdict(settings))))
-    resumes = kept.is_file() and not (settings.overwrite or settings.dry_run)
-    done = recorded_trainings(record) if resumes else {}
-    if done:  # before the first training is done, any setting may be corrected
-        before = json.loads(kept.read_text())
-        changed = [key for key in plain if key not in MAY_CHANGE and plain[key] != before.get(key)]
-        if changed:
-            differing = ", ".join(f"{key}={plain[key]} (it was {before.get(key)})" for key in changed)
-            raise UsageError(
-                f"{folder} holds a comparison with other settings: {differing}. Use another name= or overwrite=true."
-            )
-    run_files.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=resumes)
-    run_files.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
-    run_files.write_json(kept, plain)
-    record.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()))
-    return done
-
-
-def recorded_trainings(file: Path) -> dict[Point, dict[str, Any]]:
-    """Return the trainings recorded in cells.jsonl; its last line may be incomplete after a kill."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(entry["arm"], entry["labels"], entry["seed"], entry["lr_ratio"]): entry for entry in entries}
 
 
 class Comparison:
@@ -222,29 +174,28 @@ class Comparison:
         return remarks
 
     def time_left(self) -> str:
-        """Return an estimate of the time that is left, from the seconds that updates of each arm took so far."""
+        """Return an estimate of the time that is left, in words; features of frozen networks, computed once, are not in it."""
         seeds = range(self.settings.seed, self.settings.seed + self.settings.seeds)
-        first, rest = seeds[0], len(seeds) - 1
-        known = [entry for entry in self.done.values() if entry["arm"] != FROZEN]
-        if not known or len(self.done) >= self.total:
+        ended = [
+            Training(entry["arm"], entry["updates"], self._batch_size(entry["images"]), entry["seconds"])
+            for entry in self.done.values()
+            if entry["arm"] != FROZEN
+        ]
+        if not ended or len(self.done) >= self.total:
             return ""
-
-        def seconds(arm: str, images: int) -> float:
-            own = [entry for entry in known if entry["arm"] == arm] or known
-            per_update = sum(entry["seconds"] for entry in own) / sum(entry["updates"] for entry in own)
-            return per_update * self._updates(arm, images)
-
-        left = 0.0
+        left: list[Training] = []
         for labels in self.settings.labels_per_class:
-            images = len(draw_up_to(self.labels, None if labels == "all" else labels, seed=first))
+            images = len(draw_up_to(self.labels, None if labels == "all" else labels, seed=seeds[0]))
+            batch_size = self._batch_size(images)
             for arm in (SCRATCH, PARTIAL, FULL):
                 done = sum(key[:2] == (arm, labels) for key in self.done)
-                left += max(0, len(self.settings.lr_ratios) + rest - done) * seconds(arm, images)
-        return f", about {timedelta(seconds=round(left))} left"
+                missing = len(self.settings.lr_ratios) + len(seeds) - 1 - done
+                updates = count_updates(self.settings_of[arm], images, batch_size)[0]
+                left += [Training(arm, updates, batch_size)] * max(0, missing)
+        return f", {in_words(estimate(left, ended))}" if left else ""
 
-    def _updates(self, arm: str, images: int) -> int:
-        settings = self.settings_of[arm]
-        return count_updates(settings, images, min(settings.batch_size, images))[0]
+    def _batch_size(self, images: int) -> int:
+        return min(self.settings.batch_size, images)
 
     def cell(self, arm: str, labels: Any) -> Cell:
         """Return mean and standard deviation over the seeds, each with the rate that validated best with the first."""
@@ -256,6 +207,8 @@ class Comparison:
             best = max(tried, key=lambda entry: (entry["val_top1"], -entry["val_loss"]))
             entries = [best, *(self.entry((arm, labels, seed, best["lr_ratio"])) for seed in seeds[1:])]
         scores = [entry["test_top1"] for entry in entries]
+        tested = entries[0].get("test_images", len(self.labeled.test))  # not in records of earlier versions
+        low, high = wilson_interval(statistics.fmean(scores) / 100 * tested, tested)
         return Cell(
             arm=arm,
             labels_per_class=labels,
@@ -263,6 +216,9 @@ class Comparison:
             mean=statistics.fmean(scores),
             deviation=statistics.stdev(scores) if len(scores) > 1 else 0.0,
             seeds=len(scores),
+            test_images=tested,
+            low=low,
+            high=high,
         )
 
     def entry(self, point: Point) -> dict[str, Any]:
@@ -319,6 +275,7 @@ class Comparison:
             "val_top1": score(ranking, validation.labels, classes=classes).top1,
             "test_top1": score(probe.ranking, test.labels, classes=classes).top1,
             "l2": probe.l2,
+            "test_images": len(test.labels),
         }
         self._heads[len(indices), seed] = head, accuracies
         return head, accuracies
@@ -351,6 +308,7 @@ class Comparison:
             "val_loss": best["val_loss"],
             "test_top1": score(ranking, labels, classes=len(labeled.classes)).top1,
             "updates": plan.updates,
+            "test_images": len(labels),
         }
 
 
@@ -363,7 +321,8 @@ def write(cells: Sequence[Cell], folder: Path, labeled: LabeledData, findings: S
         rows = csv.DictWriter(file, list(cells[0]))
         rows.writeheader()
         rows.writerows(
-            {**cell, "mean": f"{cell['mean']:.2f}", "deviation": f"{cell['deviation']:.2f}"} for cell in cells
+            {key: f"{value:.2f}" if isinstance(value, float) else value for key, value in cell.items()}
+            for cell in cells
         )
     title = f"{labeled.test.name}: the value of pretraining"
     label_efficiency_figure(cells, title=title, classes=len(labeled.classes)).savefig(folder / "comparison.png")

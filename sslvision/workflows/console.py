@@ -1,6 +1,5 @@
 """What the commands print: the configuration in effect before the first step, findings and tables at the end."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import pytorch_lightning as L
@@ -13,6 +12,7 @@ from rich.table import Table
 from sslvision.data.source import Source
 from sslvision.data.sources.list_images import some
 from sslvision.evaluation.confidence import Scores
+from sslvision.evaluation.evaluate import intervals_of
 from sslvision.figures.label_efficiency import Cell
 from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.data_waits import DataWaits
@@ -69,7 +69,7 @@ def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], titl
     columns = {"knn_top1": "k-NN top-1 %", "linear_top1": "linear probe top-1 %", "rankme": "RankMe"}
     columns = {key: heading for key, heading in columns.items() if any(key in scores for scores in rows.values())}
     for heading in columns.values():
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for number, (name, scores) in enumerate(rows.items()):
         style = "bold" if number == 0 else None
         table.add_row(name, *(_with_interval(key, scores) for key in columns), style=style)
@@ -77,12 +77,9 @@ def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], titl
 
 
 def _with_interval(key: str, scores: Mapping[str, float]) -> str:
-    """Return a score, and of accuracies half the width of the 95 % interval over test sets of the same size."""
-    value, images = scores[key], scores.get("held_out")
-    if not key.endswith("top1") or not images:
-        return f"{value:.1f}"
-    share = (value / 100 * images + 2) / (images + 4)  # Agresti and Coull 1998: right for few images, too
-    return f"{value:.1f} ± {196 * math.sqrt(share * (1 - share) / (images + 4)):.1f}"
+    """Return a score, and of an accuracy the 95 % interval over test sets of the same size."""
+    interval = intervals_of(scores).get(key)
+    return f"{scores[key]:.1f}" + (f" ({interval[0]:.1f} to {interval[1]:.1f})" if interval else "")
 
 
 def print_classifiers(console: Console, rows: Mapping[str, Scores], title: str) -> None:

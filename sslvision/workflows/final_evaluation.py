@@ -11,7 +11,13 @@ from sslvision.backbones.backbone import Backbone
 from sslvision.data.datamodule import ImageData
 from sslvision.data.source import Splits
 from sslvision.errors import UsageError
-from sslvision.evaluation.evaluate import evaluate_backbone, evaluate_pixels, has_labels, why_not_evaluated
+from sslvision.evaluation.evaluate import (
+    evaluate_backbone,
+    evaluate_pixels,
+    has_labels,
+    intervals_of,
+    why_not_evaluated,
+)
 from sslvision.evaluation.features import Extraction, extract_features, sample_indices
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
@@ -88,14 +94,20 @@ def export_and_evaluate(
         )
     print_findings(console, findings)
     names = {prefix: name for prefix, (name, _) in compared.items()} | {"pixels_": "raw pixels"}
-    title = f"Frozen features on {evaluated.train.name}"
+    title = f"Frozen features on {evaluated.train.name}" + (" (95 % interval)" if has_labels(evaluated) else "")
     print_scores(console, {names[prefix]: row for prefix, row in rows.items()}, title=title)
+    intervals = {
+        f"{prefix}{name}": [round(end, 2) for end in interval]
+        for prefix, row in rows.items()
+        for name, interval in intervals_of(row).items()
+    }
     images = max([row.pop("held_out", 0) for row in rows.values()])
     scores = {f"{prefix}{name}": round(value, 2) for prefix, row in rows.items() for name, value in row.items()}
     for logger in trainer.loggers:
         logger.log_metrics(scores, step=trainer.global_step)
     loss = draw_curves(settings, folder, untrained_knn=scores.get("untrained_knn_top1"))
-    return {"loss": loss, **scores, **({"held_out_images": images} if images else {}), "findings": findings}
+    tested = {"held_out_images": images, "intervals": intervals} if images else {}
+    return {"loss": loss, **scores, **tested, "findings": findings}
 
 
 def compared_backbones(

@@ -156,7 +156,7 @@ def continued(settings: Pretrain, resume: Resume | None) -> Pretrain:
     init_from = settings.init_from or then.get("init_from")
     backbone = settings.backbone
     if "name" not in backbone:
-        known = then["backbone"] if then else backbone_of_weights(str(init_from))
+        known = then["backbone"] if then else backbone_of_weights(str(init_from), setting="init_from")
         backbone = {**known, **backbone}
     return dataclasses.replace(settings, init_from=init_from, backbone=backbone)
 
@@ -213,8 +213,15 @@ def open_splits(data: Mapping[str, Any]) -> Splits:
     cache = ("cache", "cache_size", "cache_dir")
     loader = ("workers", "normalize", "max_unreadable", *cache)  # arguments that the source does not get
     target = locate("data", data["_target_"])
+    parameters = inspect.signature(target).parameters
+    any_key = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if "channels" in data and "channels" not in parameters and not any_key:
+        raise UsageError(
+            f"data._target_={data['_target_']} has no parameter channels: a function that opens a data source takes channels, "
+            "the number of channels of its images (docs/extending.md)."
+        )
     splits = target(**{key: value for key, value in data.items() if key not in ("_target_", *loader)})
-    check_contract(splits)
+    splits = check_contract(splits)
     side, workers = data.get("cache_size", 320), data.get("workers")
     return cached(splits, data.get("cache"), side=side, folder=data.get("cache_dir"), workers=workers)
 

@@ -309,6 +309,7 @@ def test_parameters_views_and_neighboring_images_are_independent():
     assert correlation.abs().max() <= 4.5 / math.sqrt(n)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("photometry", [Photometry(), SECOND_VIEW])
 def test_augmented_images_have_the_statistics_of_torchvisions_pipeline(photometry):
     n = 4800

@@ -111,6 +111,7 @@ def dino(backbone, **settings):
     return DINO(backbone, **small, momentum=0.5, **settings)
 
 
+@pytest.mark.thorough
 @different_families_first
 def test_dino_trains_it_with_local_crops_and_its_teacher_follows(kind):
     half = FAMILIES[kind][2]
@@ -148,6 +149,7 @@ def test_hiding_patches_is_refused_in_words(kind):
         build(kind).encode(torch.rand(1, 3, SIZE, SIZE), torch.tensor([[0]]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "kind", ["MaxViT", "Swin v2, channels last", "DeiT with two class tokens", "DenseNet", "EfficientFormer"]
 )

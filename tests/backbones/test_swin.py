@@ -268,6 +268,7 @@ def saved_bytes(backbone, encode):
     return sum(storage.nbytes() for storage in saved.values())
 
 
+@pytest.mark.thorough
 def test_hiding_three_quarters_saves_three_quarters_of_the_work_and_two_thirds_of_the_memory():
     backbone = build(TINY, 256, 8, dtype=torch.float32, embed_dim=96)
     images, keep = torch.randn(2, 3, 256, 256), some_units(backbone)

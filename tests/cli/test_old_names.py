@@ -47,6 +47,7 @@ def old_run(tmp_path):
     return copy
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("method", OLD)
 def test_an_old_run_resumes_and_ends_with_the_weights_it_ended_with_then(method, old_run, capsys):
     folder = old_run(method)

@@ -107,6 +107,7 @@ def test_a_path_comes_back_from_the_config_of_a_run_as_it_was_given(root, tmp_pa
         assert compose_settings(words).data == before.data
 
 
+@pytest.mark.thorough
 def test_the_data_of_a_recipe_can_be_replaced_and_what_any_source_takes_stays(tmp_path):
     given = ["data.root=a", "data.holdout=0.3", "data.workers=2", "data.cache=disk"]
     recorded(tmp_path / "x", "recipe=mae", "data=folder", *given)
@@ -168,7 +169,7 @@ def test_a_run_is_resumed_without_its_recipe(tmp_path, capsys):
             "resume=auto name=frist",
             r"no run in outputs/frist .*Did you mean name=first\? .*add recipe=NAME",
         ),
-        ("pretrain", "resume=nowhere/last.ckpt", r"no run in nowhere/last.ckpt.*add recipe=NAME"),
+        ("pretrain", "resume=nowhere/last.ckpt", r"there is no such checkpoint.*add recipe=NAME"),
         ("finetune", "resume=auto name=nothing", r"no run in outputs/nothing .*add run="),
         ("pretrain", "resume=auto name=foreign", r"method._target_=os.system.*name it yourself"),
     ],
@@ -199,8 +200,21 @@ def test_the_command_that_resumes_works_when_typed(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words", "told"),
     [
-        ("finetune", "run=test_vit data=digits compare=true", "the same command again goes on with the others"),
-        ("finetune", "run=test_vit data=digits compare=true overwrite=true", "but without overwrite=true"),
+        (
+            "finetune",
+            "run=test_vit data=digits compare=true",
+            r"SIGINT\. 0 trainings have ended and are .*goes on: python -m sslvision\.finetune run=.* compare=true$",
+        ),
+        (
+            "finetune",
+            "run=test_vit data=digits compare=true overwrite=true",
+            r"goes on \(without overwrite=true, which would delete them\): .* data=digits compare=true$",
+        ),
+        (
+            "finetune",
+            "run=test_vit data=digits compare=true dry_run=true",
+            "dry run, which is not resumed: start it again",
+        ),
         ("finetune", "run=test_vit data=digits name=a", "start it again, with overwrite=true, as its folder is in use"),
         (
             "finetune",

@@ -161,6 +161,7 @@ def test_fine_tuning_takes_the_network_of_a_run_with_random_weights(settings_of)
     assert settings.backbone["pretrained"] is False
 
 
+@pytest.mark.thorough
 def test_a_size_that_patches_do_not_divide_and_a_strategy_that_ends_are_one_line_when_typed(warm_command, tmp_path):
     words = ("recipe=dino", "backbone=vit_small_patch16_224", "dry_run=true")
     for word, message in (

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from sslvision.data.contract import check_contract
+from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import SourceGone, Splits, UnreadableImage
 from sslvision.errors import UsageError
 from sslvision.workflows.pretraining import open_splits
@@ -54,6 +55,7 @@ WRONG_IMAGES = {
     "channels last": (torch.zeros(8, 9, 3, dtype=torch.uint8), 3, r"\(8, 9, 3\).*permute\(2, 0, 1\)"),
     "no channel": (torch.zeros(8, 9, dtype=torch.uint8), 1, r"\(8, 9\).*image\[None\]"),
     "another number of channels": (torch.zeros(1, 8, 9, dtype=torch.uint8), 3, r"\(1, 8, 9\).*here \(3, H, W\)"),
+    "channels that were not asked for": (torch.zeros(3, 8, 9, dtype=torch.uint8), 1, r"give data\.channels=3"),
     "no pixels": (torch.zeros(3, 0, 9, dtype=torch.uint8), 3, r"\(3, 0, 9\)"),
     "a missing key": (KeyError("path"), 3, r"read\(0\) raised KeyError: 'path'\. A source raises UnreadableImage"),
     "a missing file": (FileNotFoundError(2, "No such file"), 3, r"read\(0\) raised FileNotFoundError.*UnreadableImage"),
@@ -93,6 +95,21 @@ WRONG_ATTRIBUTES = {
 def test_attributes_against_the_contract_are_refused(changed, message):
     with pytest.raises(UsageError, match=rf"\(test\): .*{message}"):
         check_contract(Splits(Own(), Own(**changed)))
+
+
+class Later(Own):
+    """Its image 12 is of floats."""
+
+    def read(self, index):
+        return self.image.float() / 255 if index == 12 else self.image
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_later_image_against_the_contract_ends_the_run_by_name_instead_of_becoming_black(workers):
+    splits = check_contract(Splits(Later(), None))
+    loader = evaluation_loader(splits.train, (8, 8), list(range(20)), batch_size=4, workers=workers)
+    with pytest.raises(UsageError, match=r"^The data source Later \(train\): read\(12\) .*float32.*\(image \* 255\)"):
+        list(loader)
 
 
 def test_what_is_missing_is_named_and_splits_are_asked_for():

@@ -1,7 +1,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,44 +48,55 @@ def test_the_mean_per_class_counts_rare_classes_in_fully() -> None:
     assert (scores.top1, scores.mean_per_class) == (90, 50)
 
 
-def test_the_interval_covers_the_true_accuracy_in_about_95_of_100_test_sets() -> None:
-    truth, images, sets = 0.8, 400, 600
-    covered = 0
-    for seed, correct in enumerate(np.random.default_rng(0).binomial(images, truth, size=sets)):
-        low, high = score(*first_right(int(correct), images), classes=2, seed=seed).interval
-        covered += low <= 100 * truth <= high
-    assert 0.92 < covered / sets < 0.975  # four deviations of the 600 test sets about 0.95
+def interval_of(correct: int, of: int) -> tuple[float, float]:
+    return score(*first_right(correct, of), classes=2).interval
 
 
-def test_the_interval_is_that_of_images_drawn_again() -> None:
-    ranking, labels = first_right(140, 200)
-    low, high = score(ranking, labels, classes=2).interval
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(200, (4000, 200), generator=generator)
-    accuracies = 100 * (ranking[:, 0] == labels).double()[drawn].mean(1)
-    assert [low, high] == pytest.approx(accuracies.quantile(torch.tensor([0.025, 0.975]).double()).tolist(), abs=0.8)
+@pytest.mark.parametrize(
+    ("correct", "of", "published"),
+    [  # Newcombe 1998, Stat. Med. 17: 857-872, table I, method 3
+        (81, 263, (25.53, 36.62)),
+        (15, 148, (6.24, 16.05)),
+        (0, 20, (0.00, 16.11)),
+        (1, 29, (0.61, 17.18)),
+    ],
+)
+def test_the_interval_is_the_published_one_of_the_score_test(
+    correct: int, of: int, published: tuple[float, float]
+) -> None:
+    assert interval_of(correct, of) == pytest.approx(published, abs=0.005)
+    low, high = interval_of(of - correct, of)
+    assert (100 - high, 100 - low) == pytest.approx(published, abs=0.005)
+
+
+@pytest.mark.parametrize("of", [1, 2, 7, 30, 1000])
+def test_all_right_or_none_leaves_an_interval_that_narrows_with_the_images(of: int) -> None:
+    z2 = 1.959964**2
+    assert interval_of(0, of) == pytest.approx((0, 100 * z2 / (of + z2)))
+    assert interval_of(of, of) == pytest.approx((100 * of / (of + z2), 100))
+    assert interval_of(0, of)[0] == 0
+    assert interval_of(of, of)[1] == 100
+
+
+@pytest.mark.parametrize("of", [1, 5, 40, 333])
+def test_the_interval_contains_the_accuracy_and_stays_within_0_to_100(of: int) -> None:
+    for correct in range(of + 1):
+        low, high = interval_of(correct, of)
+        assert 0 <= low <= 100 * correct / of <= high <= 100
+        assert high - low > 0
+
+
+@pytest.mark.parametrize(("truth", "images"), [(0.8, 400), (0.97, 40), (0.5, 12), (0.1, 25)])
+def test_the_interval_covers_the_true_accuracy_in_about_95_of_100_test_sets(truth: float, images: int) -> None:
+    chances = [math.comb(images, k) * truth**k * (1 - truth) ** (images - k) for k in range(images + 1)]
+    intervals = [interval_of(k, images) for k in range(images + 1)]
+    covered = sum(chance for chance, (low, high) in zip(chances, intervals, strict=True) if low <= 100 * truth <= high)
+    assert 0.92 < covered < 0.99
 
 
 def test_four_times_the_images_halve_the_interval() -> None:
-    widths = [high - low for low, high in (score(*first_right(7 * n, 10 * n), classes=2).interval for n in (100, 400))]
-    assert widths[0] / widths[1] == pytest.approx(2, abs=0.2)
-
-
-def test_the_interval_depends_on_the_seed_and_on_nothing_else() -> None:
-    arguments = first_right(731, 1000)
-    first = score(*arguments, classes=2, seed=3).interval
-    torch.manual_seed(1)
-    np.random.seed(1)  # noqa: NPY002
-    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist()  # noqa: NPY002
-    assert score(*arguments, classes=2, seed=3).interval == first
-    assert {score(*arguments, classes=2, seed=seed).interval for seed in range(10)} != {first}
-    assert torch.get_rng_state().equal(states[0])
-    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == states[1]  # noqa: NPY002
-
-
-@pytest.mark.parametrize(("correct", "interval"), [(0, (0, 0)), (30, (100, 100))])
-def test_all_right_or_none_leaves_no_interval(correct: int, interval: tuple[float, float]) -> None:
-    assert score(*first_right(correct, 30), classes=2).interval == interval
+    widths = [high - low for low, high in (interval_of(7 * n, 10 * n) for n in (100, 400))]
+    assert widths[0] / widths[1] == pytest.approx(2, abs=0.01)
 
 
 def test_a_ranking_of_logits_is_best_first_and_breaks_ties_by_index() -> None:

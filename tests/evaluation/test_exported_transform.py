@@ -88,6 +88,7 @@ def test_timm_and_transformers_give_the_printed_accuracy_of_a_fine_tuned_network
     assert [row.labels[0] for row in rows] == [loaded.classes[place] for place in logits.argmax(1)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["exact", "large"])
 def test_timm_gives_the_printed_k_nn_accuracy_of_a_pretrained_and_of_a_probed_network(
     kind, run_tiny, settings_of, tmp_path

@@ -115,6 +115,7 @@ def test_a_run_that_broke_in_mid_epoch_and_at_its_end_goes_on_as_if_it_had_not(r
     assert_same_end(whole, broken)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", ["mae", "dino"])
 def test_a_run_on_rectangles_goes_on_as_if_it_had_not_broken(recipe, run, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"

@@ -132,6 +132,7 @@ def read(source, place):
         return str(error)
 
 
+@pytest.mark.thorough
 def test_a_cache_of_damaged_files_has_the_same_images_and_the_same_reasons(damaged, tmp_path):
     splits = open_folder(damaged, holdout=0)
     kept = cached(splits, "disk", side=10_000, folder=str(tmp_path), workers=2).train

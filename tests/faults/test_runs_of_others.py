@@ -68,6 +68,7 @@ def test_a_method_that_a_run_names_is_not_built_and_timms_random_weights_stand_i
     assert untrained_backbone(str(folder), seed=0) is None
 
 
+@pytest.mark.thorough
 def test_a_run_of_a_foreign_method_is_fine_tuned_without_building_it(sent, tmp_path, settings_of):
     folder = sent(method=trap(tmp_path, "booby.trap"))
     small = (

@@ -133,6 +133,7 @@ def test_texts_of_a_confusion_stand_apart(names: list[str], title: str) -> None:
     assert_texts_stand_apart(confusion_figure(confusion(len(names)), names, title=title))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("classes", [21, 40, 41, 100])
 def test_texts_beside_the_bars_stand_apart(classes: int) -> None:
     names = [f"{'quite a long name for a ' * (i % 2)}class {i}" for i in range(classes)]

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -13,19 +14,21 @@ from sslvision.figures.label_efficiency import Cell, label_efficiency_figure
 ARMS = ("from scratch", "frozen features", "partial", "full")
 
 
+def cell(
+    arm: str, labels: int | Literal["all"], images: int, mean: float, *, deviation: float = 2.0, seeds: int = 3
+) -> Cell:
+    seen = {"images": images, "mean": mean, "deviation": deviation, "seeds": seeds}
+    return Cell(arm=arm, labels_per_class=labels, **seen, test_images=40, low=mean - 9, high=mean + 7)
+
+
 def cells(values: dict[str, list[float]], labels: list[int], *, every: float | None = None) -> list[Cell]:
     """The cells of ten classes; `every` adds "all" at so many labels per class, with one seed."""
     found: list[Cell] = []
     for arm, means in values.items():
         for per_class, mean in zip(labels, means, strict=False):
-            found.append(
-                Cell(arm=arm, labels_per_class=per_class, images=10 * per_class, mean=mean, deviation=2.0, seeds=3)
-            )
+            found.append(cell(arm, per_class, 10 * per_class, mean))
         if every and len(means) > len(labels):
-            images = round(10 * every)
-            found.append(
-                Cell(arm=arm, labels_per_class="all", images=images, mean=means[-1], deviation=math.nan, seeds=1)
-            )
+            found.append(cell(arm, "all", round(10 * every), means[-1], deviation=math.nan, seeds=1))
     return found
 
 
@@ -79,7 +82,9 @@ def test_error_bars_are_one_deviation_long_and_absent_for_one_seed() -> None:
     figure = label_efficiency_figure(cells({"full": [50.0, 60.0, 90.0]}, [1, 10], every=100), title="", classes=10)
     _, _, (bars,) = figure.axes[0].containers[0]
     assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [[48, 52], [58, 62], [90, 90]]
-    assert figure.axes[0].get_title("left") == "mean and standard deviation of 1 to 3 seeds"
+    assert figure.axes[0].get_title("left") == (
+        "mean and standard deviation of 1 to 3 seeds\n40 test images: 90.0 % has the 95 % interval 81.0 to 97.0 %"
+    )
 
 
 def test_points_of_arms_stand_beside_each_other_not_on_one_another() -> None:
@@ -114,6 +119,9 @@ def test_texts_stand_apart_and_the_legend_goes_from_the_best_to_the_worst(every:
 
 def test_every_point_lies_inside_the_axes() -> None:
     figure = label_efficiency_figure(close(), title="", classes=10)
+    drawn(figure)
+    (axes,) = figure.axes
+    assert axes._left_title.get_window_extent().x1 < figure.legends[0].get_window_extent().x0
     drawn(figure)
     frame = figure.axes[0].get_window_extent()
     for line in (container[0] for container in figure.axes[0].containers):

@@ -67,6 +67,7 @@ def test_the_example_of_the_manual_trains_and_returns_its_best_checkpoint(tmp_pa
     assert method.decoder_embed.out_features == 64
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("build", [small_mae, small_dino])
 @pytest.mark.parametrize(
     "batches",

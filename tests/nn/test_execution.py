@@ -160,6 +160,7 @@ def test_a_run_that_spares_memory_ends_with_the_same_weights_and_says_so(
     assert_same(weights_of(tmp_path / "false"), weights_of(tmp_path / "true"))
 
 
+@pytest.mark.thorough
 def test_fine_tuning_that_spares_memory_ends_with_the_same_weights(settings_of, tiny_run, tmp_path):
     words = ["labels_per_class=20", "epochs=1", "min_updates=3", "evaluations=1", "head_first=false", "scratch=false"]
     for checkpointed in ("false", "true"):
@@ -289,7 +290,9 @@ class Strict(L.Callback):
             self.graphs = graphs()
 
 
-@pytest.mark.parametrize("recipe", ["mae", pytest.param("dino", marks=pytest.mark.e2e)])
+@pytest.mark.parametrize(
+    "recipe", [pytest.param("mae", marks=pytest.mark.thorough), pytest.param("dino", marks=pytest.mark.e2e)]
+)
 def test_a_compiled_run_compiles_nothing_after_its_first_updates(aot_eager, run_tiny, tmp_path, monkeypatch, recipe):
     strict, watchers = Strict(), pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *about: [strict, *watchers(*about)])

@@ -51,6 +51,7 @@ CLASSIFIERS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_plain_timm_loads_an_exported_classifier_with_its_head_and_names_or_without(kind, channels, tmp_path):

@@ -124,6 +124,7 @@ def test_a_budget_below_an_epoch_ends_within_it(run, seconds_of_an_update, tmp_p
     assert (tmp_path / "short/metrics.csv").read_text().splitlines()[-1].startswith("12,0.52")  # of 23 updates
 
 
+@pytest.mark.thorough
 def test_a_budget_that_is_over_before_training_says_what_suffices(run, seconds_of_an_update, tmp_path):
     seconds_of_an_update(5.0)
     with pytest.raises(

@@ -45,6 +45,7 @@ def norms_of(method):
     return [module for module in method.backbone.modules() if isinstance(module, _BatchNorm)]
 
 
+@pytest.mark.thorough
 def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs(resnet):
     _, labeled, method = resnet("freeze=0.5")
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms_of(method)]

@@ -2,12 +2,18 @@
 
 import csv
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sslvision.errors import UsageError
+from sslvision.evaluation.confidence import wilson_interval
 from sslvision.workflows import comparison
 
 ARMS = ["from scratch", "frozen features", "partial", "full"]
@@ -77,6 +83,26 @@ def test_table_and_picture_say_what_the_cells_say(finished):
     assert [float(row["mean"]) for row in rows] == pytest.approx([cell["mean"] for cell in cells], abs=0.005)
     with Image.open(folder / "comparison.png") as image:
         assert np.asarray(image.convert("L")).std() > 5
+
+
+def test_table_file_and_results_have_the_interval_of_the_same_test_images(finished, compare, capsys):
+    folder, cells = finished
+    with open(folder / "comparison.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["test_images"] for row in rows} == {str(entry["test_images"]) for entry in entries_of(folder)}
+    for row, cell in zip(rows, json.loads((folder / "results.json").read_text())["cells"], strict=True):
+        tested = int(row["test_images"])
+        expected = wilson_interval(float(row["mean"]) / 100 * tested, tested)
+        assert (float(row["low"]), float(row["high"])) == pytest.approx(expected, abs=0.02)
+        assert (cell["low"], cell["high"]) == pytest.approx(expected, abs=0.02)
+        assert cell["low"] < cell["high"]
+    capsys.readouterr()
+    compare(folder)  # nothing is left to train
+    best = max(cells, key=lambda cell: cell["mean"])
+    assert (
+        f"Mean and standard deviation of 2 seeds; {best['test_images']:,} test images: {best['mean']:.1f} % has the 95 % "
+        f"interval {best['low']:.1f} to {best['high']:.1f} %."
+    ) in capsys.readouterr().out
 
 
 def test_what_is_done_is_not_done_again_and_what_is_missing_is(finished, compare, tmp_path, monkeypatch):
@@ -168,3 +194,44 @@ def test_the_same_command_goes_on_in_the_same_folder(command, tiny_run, tmp_path
         assert told in done.stdout
     assert "seed 0, rate" not in done.stdout  # nothing was left to train
     assert [folder.name for folder in (tmp_path / "outputs").iterdir()] == ["compare-tiny-digits"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_ctrl_c_keeps_what_has_ended_and_prints_the_command_that_goes_on(overwrite, tiny_run, tmp_path):
+    words = [f"run={tiny_run}", *SHORT, "name=stopped", *(["overwrite=true"] if overwrite else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sslvision.finetune", *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "COLUMNS": "200", "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,  # a terminal sends the signal to all processes of its foreground group
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    for line in process.stdout:
+        if line.startswith("3/"):
+            os.killpg(process.pid, signal.SIGINT)
+            break
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 130, error
+    folder = tmp_path / "outputs" / "stopped"
+    ended = entries_of(folder)
+    assert 3 <= len(ended) < 18
+    assert len(error.strip().splitlines()) == 1
+    told, _, line = error.strip().rpartition(": ")
+    assert told.startswith(f"stopped: SIGINT. {len(ended)} trainings have ended and are kept in {folder}; ")
+    assert ("without overwrite=true, which would delete them" in told) == overwrite
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"{len(ended)} of them done" in done.stdout
+    assert entries_of(folder)[: len(ended)] == ended  # to the second: none was trained again
+    with open(folder / "comparison.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == 2 * len(ARMS)

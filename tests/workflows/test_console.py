@@ -23,7 +23,8 @@ def lines(console: Console) -> list[str]:
 
 
 def cell(arm: str, labels: int | Literal["all"], mean: float, *, seeds: int = 3) -> Cell:
-    return Cell(arm=arm, labels_per_class=labels, images=100, mean=mean, deviation=0.44, seeds=seeds)
+    tested = {"test_images": 1000, "low": mean - 3, "high": mean + 3}
+    return Cell(arm=arm, labels_per_class=labels, images=100, mean=mean, deviation=0.44, seeds=seeds, **tested)
 
 
 def test_the_probe_table_has_a_line_for_each_classifier() -> None:

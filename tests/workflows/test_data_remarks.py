@@ -56,6 +56,7 @@ def test_pretraining_says_what_it_leaves_out_before_the_first_step_and_scores_by
     assert 0 <= results["knn_top1"] <= 100
 
 
+@pytest.mark.thorough
 def test_the_probe_says_the_same(photos, warm_command, tmp_path):
     words = (*NETWORK, "data=folder", f"data.root={photos}", "data.workers=0", "data.holdout=0.2", "device=cpu")
     done = warm_command(*words, "name=probed", "pixels=false", of="probe", cwd=tmp_path)

@@ -112,6 +112,7 @@ def test_the_second_stage_starts_from_the_head_of_the_first(finetune, tmp_path, 
         assert torch.equal(fitted, begun)
 
 
+@pytest.mark.thorough
 def test_scratch_and_pretrained_see_the_same_images_in_the_same_order(finetune, tmp_path, monkeypatch):
     seen, views = [], Supervised.views
 
@@ -127,6 +128,7 @@ def test_scratch_and_pretrained_see_the_same_images_in_the_same_order(finetune, 
         assert torch.equal(pretrained[1], scratch[1])
 
 
+@pytest.mark.thorough
 def test_the_frozen_blocks_leave_as_they_came(finetune, tiny_run, tmp_path):
     finetune(
         tmp_path / "run", "freeze=1", "scratch=false", "head_first=false", "lr=0.01", "backbone.drop_path_rate=0.5"
@@ -278,6 +280,7 @@ def test_images_without_labels_are_refused(finetune, tmp_path):
         finetune(tmp_path / "run", "data=folder", f"data.root={tmp_path / 'flat'}")
 
 
+@pytest.mark.thorough
 def test_a_folder_with_broken_images_is_learnt_and_they_are_named(finetune, tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("val", 6)):

@@ -210,6 +210,7 @@ def test_earlier_predictions_are_kept_unless_they_shall_be_replaced(finetuned, w
         file.unlink()
 
 
+@pytest.mark.thorough
 def test_a_file_that_output_names_is_not_replaced_unasked(finetuned, warm_command, tmp_path):
     Image.new("L", (32, 32)).save(tmp_path / "one.png")
     (tmp_path / "mine.csv").write_text("mine\n")

@@ -134,6 +134,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(finished, 
     assert not torch.equal(checkpoint_of(other)["state_dict"][name], first[name])
 
 
+@pytest.mark.thorough
 def test_weights_are_taken_from_another_run_or_an_export_and_refused_where_they_do_not_fit(
     finished, train_tiny, tmp_path
 ):

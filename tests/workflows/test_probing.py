@@ -96,6 +96,7 @@ def test_features_are_computed_once_and_batches_change_no_score(of_some_digits, 
     assert {**again, "seconds": 0} == {**of_some_digits, "seconds": 0}
 
 
+@pytest.mark.thorough
 def test_the_same_network_untrained_is_another_one(of_all_digits, of_some_digits, probe, tiny_run):
     trained = of_some_digits
     untrained = probe(f"run={tiny_run}", "data=digits", "train_images=300", "pretrained=false")
@@ -105,6 +106,7 @@ def test_the_same_network_untrained_is_another_one(of_all_digits, of_some_digits
     assert of_all_digits["pixels"]["knn_top1"] == pytest.approx(95.3, abs=0.2)  # of all 1,198 digits
 
 
+@pytest.mark.thorough
 def test_any_timm_model_is_probed_by_its_name(probe):
     found = probe(
         "run=test_vit", "pretrained=false", "data=digits", "backbone.image_size=32", "train_images=200", "pixels=false"

@@ -108,6 +108,7 @@ def test_a_cut_before_patience_ends_leaves_its_count_as_it_was(finetune, tmp_pat
     assert same_bits(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.thorough
 def test_a_run_with_patience_left_trains_to_its_end_when_resumed(finetune, tmp_path, monkeypatch):
     words = ("lr=0.01", "scratch=false", "patience=16")
     cut_at(monkeypatch, "run", 5)

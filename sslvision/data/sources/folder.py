@@ -26,6 +26,7 @@ from sslvision.data.source import SourceGone, Splits, UnreadableImage
 from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, scan, share, some
+from sslvision.data.sources.overlaps import Image, tell_overlaps
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 
@@ -126,11 +127,12 @@ def open_folder(
     given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
     found = scan(root, follow_symlinks=follow_symlinks)
-    remarks = found.remarks()
+    remarks = found.remarks() + found.remark_on_labels()
     found = without_companions(found, remarks)
     top, found = unwrapped(found, remarks)
     title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
     splits = _splits(root, found, remarks, title=title, holdout=holdout)
+    tell_overlaps(root, _labeled(splits), remarks)
     name = f"{title} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
 
     def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
@@ -177,6 +179,16 @@ def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout:
         why = "have no labels, for want of class folders, and are not used"
         remarks.append(f"{' and '.join(unlabeled)} {why}. {scored}.")
     return splits
+
+
+def _labeled(splits: Sequence[Split]) -> list[Image]:
+    """Return the labeled images of all splits; all but the first are held out."""
+    return [
+        Image(f"{folder}/{path}" if folder else path, path.partition("/")[0], number > 0)
+        for number, (folder, images, classes) in enumerate(splits)
+        if classes
+        for path in images
+    ]
 
 
 def check_holdout(holdout: float) -> None:

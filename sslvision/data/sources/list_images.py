@@ -31,6 +31,7 @@ EXTENSIONS = (
 )
 SAMPLES = 20  # files that are not named as images, of which the content is looked at
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xml", ".parquet", ".xlsx", ".mat")
 
 RUN = {"config.yaml", "environment.json"}  # in the folder of every run
 
@@ -74,6 +75,18 @@ class Found:
             if paths := sorted(self.left_out[kind]):
                 remarks.append(f"Left out: {words} ({len(paths):,}): {some(paths)}.")
         return remarks
+
+    def remark_on_labels(self) -> list[str]:
+        """Return in a sentence that files are not read that may be lists of labels, or annotations of each image."""
+        files = {ending: self.other[ending] for ending in TABLES if ending in self.other}
+        if self.other[".txt"] > max(2, 0.1 * len(self.images)):
+            files[".txt"] = self.other[".txt"]
+        if not files:
+            return []
+        return [
+            f"Labels are read from the names of folders only, not from files ({_listed(Counter(files))}): if those hold "
+            "labels, put each image into the folder of its class, or write a data source (docs/extending.md)."
+        ]
 
     def _unread_by_reason(self) -> dict[str, Counter[str]]:
         reasons: defaultdict[str, Counter[str]] = defaultdict(Counter)

@@ -148,8 +148,10 @@ class _Part:
 
 def _unknown(name: str) -> str:
     known = {one.lower(): one for one in SPLITS}
-    near = [known[one] for one in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)]
+    near = [known[one] for one in difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.6)]
     hint = f"Did you mean {' or '.join(near)}?" if near else f"There are: {', '.join(sorted(SPLITS))}."
+    if hasattr(datasets, name):
+        hint = f"Its images have several labels, boxes, masks or none. {hint}"
     return f"{name} is not one of torchvision's labeled classification sets. {hint}"
 
 

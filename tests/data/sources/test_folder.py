@@ -62,8 +62,9 @@ def test_names_that_are_not_ascii_or_not_even_text_are_read(plant):
 
 
 def test_files_that_are_not_images_are_counted_by_extension(plant):
-    (remark,) = open_folder(plant("a.jpg", "b.csv", "c.CSV", "d.txt", ".hidden")).remarks
+    remark, on_labels = open_folder(plant("a.jpg", "b.csv", "c.CSV", "d.txt", ".hidden")).remarks
     assert remark == "Left out: 3 of 4 files (75 %), not being images that can be read: 2 .csv, 1 .txt."
+    assert "not from files (2 .csv)" in on_labels
 
 
 # Links
