@@ -6,7 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sslvision.evaluation.power_law import PARAMETERS, Bootstrap, Fit, Interval, bootstrap, fit, fits
+from sslvision.evaluation.power_law import (
+    PARAMETERS,
+    SAMPLES,
+    Bootstrap,
+    Fit,
+    Interval,
+    bootstrap,
+    draw_scatter,
+    fit,
+    fits,
+)
 
 ENOUGH = 5  # sizes: two thirds of them determine a law, and the others test it
 SIGNIFICANT = 0.05
@@ -30,6 +40,7 @@ class Examined:
     Attributes:
         believed: Whether all checks that count were passed.
         checks: The checks.
+        falls: Whether the fall is told from noise; without one there is nothing to extrapolate.
         irreducible: E.
         determined: Whether E is told from none; otherwise only its upper end is known.
         exponent: alpha.
@@ -40,6 +51,7 @@ class Examined:
 
     believed: bool
     checks: tuple[Check, ...]
+    falls: bool
     irreducible: Interval
     determined: bool
     exponent: Interval
@@ -62,17 +74,14 @@ def examine(x: Sequence[float], y: Sequence[float], sigma: Sequence[float], *, s
     samples = bootstrap(fitted, seed=seed)
     held_out, observed = predict_largest(fitted, seed=seed)
     irreducible, best = samples.irreducible, float(fitted.y.min())
-    checks = (
-        _enough(fitted),
-        _falls(fitted, seed=seed),
-        _straight(fitted, seed=seed),
-        *_predicts(fitted, held_out, observed),
-    )
+    falls = _falls(fitted, seed=seed)
+    checks = (_enough(fitted), falls, _fits(fitted, seed=seed), *_predicts(fitted, held_out, observed))
     return Examined(
         believed=all(check.passed for check in checks),
         checks=checks,
+        falls=falls.passed,
         irreducible=irreducible,
-        determined=checks[1].passed and irreducible.low > NEGLIGIBLE * best,
+        determined=falls.passed and irreducible.low > NEGLIGIBLE * best,
         exponent=samples.exponent,
         held_out=held_out,
         observed=observed,
@@ -104,50 +113,63 @@ def _enough(fitted: Fit) -> Check:
 
 
 def _falls(fitted: Fit, *, seed: int) -> Check:
-    """Compare the fall with what noise alone would look like: the bootstrap of a constant."""
+    """Compare the fall with what noise alone would look like: the bootstrap of a constant, with the scatter about the law."""
+    if fitted.law.reducible <= 0:
+        return Check("falls", False, "the scores do not fall with size: there is no law to extrapolate")
     level = np.average(fitted.y, weights=fitted.sigma**-2.0)
     constant = float((((fitted.y - level) / fitted.sigma) ** 2).sum())
     rng = np.random.default_rng(seed)
-    noise = level + rng.standard_normal((1000, len(fitted.x))) * fitted.sigma
-    of_constants = (((noise - np.average(noise, axis=1, weights=fitted.sigma**-2.0)[:, None]) / fitted.sigma) ** 2).sum(
-        1
-    )
+    scatter = draw_scatter(fitted, rng, SAMPLES)[:, None]  # (B, 1)
+    noise = level + rng.standard_normal((SAMPLES, len(fitted.x))) * scatter * fitted.sigma  # (B, n)
+    levels = np.average(noise, axis=1, weights=fitted.sigma**-2.0)[:, None]  # (B, 1)
+    of_constants = (((noise - levels) / fitted.sigma) ** 2).sum(axis=1)  # (B,)
     of_laws = fits(fitted.x, noise, fitted.sigma)[1]
     dof = max(1, fitted.dof)
     falls = (of_constants - of_laws) / np.maximum(1.0, of_laws / dof)
     probability = float((falls >= (constant - fitted.chi2) / max(1.0, fitted.chi2 / dof)).mean())
-    passed = bool(fitted.law.reducible > 0) and probability < SIGNIFICANT
-    if fitted.law.reducible <= 0:
-        return Check("falls", False, "the scores do not fall with size: there is no law to extrapolate")
+    passed = probability < SIGNIFICANT
     shown = "less than 0.001" if probability < 0.001 else f"{probability:.2g}"
     told = "" if passed else ": the exponent is not told from 0"
     return Check("falls", passed, f"noise alone would fall so far with probability {shown}{told}")
 
 
-def _straight(fitted: Fit, *, seed: int) -> Check:
-    """Compare the scatter about the law with the standard errors."""
-    if not fitted.dof:
+def _fits(fitted: Fit, *, seed: int) -> Check:
+    """Compare the distance of the sizes from the law with the noise.
+
+    With one score at each size, the noise is their standard errors. With several, it is also how far these scores differ from
+    each other: the F test for lack of fit, in which trainings that differ more than test sets are no fault of the law.
+    """
+    sizes, number = np.unique(fitted.x, return_inverse=True)
+    unknown = len(sizes) - PARAMETERS
+    if not unknown:
         return Check(
-            "fits", False, "there are no more scores than unknowns, and a law goes through them whatever they are"
+            "fits", False, "there are no more sizes than unknowns, and a law goes through them whatever they are"
         )
-    expected = np.random.default_rng(seed).chisquare(fitted.dof, 10_000)
-    probability = float((expected >= fitted.chi2).mean())
-    words = f"the scores scatter {fitted.ratio:.1f} times as far about the law as their standard errors tell"
-    if probability < BENDS:
-        return Check(
-            "fits", False, f"{words}: the curve bends otherwise, or trainings differ more than test sets (add seeds)"
-        )
-    return Check("fits", True, words)
+    rng, repeats = np.random.default_rng(seed), len(fitted.x) - len(sizes)
+    weights = fitted.sigma**-2.0
+    means = np.bincount(number, weights * fitted.y) / np.bincount(number, weights)  # of each size
+    within = float((weights * (fitted.y - means[number]) ** 2).sum())
+    noise = max(1.0, within / repeats) if repeats else 1.0
+    distance = max(0.0, fitted.chi2 - within) / unknown / noise
+    expected = rng.chisquare(unknown, 10_000) / unknown
+    if repeats:
+        expected /= rng.chisquare(repeats, 10_000) / repeats
+    probability = float((expected >= distance).mean())
+    words = f"the sizes lie {np.sqrt(distance):.1f} times as far from the law as their noise tells"
+    if probability >= BENDS:
+        return Check("fits", True, words)
+    either = "" if repeats else ", or trainings differ more than test sets (seeds=3 tells)"
+    return Check("fits", False, f"{words}: the curve bends otherwise{either}")
 
 
 def _predicts(fitted: Fit, held_out: Interval | None, observed: float) -> tuple[Check, ...]:
     """Check that the smaller two thirds predict the largest size, and closely enough for it to mean something."""
     if held_out is None:
         return (Check("predicts", False, "the smaller two thirds are too few to predict the largest"),)
-    low, high = max(0.0, held_out.low), held_out.high
+    low, high = max(0.0, held_out.low), held_out.high  # an error is not negative, although noise about a law may be
     words = f"the smaller two thirds predict {low:.4g} to {high:.4g} for the largest, which has {observed:.4g}"
     inside = observed in held_out
-    fall, width = float(np.ptp(fitted.y)), held_out.high - held_out.low
+    fall, width = float(np.ptp(fitted.y)), high - low
     wide = width > fall
     return (
         Check("predicts", inside, words if inside else f"{words}: outside"),

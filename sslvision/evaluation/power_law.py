@@ -1,8 +1,12 @@
-"""Power laws with an irreducible term, y = E + A x^-alpha: fitted to scores, extrapolated, and doubted.
+"""Power laws with an irreducible term, y = E + A x^-alpha: fitted to scores, and extrapolated with intervals.
 
-The form is that of Hestness et al. 2017 (arXiv:1712.00409) and Hoffmann et al. 2022 (arXiv:2203.15556). For a fixed exponent, E
-and A are a linear least-squares problem with the bounds E >= 0 and A >= 0, solved in closed form; the exponent is scanned.
-Exponents of seven scores are uncertain, so every number has an interval, and `examine` says what speaks against the law.
+Kaplan et al. 2020 (arXiv:2001.08361) fit one law to each of parameters, images and compute, without E; Hestness et al. 2017
+(arXiv:1712.00409) and Hoffmann et al. 2022 (arXiv:2203.15556) have E. Here each law has one x, with all else held fixed: E
+contains what all else costs.
+
+For a fixed exponent, E and A are a linear least-squares problem with the bounds E >= 0 and A >= 0, solved in closed form. The
+exponent is scanned: no starting values can mislead it. Deviation: scores are weighted by their standard errors; Hoffmann et al.
+minimize a Huber loss of logarithms. A law goes through three scores, whose intervals then rest on the standard errors alone.
 """
 
 from dataclasses import dataclass
@@ -68,11 +72,6 @@ class Fit:
     def dof(self) -> int:
         """Return the number of scores beyond those that any law would fit."""
         return max(0, len(self.x) - PARAMETERS)
-
-    @property
-    def ratio(self) -> float:
-        """Return how far the scores scatter about the law, as a multiple of `sigma` (Birge 1932)."""
-        return float(np.sqrt(self.chi2 / max(1, self.dof)))
 
 
 @dataclass(frozen=True)
@@ -197,14 +196,20 @@ def bootstrap(fitted: Fit, *, seed: int, samples: int = SAMPLES) -> Bootstrap:
         samples: B.
     """
     rng = np.random.default_rng(seed)
-    scatter = np.ones(samples)
-    if fitted.dof:
-        expected = rng.chisquare(fitted.dof, samples)  # squared distances, were the standard errors all of the noise
-        if (expected >= fitted.chi2).mean() < SURPRISE:
-            scatter = np.maximum(1.0, np.sqrt(fitted.chi2 / expected))
+    scatter = draw_scatter(fitted, rng, samples)
     noise = rng.standard_normal((samples, len(fitted.x))) * scatter[:, None] * fitted.sigma
     laws, _ = fits(fitted.x, np.maximum(fitted.law(fitted.x) + noise, 0.0), fitted.sigma)
     return Bootstrap(fitted, laws, scatter, rng)
+
+
+def draw_scatter(fitted: Fit, rng: np.random.Generator, samples: int) -> Array:
+    """Draw by how much more than their standard errors scores may scatter: (B,) multiples, 1 or more."""
+    if not fitted.dof:
+        return np.ones(samples)
+    expected = rng.chisquare(fitted.dof, samples)  # squared distances, were the standard errors all of the noise
+    if (expected >= fitted.chi2).mean() >= SURPRISE:
+        return np.ones(samples)
+    return np.maximum(1.0, np.sqrt(fitted.chi2 / expected))
 
 
 def _interval(value: float, samples: Array) -> Interval:

@@ -102,6 +102,36 @@ def test_few_sizes_are_too_few_to_believe_and_fewer_are_refused():
         examine([1, 1, 2, 2], [3, 3.1, 2, 2.1], [0.1] * 4, seed=0)
 
 
+@pytest.mark.thorough
+def test_trainings_that_differ_more_than_test_sets_are_no_fault_of_a_law_if_seeds_show_it_but_a_bend_is():
+    x, seeds, passed = np.repeat(SIZES, 3), np.random.default_rng(2), {"law": 0, "bend": 0, "one seed": 0}
+    bend = 10 * np.log2(x / SIZES[0]) * (5 - np.log2(x / SIZES[0])) / 6.25  # 0 at both ends, 10 between
+    for _ in range(30):
+        noise = 1.2 * seeds.normal(size=18)  # four times the standard error
+        cases = {
+            "law": (x, law(15, 10, 0.5, x) + noise),
+            "bend": (x, law(15, 10, 0.5, x) + bend + noise),
+            "one seed": (SIZES, law(15, 10, 0.5) + noise[::3]),
+        }
+        for name, (sizes, y) in cases.items():
+            checks = examine(sizes, y, np.full(len(y), 0.3), seed=0).checks
+            passed[name] += next(check.passed for check in checks if check.name == "fits")
+    assert passed["law"] >= 27
+    assert passed["bend"] <= 3
+    assert passed["one seed"] <= 8
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("scatter", [1.0, 3.0])
+def test_noise_without_a_law_is_rarely_told_to_fall_however_large_it_is(scatter):
+    rng, told = np.random.default_rng(3), 0
+    for trial in range(100):
+        y = 20 + 0.3 * scatter * rng.normal(size=6)
+        checks = examine(SIZES, y, np.full(6, 0.3), seed=trial).checks
+        told += next(check.passed for check in checks if check.name == "falls")
+    assert told <= 10  # 5 are expected
+
+
 @pytest.mark.parametrize(
     ("x", "y", "sigma"),
     [
