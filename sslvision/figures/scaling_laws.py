@@ -7,13 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from sslvision.figures.curves import BLUE, INK, MUTED, ORANGE, RULE, style
 from sslvision.figures.fonts import drawable
 
 PANEL = 3.5  # inches
 MANTISSAS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0)
+NARROW = 2.0  # ratio of the ends of an axis below which even steps make better ticks
 
 
 class Panel(NamedTuple):
@@ -24,7 +25,7 @@ class Panel(NamedTuple):
         x, y, sigma: Scores and their standard errors.
         curve: Points (x, law, low, high), ascending; those beyond the largest x are extrapolated.
         irreducible: The irreducible term, with its interval; None where it is not determined.
-        exponent: The exponent, with its interval; None where no fall is told from noise.
+        exponent: The exponent, with its interval; None where no fall is told from noise: only the scores are drawn.
         believed: Whether the law is to be believed.
     """
 
@@ -56,10 +57,12 @@ def scaling_figure(panels: Sequence[Panel], *, score: str, title: str) -> Figure
         _draw(axes, panel)
     row[0].set_ylabel(score)
     _place_y_ticks(row[0], panels)
+    legend = {label: handle for axes in row for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(
-        *row[0].get_legend_handles_labels(),
+        legend.values(),
+        legend.keys(),
         loc="outside lower left",
-        ncols=4,
+        ncols=5,
         frameon=False,
         fontsize=8,
         labelcolor=MUTED,
@@ -74,26 +77,31 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.grid(axis="x", color=RULE, lw=0.5)
     largest = max(panel.x)
     x, law, low, high = np.array(panel.curve).T
-    axes.fill_between(x, np.maximum(low, 1e-9), high, color=BLUE, alpha=0.15, lw=0, label="95 % of the law")
-    measured = x <= largest
-    axes.plot(x[measured], law[measured], color=BLUE, lw=1.6, label="law")
-    axes.plot(x[~measured], law[~measured], color=BLUE, lw=1.6, ls=(0, (4, 2)), label="extrapolated to 10 times")
+    if panel.exponent is not None:
+        axes.fill_between(x, np.maximum(low, 1e-9), high, color=BLUE, alpha=0.15, lw=0, label="95 % of the law")
+        measured = x <= largest
+        axes.plot(x[measured], law[measured], color=BLUE, lw=1.6, label="law")
+        axes.plot(x[~measured], law[~measured], color=BLUE, lw=1.6, ls=(0, (4, 2)), label="extrapolated to 10 times")
+        axes.annotate(
+            f"{law[-1]:.3g}", (x[-1], law[-1]), xytext=(-2, 12), textcoords="offset points", size=8, color=BLUE,
+            weight="bold", ha="right", va="bottom",
+        )  # fmt: skip
     if panel.irreducible is not None:
-        axes.axhline(panel.irreducible[0], color=ORANGE, lw=1.2)
+        axes.axhline(panel.irreducible[0], color=ORANGE, lw=1.2, label="irreducible term")
     axes.errorbar(
         panel.x, panel.y, 1.96 * np.array(panel.sigma),
         fmt="o", color=INK, ms=4, elinewidth=1, capsize=2, label="measured, 95 % over test sets", zorder=3,
     )  # fmt: skip
     axes.set_title(_verdict(panel), loc="left", size=8, color=MUTED)
-    axes.margins(x=0.04)
-    axes.annotate(
-        f"{law[-1]:.3g}", (x[-1], law[-1]), xytext=(-2, -5), textcoords="offset points", size=8, color=BLUE, weight="bold",
-        ha="right", va="top",
-    )  # fmt: skip
     axes.set_xlabel(panel.axis)
-    powers = range(math.floor(math.log10(x[0])), math.ceil(math.log10(x[-1])) + 1)
-    ticks = [mantissa * 10.0**power for power in powers for mantissa in (1, 3)]
-    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if x[0] <= tick <= x[-1]] or [largest]))
+    drawn_to = x[-1] if panel.exponent is not None else largest
+    margin = (drawn_to / x[0]) ** 0.04
+    # Not autoscaled: matplotlib 3.9 would include the beginning of a horizontal line.
+    axes.set_xlim(x[0] / margin, drawn_to * margin)
+    powers = range(math.floor(math.log10(x[0])), math.ceil(math.log10(drawn_to)) + 1)
+    mantissas = (1, 3) if drawn_to > 30 * x[0] else (1, 2, 5)
+    ticks = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
+    axes.xaxis.set_major_locator(FixedLocator([tick for tick in ticks if x[0] <= tick <= drawn_to] or [largest]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: _short(tick)))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -108,17 +116,24 @@ def _verdict(panel: Panel) -> str:
 
 def _place_y_ticks(axes: Axes, panels: Sequence[Panel]) -> None:
     """Limit the axis to scores and laws, whatever the width of a band, with ticks that are round numbers."""
-    seen = [*(y for panel in panels for y in panel.y), *(point[1] for panel in panels for point in panel.curve)]
-    seen += [panel.irreducible[0] for panel in panels if panel.irreducible is not None]
+    seen: list[float] = []
+    for panel in panels:
+        for y, sigma in zip(panel.y, panel.sigma, strict=True):
+            seen += [y, max(y - 1.96 * sigma, y / 2), min(y + 1.96 * sigma, 2 * y)]
+        seen += [point[1] for point in panel.curve] if panel.exponent is not None else []
+        seen += [panel.irreducible[0]] if panel.irreducible is not None else []
     low, high = min(one for one in seen if one > 0), max(seen)
-    margin = max(1.08, (high / low) ** 0.08)
-    axes.set_ylim(low / margin, high * margin)
-    powers = range(math.floor(math.log10(low / margin)), math.ceil(math.log10(high * margin)) + 1)
-    ticks = [mantissa * 10.0**power for power in powers for mantissa in MANTISSAS]
-    ticks = [tick for tick in ticks if low / margin <= tick <= high * margin]
+    margin = max(1.02, (high / low) ** 0.06)
+    low, high = low / margin, high * margin
+    axes.set_ylim(low, high)
+    if high / low < NARROW:
+        ticks = list(MaxNLocator(8, steps=[1, 2, 5, 10]).tick_values(low, high))
+    else:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [mantissa * 10.0**power for power in powers for mantissa in MANTISSAS]
     kept: list[float] = []
     for tick in ticks:
-        if not kept or math.log(tick / kept[-1]) > 0.06 * math.log(high / low * margin**2):
+        if low <= tick <= high and (not kept or math.log(tick / kept[-1]) > 0.06 * math.log(high / low)):
             kept.append(tick)
     axes.yaxis.set_major_locator(FixedLocator(kept))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:.3g}"))

@@ -62,7 +62,7 @@ def print_plan(
         table.add_row(counts[0], shape, *counts[1:], str(rung.seed), minutes)
     console.print(table)
     left = [rung for rung in trainings if rung.key not in done]
-    budget = f", of the budget of {settings.budget}" if settings.budget else ""
+    budget = f", of the budget of {settings.budget}" if settings.budget and not done else ""
     console.print(f"{len(left)} trainings to do, about {seconds_of(left, times) / 60:.1f} minutes{budget}.")
 
 
@@ -145,7 +145,7 @@ def panel_of(axis: str, examined: Examined) -> Panel:
         fitted.sigma.tolist(),
         curve,
         irreducible,
-        dataclasses.astuple(examined.exponent) if examined.checks[1].passed else None,
+        dataclasses.astuple(examined.exponent) if examined.falls else None,
         examined.believed,
     )
 
@@ -153,22 +153,25 @@ def panel_of(axis: str, examined: Examined) -> Panel:
 def sentences(axis: str, examined: Examined, score: str) -> list[str]:
     """Return what a law says, and whether it is to be believed, in sentences."""
     unit = " %" if score == "knn" else ""
-    failed = [check.words for check in examined.checks if not check.passed]
-    if not examined.checks[1].passed:  # without a fall there is nothing to extrapolate
-        return [f"No law of the {axis} can be told: {'; '.join(failed)}."]
+    failed = {check.name: check.words for check in examined.checks if not check.passed}
+    if not examined.falls:
+        return [
+            f"No law of the {axis} can be told: {failed['falls']}. A larger factor=, a longer budget=, seeds=3 or more "
+            "held-out images would show a smaller fall."
+        ]
     largest = examined.samples.fit.law.x0
     now, further, least = examined.samples.law(largest), examined.samples.law(FURTHER * largest), examined.irreducible
     told = [
         f"Ten times the {axis} ({MEANS[axis]}) would bring {further.value:.3g}{unit} ({_range(further)}) instead of "
         f"{now.value:.3g}{unit}.",
-        f"{least.value:.3g}{unit} ({_range(least)}) would remain of any number."
+        f"{least.value:.3g}{unit} ({_range(least)}) would remain, however many."
         if examined.determined
-        else f"What would remain of any number is not determined: {least.high:.3g}{unit} at most.",
+        else f"What would remain, however many, is not determined: {least.high:.3g}{unit} at most.",
     ]
     held = [check.words for check in examined.checks if check.passed and check.name == "predicts"]
     if examined.believed:
         return [*told, f"The law passed its tests: {held[0]}."]
-    return [*told, f"It is not to be believed: {'; '.join(failed)}." + (f" (Yet {held[0]}.)" if held else "")]
+    return [*told, f"It is not to be believed: {'; '.join(failed.values())}." + (f" (Yet {held[0]}.)" if held else "")]
 
 
 def _range(interval: Interval) -> str:
@@ -187,14 +190,14 @@ def write_table(file: Path, done: Done) -> None:
 
 def _print_laws(console: Console, laws: Mapping[str, Examined], score: str) -> None:
     table = Table(title=f"{LABELS[score]} = E + A x^-alpha", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("x")
-    for heading in ("largest", "10 times as many", "alpha", "E", "believed"):
+    table.add_column("x", no_wrap=True)
+    for heading in ("largest", "10 times", "alpha", "E", "believed"):
         table.add_column(heading, justify="right", no_wrap=True)
     for axis, law in laws.items():
         largest = law.samples.fit.law.x0
         least = _range(law.irreducible) if law.determined else f"{law.irreducible.high:.3g} at most"
         numbers = (f"{law.observed:.3g}", _range(law.samples.law(FURTHER * largest)), _range(law.exponent), least)
-        if not law.checks[1].passed:
+        if not law.falls:
             numbers = (numbers[0], "–", "–", "–")
         table.add_row(axis, *numbers, "yes" if law.believed else "no")
     console.print(table)

@@ -42,7 +42,12 @@ def test_scores_have_intervals_and_the_irreducible_term_is_a_line_only_where_it_
 
 
 def test_titles_say_what_to_think_of_each_law():
-    panels = [panel(), panel(believed=False), panel(exponent=None, believed=False)]
+    panels = [panel(), panel(believed=False), panel(irreducible=None, exponent=None, believed=False)]
+    without = scaling_figure(panels[2:], score="error", title="").axes[0]
+    assert [
+        len(line.get_xdata()) for line in without.lines if line.get_marker() == "None" and len(line.get_xdata())
+    ] == []
+    assert len(without.texts) == 0
     titles = [axes.get_title("left") for axes in scaling_figure(panels, score="error", title="").axes]
     assert titles[0] == "exponent 0.40 (0.30 to 0.50)\npassed its tests"
     assert titles[1].endswith("not to be believed")
