@@ -9,9 +9,9 @@ Every training is recorded when it is done and never repeated, so a ladder can b
 
 import dataclasses
 import json
-import os
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from rich.console import Console
 
 from sslvision.errors import UsageError
 from sslvision.runs import run_files
-from sslvision.runs.redaction import redact
 from sslvision.training.trainer import configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows import trainings_record
 from sslvision.workflows.console import classes_in_words, print_configuration, print_findings
 from sslvision.workflows.ladder import (
     SHORTEST,
@@ -40,22 +40,13 @@ from sslvision.workflows.rung_training import Ground, measure, scores_of, train
 from sslvision.workflows.scaling_report import CONTENTS, print_plan, report
 from sslvision.workflows.scaling_settings import Scale
 
-MAY_CHANGE = (
-    "axes",
-    "seeds",
-    "score",
-    "budget",
-    "name",
-    "output_dir",
-    "resume",
-    "overwrite",
-    "about",
-    "logger",
-    "dry_run",
-)
+RECORD = "rungs.jsonl"
+MAY_CHANGE = ("axes", "seeds", "score", "name", "output_dir", "resume", "overwrite", "about", "logger")
 SHARE, LONGEST_S = 0.05, 10.0  # of the budget, for measuring all sizes; for one at most so long
+ALONE_S = 1.0  # for each size without a budget, to tell how long the ladder takes
 
 Ladder = Mapping[str, Sequence[Rung]]
+Ladders = Callable[[int], list[Ladder]]  # one for each seed, by the length of the largest training
 Done = dict[tuple[int, int, int, int], dict[str, Any]]  # by the key of a rung
 
 
@@ -109,14 +100,10 @@ def scale(settings: Scale, folder: Path, words: Sequence[str] = ()) -> dict[str,
 
     print_configuration(console, _configuration(settings, ground, sizes, folder), title=settings.about or folder.name)
     print_findings(console, remarks)
-    if plan is None:
-        console.print(f"Measuring the time of updates of {len(sizes)} size(s).")
-        seconds = settings.budget_seconds
-        each = min(LONGEST_S, SHARE * seconds / len(sizes)) if seconds else 2.0
-        times = {size.parameters: measure(ground, size, seconds=each) for size in sizes}
-        plan = Plan(_base_updates(settings, shares[-1], times, ladders, spent=time.perf_counter() - started), times)
-        if not settings.dry_run:
-            run_files.write_json(folder / "plan.json", plan.record)
+    before, images = plan, shares[-1]
+    plan = _planned(settings, ground, sizes, images, ladders, before, console, started=started)
+    if plan != before and not settings.dry_run:
+        run_files.write_json(folder / "plan.json", plan.record)
     trainings = trainings_of(ladders(plan.updates))
     print_plan(console, trainings, plan.times, done, settings)
     if settings.dry_run:
@@ -179,52 +166,107 @@ def claim(settings: Scale, folder: Path, words: Sequence[str]) -> tuple[Done, Pl
     """
     if settings.dry_run:
         return {}, None
-    record, kept, planned = folder / "rungs.jsonl", folder / "settings.json", folder / "plan.json"
-    plain = json.loads(json.dumps(redact(dataclasses.asdict(settings))))
-    resumes = kept.is_file() and not settings.overwrite
-    done = recorded(record) if resumes else {}
-    if done:  # before the first training is done, any setting may be corrected
-        before = json.loads(kept.read_text())
-        changed = [key for key in plain if key not in MAY_CHANGE and plain[key] != before.get(key)]
-        if changed:
-            differing = ", ".join(f"{key}={plain[key]} (it was {before.get(key)})" for key in changed)
-            raise UsageError(
-                f"{folder} holds a ladder with other settings: {differing}. Use another name= or overwrite=true."
-            )
-    run_files.claim(folder, overwrite=settings.overwrite, resume=resumes)
-    run_files.describe(folder, dataclasses.asdict(settings), words, command="scale", contents=CONTENTS)
-    run_files.write_json(kept, plain)
-    record.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()))
-    if not done:
+    entries = trainings_record.claim(
+        settings,
+        folder,
+        words,
+        file=RECORD,
+        kind="ladder",
+        command="scale",
+        contents=CONTENTS,
+        may_change=MAY_CHANGE,
+    )
+    if not entries:
         return {}, None
-    found = json.loads(planned.read_text())
-    return done, Plan(found["updates"], {int(key): Times(**one) for key, one in found["times"].items()})
+    planned = json.loads((folder / "plan.json").read_text())
+    done = {(entry["parameters"], entry["images"], entry["updates"], entry["seed"]): entry for entry in entries}
+    return done, Plan(planned["updates"], {int(key): Times(**one) for key, one in planned["times"].items()})
 
 
-def recorded(file: Path) -> Done:
-    """Return the trainings recorded in rungs.jsonl; its last line may be incomplete after a kill."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(entry["parameters"], entry["images"], entry["updates"], entry["seed"]): entry for entry in entries}
+def _planned(
+    settings: Scale,
+    ground: Ground,
+    sizes: Sequence[Size],
+    images: int,
+    ladders: Ladders,
+    before: Plan | None,
+    console: Console,
+    *,
+    started: float,
+) -> Plan:
+    """Return the plan of a ladder: with that of before, only the times of sizes that another axis adds are measured.
 
-
-def _base_updates(settings: Scale, images: int, times: Mapping[int, Times], ladders: Any, *, spent: float) -> int:
-    """Return the length of the largest training: that of `epochs`, or the one with which all trainings fill the budget.
+    Args:
+        settings: All settings.
+        ground: What trainings share.
+        sizes: Sizes of the model.
+        images: Number of all training images.
+        ladders: Returns the trainings for a length.
+        before: The plan of the trainings that are done, if any.
+        console: Where to print.
+        started: Time of `time.perf_counter` from which the budget counts.
 
     Raises:
         UsageError: The shortest training would have too few updates.
     """
-    shortest = round(SHORTEST * settings.factor ** (settings.rungs - 1)) if "updates" in settings.axes else SHORTEST
-    if settings.budget_seconds is None:
-        updates = settings.epochs * (images // settings.batch_size)
-        if updates < shortest:
-            raise UsageError(
-                f"epochs={settings.epochs} is {updates:,} updates, and the largest training needs {shortest:,}."
-            )
-        return updates
+    times = {} if before is None else dict(before.times)
+    if before is not None and before.updates < (shortest := _shortest(settings)):
+        raise UsageError(
+            f"The largest training of this ladder has {before.updates:,} updates; axes={settings.axes} needs {shortest:,}. Use "
+            "another name= or overwrite=true, with a longer budget= or more epochs=."
+        )
+    fixed = _updates_of_epochs(settings, images) if settings.budget is None else None  # refused before measuring
+    unknown = [size for size in sizes if size.parameters not in times]
+    if unknown:
+        console.print(f"Measuring the time of updates of {len(unknown)} size(s).")
+        seconds = settings.budget_seconds
+        each = min(LONGEST_S, SHARE * seconds / len(sizes)) if seconds else ALONE_S
+        times |= {size.parameters: measure(ground, size, seconds=each) for size in unknown}
+    if before is not None:
+        return Plan(before.updates, times)
+    if fixed is not None:
+        return Plan(fixed, times)
+    return Plan(_updates_of_budget(settings, times, ladders, spent=time.perf_counter() - started), times)
+
+
+def _shortest(settings: Scale) -> int:
+    """Return the least number of updates of the largest training, with which the shortest one has SHORTEST."""
+    return round(SHORTEST * settings.factor ** (settings.rungs - 1)) if "updates" in settings.axes else SHORTEST
+
+
+def _updates_of_epochs(settings: Scale, images: int) -> int:
+    """Return the length of the largest training without a budget.
+
+    Raises:
+        UsageError: The shortest training would have too few updates.
+    """
+    per_epoch = images // settings.batch_size
+    updates, shortest = settings.epochs * per_epoch, _shortest(settings)
+    if updates < shortest:
+        raise UsageError(
+            f"epochs={settings.epochs} is {updates:,} updates, and the largest training needs {shortest:,}: give "
+            f"epochs={math.ceil(shortest / per_epoch)} or more, or take fewer rungs or a smaller batch_size."
+        )
+    return updates
+
+
+def _updates_of_budget(settings: Scale, times: Mapping[int, Times], ladders: Ladders, *, spent: float) -> int:
+    """Return the length of the largest training with which all trainings fill the budget.
+
+    Args:
+        settings: All settings; `budget` is given.
+        times: Seconds of each number of parameters.
+        ladders: Returns the trainings for a length.
+        spent: Seconds of the budget that are over.
+
+    Raises:
+        UsageError: The shortest training would have too few updates.
+    """
+    assert settings.budget_seconds is not None
+    shortest = _shortest(settings)
     many = 1_000_000  # of which lengths are fractions without rounding that matters
-    whole = seconds_of(trainings_of(ladders(many)), times)
-    fixed = sum(times[rung.size.parameters].rest for rung in trainings_of(ladders(many)))
+    trainings = trainings_of(ladders(many))
+    whole, fixed = seconds_of(trainings, times), sum(times[rung.size.parameters].rest for rung in trainings)
     updates = int((settings.budget_seconds - spent - fixed) / (whole - fixed) * many)
     if updates < shortest:
         needed = spent + fixed + shortest * (whole - fixed) / many
@@ -247,10 +289,7 @@ def _record(folder: Path, rung: Rung, found: Mapping[str, Any]) -> dict[str, Any
         **dict(rung.size.options),
         **found,
     }
-    with open(folder / "rungs.jsonl", "a") as file:
-        file.write(json.dumps(entry) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    trainings_record.append(folder / RECORD, entry)
     return entry
 
 
