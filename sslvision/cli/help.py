@@ -81,7 +81,7 @@ EXAMPLES = {
     "scale": (
         ("recipe=mae budget=30m", "parameters, images and updates, on the included images, in half an hour"),
         ("recipe=mae budget=30m dry_run=true", "the plan only: which trainings, and how many minutes each takes"),
-        ("recipe=mae_photos data=photos budget=2h 'axes=[images]' seeds=3", "would more images of yours help?"),
+        ("recipe=mae_photos data.root=photos budget=2h 'axes=[images]' seeds=3", "would more images of yours help?"),
         (
             "recipe=mae budget=30m score=loss",
             "the laws of MAE's held-out loss; what is trained already is not trained again",

@@ -1,12 +1,16 @@
 """The settings of `scale`: those of pretraining, and of the ladder."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from sslvision.errors import UsageError
 from sslvision.settings import Pretrain
 
 AXES = ("parameters", "images", "updates")
+
+
+_AT_THE_END = "without effect: each training is scored once, at its end"
+_UNSAVED = "without effect: no checkpoints are saved; a training that was interrupted begins anew"
 
 
 def _option(default: Any, text: str) -> Any:
@@ -19,13 +23,20 @@ def _option(default: Any, text: str) -> Any:
 class Scale(Pretrain):
     """All settings of a ladder of pretrainings: those of the largest one, and of the ladder."""
 
-    elsewhere: ClassVar[tuple[str, ...]] = Pretrain.elsewhere
-
     epochs: int = _option(100, "passes of the largest training over the images, if there is no budget")
     budget: str | None = _option(
         None, "time for everything, such as 30m or 2h: the lengths that fill it are measured first"
     )
+    name: str | None = _option(None, "name of the folder in outputs/ (default: recipe and data)")
     resume: str | None = _option(None, "auto, or nothing: trainings that are done are kept in any case")
+    init_from: str | None = _option(None, "refused: weights have one size, and a ladder has several")
+    knn_every_epochs: int = _option(10, _AT_THE_END)
+    checkpoint_every_epochs: int = _option(10, _UNSAVED)
+    checkpoint_every_steps: int | None = _option(None, _UNSAVED)
+    keep_checkpoints: int = _option(3, _UNSAVED)
+    evaluate_images: int = _option(
+        50_000, "maximum number of training images that are neighbors in k-NN, and of held-out images that are scored"
+    )
     dry_run: bool = _option(False, "measure, print the plan, and stop")
     axes: list[str] = _option([*AXES], "what is scaled: parameters, images, updates")
     rungs: int = _option(6, "number of sizes on each axis, the largest included, which all axes share")
