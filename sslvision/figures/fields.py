@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -28,6 +27,7 @@ class Panel(NamedTuple):
     Attributes:
         name: Name of the network.
         map: (H, W), share of the gradient of each pixel.
+        center: Row and column of the pixel in its middle.
         half, most: Sides in pixels of the squares with 50 and 95 % of it.
         theory: Height and width of the theoretical receptive field in pixels; None if there is none.
         whole: Whether that is the whole image.
@@ -35,6 +35,7 @@ class Panel(NamedTuple):
 
     name: str
     map: Tensor
+    center: tuple[float, float]
     half: int
     most: int
     theory: tuple[int, int] | None
@@ -43,9 +44,11 @@ class Panel(NamedTuple):
 
 def field_figure(panels: Sequence[Panel]) -> Figure:
     """Return a picture with the effective receptive field of each network, its squares, and the theoretical field."""
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    width, height = max(columns * SIDE + 0.3, 4.6), rows * (SIDE + 0.45) + 1.0
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
+    width = max(columns * SIDE, 4.4)
+    tallest = max(panel.map.shape[0] / panel.map.shape[1] for panel in panels)
+    height = rows * (width / columns * tallest + 0.36) + 0.7
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid[len(panels) :]:
@@ -70,7 +73,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     H, W = panel.map.shape
     logarithm = (panel.map.double() / panel.map.max()).clamp(min=10.0**-DECADES).log10()
     axes.imshow(logarithm.numpy(), cmap="inferno", vmin=-DECADES, vmax=0, interpolation="nearest", extent=(0, W, H, 0))
-    row, column = _center(panel.map)
+    row, column = panel.center[0] + 0.5, panel.center[1] + 0.5  # a pixel is 1 wide
     for side, color in ((panel.half, HALF), (panel.most, MOST)):
         _square(axes, (row, column), (side, side), color, "-")
     if panel.theory is not None:
@@ -84,13 +87,6 @@ def _draw(axes: Axes, panel: Panel) -> None:
     axes.set_title(title, size=7.5, color=INK, parse_math=False, family=families, wrap=True, pad=4)
     theory = "whole image" if panel.whole else "no formula" if panel.theory is None else f"{_by(panel.theory)}"
     axes.set_xlabel(f"50 %: {panel.half}   95 %: {panel.most}   theory: {theory}", size=6.5, color=MUTED, labelpad=3)
-
-
-def _center(shares: Tensor) -> tuple[float, float]:
-    """Return the center of gravity of a map in pixels, from its upper left corner."""
-    at = [torch.arange(side, dtype=torch.float64) + 0.5 for side in shares.shape]
-    total = shares.double().sum()
-    return float((shares.double().sum(1) * at[0]).sum() / total), float((shares.double().sum(0) * at[1]).sum() / total)
 
 
 def _square(axes: Axes, center: tuple[float, float], size: tuple[int, int], color: str, style: str) -> None:

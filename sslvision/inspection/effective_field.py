@@ -19,12 +19,14 @@ class EffectiveField(NamedTuple):
     Attributes:
         map: (H, W), the mean absolute gradient of each pixel over images and channels, with sum 1.
         reach: Rows and columns of the smallest rectangle with every pixel whose gradient is not zero.
+        center: Row and column of the pixel that is its middle.
         half, most: Side in pixels of the smallest square around the position, cut at the border of the image, with 50 and
             95 % of the gradient.
     """
 
     map: Tensor
     reach: tuple[int, int]
+    center: tuple[float, float]
     half: int
     most: int
 
@@ -35,6 +37,7 @@ def effective_field(
     grid: tuple[int, int],
     *,
     prefix: int = 0,
+    center: tuple[float, float] | None = None,
     images: int = 8,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -50,6 +53,8 @@ def effective_field(
         shape: Channels, height and width of the images.
         grid: Rows and columns of the output map.
         prefix: Number of tokens before those of the map.
+        center: Row and column of the pixel in the middle of what the position reads; by default the middle of its cell, if
+            the map divides the image into cells. Behind padded convolutions with a stride it is elsewhere.
         images: Number of random images, read one at a time.
         seed: Seed of images and directions.
         device: Device of the network.
@@ -58,7 +63,7 @@ def effective_field(
         ValueError: The gradient is zero everywhere, or not finite.
     """
     rng = torch.Generator().manual_seed(seed)
-    row, column = grid[0] // 2, grid[1] // 2
+    row, column = central(grid)
     total = torch.zeros(shape[1:])
     for _ in range(images):
         image = torch.randn(1, *shape, generator=rng).to(device).requires_grad_()
@@ -71,17 +76,21 @@ def effective_field(
         raise ValueError(
             "the gradient is zero at every pixel" if total.isfinite().all() else "the gradient is not finite"
         )
-    center = tuple(
-        (place + 0.5) * side / count - 0.5 for place, side, count in zip((row, column), shape[1:], grid, strict=True)
-    )
-    return measured(total / total.sum(), (center[0], center[1]))
+    if center is None:
+        center = ((row + 0.5) * shape[1] / grid[0] - 0.5, (column + 0.5) * shape[2] / grid[1] - 0.5)
+    return measured(total / total.sum(), center)
+
+
+def central(grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the row and column of the central position of a map; of an even number, the one behind the middle."""
+    return grid[0] // 2, grid[1] // 2
 
 
 def measured(shares: Tensor, center: tuple[float, float]) -> EffectiveField:
     """Return the field of shares of gradient (H, W) around a center in pixels."""
     rows, columns = (shares.any(dim=axis).nonzero().flatten() for axis in (1, 0))
     reach = (int(rows[-1] - rows[0]) + 1, int(columns[-1] - columns[0]) + 1)
-    return EffectiveField(shares, reach, _side(shares, center, 0.5), _side(shares, center, 0.95))
+    return EffectiveField(shares, reach, center, _side(shares, center, 0.5), _side(shares, center, 0.95))
 
 
 def _side(shares: Tensor, center: tuple[float, float], share: float) -> int:

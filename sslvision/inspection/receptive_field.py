@@ -58,6 +58,10 @@ class Span(NamedTuple):
         """Return the number of pixels."""
         return self.high - self.low + 1
 
+    def center(self, position: int) -> float:
+        """Return the center in pixels of what a position reads."""
+        return position * self.jump + (self.low + self.high) / 2
+
 
 class Reads(NamedTuple):
     """What every position of a map reads."""
@@ -77,6 +81,7 @@ class Window(NamedTuple):
     padding: tuple[int, int]
     map_size: tuple[int, int]  # rows and columns of its output
     field: tuple[int, int] | None  # pixels, vertical and horizontal; None: whole image, or not known
+    whole: bool
 
 
 class ReceptiveField(NamedTuple):
@@ -87,12 +92,21 @@ class ReceptiveField(NamedTuple):
         whole: Whether a position reads the whole image.
         why: Why it is the whole image, or not known, in words.
         windows: Convolutions and poolings.
+        spans: What a position reads along both axes, if that is known.
     """
 
     size: tuple[int, int] | None
     whole: bool
     why: str
     windows: list[Window]
+    spans: tuple[Span, Span] | None = None
+
+    def center(self, position: tuple[int, int]) -> tuple[float, float] | None:
+        """Return the center in pixels of what a position (row, column) reads; None if that is not known."""
+        if self.spans is None:
+            return None
+        vertical, horizontal = self.spans
+        return vertical.center(position[0]), horizontal.center(position[1])
 
 
 def receptive_field(model: nn.Module, shape: tuple[int, int, int]) -> ReceptiveField:
@@ -110,7 +124,7 @@ def receptive_field(model: nn.Module, shape: tuple[int, int, int]) -> ReceptiveF
     if found is None:
         return ReceptiveField(None, False, "its output does not depend on the image by operations that are known", [])
     size = None if found.spans is None else (found.spans[0].size, found.spans[1].size)
-    return ReceptiveField(size, found.whole, found.why, tracing.windows)
+    return ReceptiveField(size, found.whole, found.why, tracing.windows, found.spans)
 
 
 def _last_map(model: Any, image: Tensor) -> Tensor:
@@ -159,12 +173,12 @@ class Tracing(TorchDispatchMode):
     def _behind(self, func: Any, args: tuple[Any, ...], inputs: list[Reads], output: Tensor) -> Reads:
         """Return what a result of an operation reads."""
         packet, first = func.overloadpacket, inputs[0]
-        if (whole := next((one for one in inputs if one.whole), None)) is not None:
-            return whole._replace(positions=output.shape[-2:].numel() if output.ndim == 4 else first.positions)
         if packet == aten.convolution and not args[6] and args[1].ndim == 4:
             return self._slid(first, output, [*args[1].shape[2:]], *args[3:6])
         if packet in POOLS:
             return self._slid(first, output, *_pooling(packet, args))
+        if (whole := next((one for one in inputs if one.whole), None)) is not None:
+            return whole._replace(positions=output.shape[-2:].numel() if output.ndim == 4 else first.positions)
         if packet in PADS and any(args[1]):
             return _padded(func, args[1], first, output)
         if packet in PRODUCTS:
@@ -203,8 +217,8 @@ class Tracing(TorchDispatchMode):
         field = None if spans is None else (spans[0].size, spans[1].size)
         name = self._running[-1] if self._running else ""
         if not self.windows or self.windows[-1].module != name or output.dtype != torch.int64:
-            self.windows.append(Window(name, _two(kernel), _two(stride), _two(padding), size, field))
-        return Reads(spans, False, size[0] * size[1], reads.why)
+            self.windows.append(Window(name, _two(kernel), _two(stride), _two(padding), size, field, reads.whole))
+        return Reads(spans, reads.whole, size[0] * size[1], reads.why)
 
 
 def _merged(inputs: list[Reads]) -> Reads:

@@ -24,7 +24,7 @@ from sslvision.figures.fields import Panel, field_figure
 from sslvision.figures.filters import filters_figure
 from sslvision.inspection import peak_memory as peaks
 from sslvision.inspection.cost import count_flops, count_parameters, count_saved_bytes
-from sslvision.inspection.effective_field import EffectiveField, effective_field, open_branches
+from sslvision.inspection.effective_field import EffectiveField, central, effective_field, open_branches
 from sslvision.inspection.first_filters import filters_of, first_convolution, strongest
 from sslvision.inspection.networks import named_networks, random_network
 from sslvision.inspection.receptive_field import ReceptiveField, receptive_field
@@ -185,12 +185,10 @@ def measure(
         record["flops"] = flops and flops[""]
     backbone.to(device)
     if "field" in wanted:
-        field = attempt("effective receptive field", look, subject, backbone, settings, device, attempt.remarks)
+        field = attempt("effective receptive field", look, subject, backbone, theory, settings, attempt.remarks)
         record["receptive_field"] = field_record(theory, field)
         if theory and theory.why and not theory.whole:
-            attempt.remarks.append(
-                f"theoretical receptive field: no formula, by {theory.why}"
-            )
+            attempt.remarks.append(f"theoretical receptive field: no formula, by {theory.why}")
         panel = panel_of(subject.name, theory, field) if field else None
     images = torch.randn(settings.batch_size, *shape, generator=torch.Generator().manual_seed(settings.seed)).to(device)
     if "speed" in wanted:
@@ -217,7 +215,7 @@ def speed(model: Any, images: Tensor, repeats: int, attempt: Attempts) -> dict[s
 
 
 def look(
-    subject: Subject, backbone: Backbone, settings: Inspect, device: torch.device, remarks: list[str]
+    subject: Subject, backbone: Backbone, theory: ReceptiveField | None, settings: Inspect, remarks: list[str]
 ) -> EffectiveField:
     """Return the effective receptive field of a network; of an untrained one with open residual branches, which is told."""
     looking = copy.deepcopy(backbone)
@@ -231,9 +229,10 @@ def look(
         (backbone.channels, *backbone.image_size),
         backbone.grid,
         prefix=backbone.num_prefix,
+        center=theory.center(central(backbone.grid)) if theory else None,
         images=settings.field_images,
         seed=settings.seed,
-        device=device,
+        device=next(backbone.parameters()).device,
     )
 
 
@@ -247,7 +246,7 @@ def field_record(theory: ReceptiveField | None, field: EffectiveField | None) ->
 def panel_of(name: str, theory: ReceptiveField | None, field: EffectiveField) -> Panel:
     """Return what the picture shows of a network's receptive field."""
     size, whole = (theory.size, theory.whole) if theory else (None, False)
-    return Panel(name, field.map, field.half, field.most, size, whole)
+    return Panel(name, field.map, field.center, field.half, field.most, size, whole)
 
 
 def draw_filters(subject: Subject, backbone: Backbone, settings: Inspect, folder: Path, remarks: list[str]) -> None:

@@ -33,20 +33,30 @@ def layer_rows(
 ) -> list[dict[str, Any]]:
     """Return a row for each module that has anything to tell, in the order of the model; those inside it are included."""
     windows = {window.module: window for window in (theory.windows if theory else ())}
-    last: dict[str, Window] = {}  # window of each module and of those around it, the last in the order of execution
+    inside: dict[str, list[Window]] = {}  # windows of each module and of those in it, in the order of execution
     for name, window in windows.items():
         parts = name.split(".")
-        last |= {".".join(parts[:length]): window for length in range(len(parts) + 1)}
+        for outer in {".".join(parts[:length]) for length in range(len(parts) + 1)}:
+            inside.setdefault(outer, []).append(window)
     rows = []
     for name, module in model.named_modules():
-        own, behind = windows.get(name), last.get(name)
+        own, of_all = windows.get(name), inside.get(name, [])
         row: dict[str, Any] = {"layer": name, "type": type(module).__name__, "parameters": parameters[name]}
         row |= {"flops": flops.get(name, 0) if flops else None, "saved_bytes": saved.get(name, 0) if saved else None}
         row |= {"kernel": own and [*own.kernel], "stride": own and [*own.stride], "padding": own and [*own.padding]}
-        row |= {"map": behind and [*behind.map_size], "receptive_field": behind and behind.field and [*behind.field]}
+        row |= {"map": [*of_all[-1].map_size] if of_all else None, "receptive_field": _widest(of_all)}
         if any(row[key] for key in ("parameters", "flops", "saved_bytes", "map")):
             rows.append(row)
     return rows
+
+
+def _widest(windows: Sequence[Window]) -> list[int] | str | None:
+    """Return the field behind windows of which some are side by side: that of the widest; None if it is not known."""
+    if any(window.whole for window in windows):
+        return "whole"
+    fields = [window.field for window in windows]
+    known = [field for field in fields if field is not None]
+    return [*max(known)] if known and len(known) == len(fields) else None
 
 
 def write_networks(folder: Path, results: Mapping[str, Any]) -> None:
@@ -118,7 +128,7 @@ def print_networks(console: Console, results: Mapping[str, Any]) -> None:
     """Print a row for each network, what was measured where, and the remarks."""
     on = results["measured_on"]
     records, batch = results["networks"], on["batch_size"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     rows = [cells(record, batch) for record in records]
     used = [number for number in range(len(rows[0])) if any(row[number] != NONE for row in rows)]
     for number in used:
