@@ -17,6 +17,7 @@ from sslvision.figures.fonts import drawable
 
 CELL = 44  # pixels of a filter's side, at least
 DPI = 150
+GAP = (0.62, 0.74, 0.90)  # between filters: no gray, as these may be
 
 
 def filters_figure(groups: Sequence[tuple[str, Tensor]], *, title: str, about: str) -> Figure:
@@ -57,14 +58,14 @@ def _drawable(filters: Tensor) -> np.ndarray:
 
 
 def _block(tiles: np.ndarray) -> np.ndarray:
-    """Arrange tiles (N, h, w, 3) in rows on white, enlarged by a whole factor."""
+    """Arrange tiles (N, h, w, 3) in rows, enlarged by a whole factor."""
     N, h, w, _ = tiles.shape
     factor = max(1, math.ceil(CELL / max(h, w)))
     tiles = tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     h, w, gap = h * factor, w * factor, 4
     columns = math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
-    canvas = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), dtype=np.float32)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, 3), GAP, dtype=np.float32)
     for number, tile in enumerate(tiles):
         y, x = number // columns * (h + gap), number % columns * (w + gap)
         canvas[y : y + h, x : x + w] = tile

@@ -97,7 +97,7 @@ def inspect_networks(settings: Inspect, folder: Path, words: Sequence[str] = ())
     folder.mkdir(parents=True, exist_ok=True)
     run_files.describe(folder, dataclasses.asdict(settings), words, command="inspect", contents=CONTENTS)
     results: dict[str, Any] = {"measured_on": where(device, settings), "definitions": definitions(device)}
-    results["networks"] = []
+    results |= {"field_images": settings.field_images, "networks": []}
     panels: list[Panel] = []
     for subject in subjects:
         started = time.perf_counter()
