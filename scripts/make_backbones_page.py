@@ -5,10 +5,11 @@ python scripts/make_backbones_page.py outputs/backbones                         
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from sslvision.workflows.inspection_tables import cells, headings
 
@@ -52,15 +53,17 @@ The picture and this page with it are made by `python scripts/make_backbones_pag
   multiplication and an addition are two operations. Papers often count them as one.
 - **saved**: activations that a forward pass keeps for the backward pass, per image, without parameters. On a CPU attention
   is two products, which keep the attention weights; the fused kernels on a GPU do not.
-- **peak**: most bytes of tensors alive at once in a forward and backward pass of a batch: parameters, gradients, activations and
-  temporary results, without an optimizer's state and without what kernels allocate inside. On CUDA it is the allocator's peak.
+- **peak**: most bytes of tensors alive at once in a forward and backward pass of a batch: parameters, gradients, activations
+  and temporary results, without an optimizer's state and without what kernels allocate inside. On CUDA it is the
+  allocator's peak.
 - **field, theory**: side in pixels of the receptive field of a position of the last map, by W1 = (W2 - 1) S + F from layer
   to layer ([Araujo et al. 2019](https://distill.pub/2019/computing-receptive-fields/)); it may exceed the image. *whole*: the
   position reads the whole image, by attention or squeeze-and-excitation.
 - **field, 95 %**: side of the square around the position that holds 95 % of the gradient with respect to the pixels, averaged
   over {field_images} images of noise ([Luo et al. 2016](https://arxiv.org/abs/1701.04128)). Scales of residual branches
   that begin at 0 are set to 1, as those of ResNet and ConvNeXt, or only the shortcut would be seen.
-- **img/s**: median of {repeats} passes with {batch} images: forward in evaluation mode, and forward and backward in training mode.
+- **img/s**: median of {repeats} passes with {batch} images: forward in evaluation mode, and forward and backward in training
+  mode.
 
 ![Effective receptive fields of the twelve networks](backbones.png)
 
@@ -77,11 +80,11 @@ sslvision inspect run=outputs/a backbone.name=resnet18      # a run beside anoth
 sslvision inspect run=outputs/a measure=field,filters       # only what is named: cost, memory, field, speed, filters
 ```
 
-The folder `outputs/inspect-.../` then holds `inspect.json` with every figure and its definition, the table as CSV and Markdown, a
-CSV file of the layers of each network, and pictures: receptive fields, and the filters of the first convolution or patch
-embedding. `run` takes what it takes for [probe](guide/probe.md): runs, exports, published checkpoints, timm names with their weights. For
-runs the picture of filters has two parts: before training (the weights of the run's seed, or those it was started from)
-and after.
+The folder `outputs/inspect-.../` then holds `inspect.json` with every figure and its definition, the table as CSV and
+Markdown, a CSV file of the layers of each network, and pictures: receptive fields, and the filters of the first convolution
+or patch embedding. `run` takes what it takes for [probe](guide/probe.md): runs, exports, published checkpoints, timm names
+with their weights. For runs the picture of filters has two parts: before training (the weights of the run's seed, or those
+it was started from) and after.
 
 In Python: `sslvision.inspect(["resnet50", "vgg16"], batch_size=4)` returns the content of `inspect.json`.
 """
@@ -124,4 +127,5 @@ if __name__ == "__main__":
         sslvision.inspect([*FAMILIES], output_dir=folder, device="cpu", **SETTINGS)
     written = page(json.loads((folder / "inspect.json").read_text()))
     (DOCS / "backbones.md").write_text(written, encoding="utf-8")
-    shutil.copy(folder / "receptive_fields.png", DOCS / "backbones.png")
+    with Image.open(folder / "receptive_fields.png") as picture:  # of 256 colors it is a third as large
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(DOCS / "backbones.png", optimize=True)

@@ -4,7 +4,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -128,19 +128,20 @@ def print_networks(console: Console, results: Mapping[str, Any]) -> None:
     """Print a row for each network, what was measured where, and the remarks."""
     on = results["measured_on"]
     records, batch = results["networks"], on["batch_size"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     rows = [cells(record, batch) for record in records]
-    used = [number for number in range(len(rows[0])) if any(row[number] != NONE for row in rows)]
-    for number in used:
-        table.add_column(
-            headings(results)[number],
-            justify="left" if number == 0 else "right",
-            overflow="fold",
-            no_wrap=number > 0,
-        )
-    for row in rows:
-        table.add_row(*(escape(row[number]) for number in used))
-    console.print(table)
+    lines = [headings(results), *rows]
+    used = [number for number in range(len(lines[0])) if any(row[number] != NONE for row in rows)]
+    widths = [max(len(part) for line in lines for part in line[number].split("\n")) + 2 for number in used]
+    half = (len(used) + 1) // 2
+    parts = [used] if sum(widths) <= console.width else [used[:half], [0, *used[half:]]]
+    for part in parts:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for number in part:
+            justify: Literal["left", "right"] = "left" if number == 0 else "right"
+            table.add_column(lines[0][number], justify=justify, overflow="fold", no_wrap=number > 0)
+        for row in rows:
+            table.add_row(*(escape(row[number]) for number in part))
+        console.print(table)
     threads = f", {on['threads']} thread{'' if on['threads'] == 1 else 's'}" if on["device"] == "cpu" else ""
     console.print(
         f"[dim]{escape(on['name'])}{threads}, fp32, batches of {batch}, medians of {on['repeats']}. MB are 1e6 bytes; "
