@@ -198,7 +198,7 @@ TABLE = [
         for name in OPERATIONS
     ),
     (
-        "torch.utils._python_dispatch.TorchDispatchMode",
+        "torch.utils._python_dispatch",
         "inspection/peak_memory.py",
         "sees every operation: the bytes that it makes, and what it reads",
         check_dispatch_mode,
