@@ -5,15 +5,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py"}
+COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py"}
 # A folder imports those below it, and its own files.
 LAYERS = [
-    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict"},
+    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect"},
     {"cli"},
     {"workflows"},
     {"training"},
     {"runs"},
-    {"evaluation"},
+    {"evaluation", "inspection"},
     {"methods"},
     {"backbones"},
     {"data"},
