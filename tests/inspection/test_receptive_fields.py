@@ -109,6 +109,7 @@ def test_the_gradient_of_a_3x3_convolution_reaches_exactly_3x3_pixels():
     assert found.map.sum().item() == pytest.approx(1)
 
 
+@pytest.mark.thorough
 def test_the_gradient_of_a_convolutional_network_fills_its_theoretical_field_and_no_more():
     model = timm.create_model("vgg11", num_classes=0).eval()
     theory = receptive_field(model, (3, 256, 256))

@@ -30,6 +30,7 @@ def inspect(settings_of, tmp_path_factory):
     return run
 
 
+@pytest.mark.thorough
 def test_two_networks_are_measured_from_the_command_line(warm_command, tmp_path):
     words = ("backbone.name=test_resnet,test_vit", "backbone.image_size=32", *QUICK)
     done = warm_command(*words, of="inspect", cwd=tmp_path, COLUMNS="100")
