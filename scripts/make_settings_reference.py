@@ -21,7 +21,7 @@ from sslvision.data.sources.torchvision_sets import open_torchvision
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.scaling_settings import Scale
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -30,7 +30,7 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/make_settings_reference.py: change docstrings and help texts, not this file. -->
 
-Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first five tables. Settings of a section
+Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first six tables. Settings of a section
 are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6` is
 short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
 """
@@ -39,6 +39,7 @@ COMMANDS: dict[str, Any] = {
     "probe": Probe,
     "finetune": Finetune,
     "predict": Predict,
+    "inspect": Inspect,
     "scale": Scale,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."

@@ -36,43 +36,10 @@ def _folder_name(name: str | None) -> None:
         raise UsageError(f"name={name} is not a plain folder name; output_dir=... sets a whole path.")
 
 
-# Arguments of timm's factory, which are not the model's, and what is used instead.
-_WEIGHTS = "init_from=PATH or a timm name, to start from weights (probe, finetune: run=; in Python: load_backbone)"
-_FEATURES = "nothing: a backbone returns its last features"
-_EXPORT = "nothing: it is an option for deployment, which the exported model takes when it is loaded"
-FACTORY = {
-    **dict.fromkeys(("pretrained", "checkpoint_path", "cache_dir"), _WEIGHTS),
-    **dict.fromkeys(("scriptable", "exportable", "no_jit"), _EXPORT),
-    **dict.fromkeys(("features_only", "feature_cfg", "feature_cls", "out_indices"), _FEATURES),
-    **dict.fromkeys(("model_cfg", "kwargs_filter"), "the model's own options"),
-    "model_name": "backbone.name",
-    "img_size": "backbone.image_size",
-    "in_chans": "data.channels",
-    "num_classes": "nothing: methods have heads of their own, and fine-tuning makes one for the classes of the data",
-}
-
-
-def check_backbone(options: Mapping[str, Any]) -> None:
-    """Check the settings of a backbone that need no model to be checked.
-
-    Args:
-        options: Options of the timm model.
-
-    Raises:
-        UsageError: An argument of timm's factory, which would load weights or wrap the model.
-    """
-    instead: dict[str, list[str]] = {}
-    for key in options:
-        if key in FACTORY or str(key).startswith("pretrained_"):
-            instead.setdefault(FACTORY.get(key, _WEIGHTS), []).append(f"backbone.{key}")
-    if instead:
-        shown = ". ".join(f"Instead of {' and '.join(keys)} use {use}" for use, keys in instead.items())
-        raise UsageError(f"These are arguments of timm.create_model and not options of a model. {shown}.")
-
-
 _BACKBONE = "sslvision.backbones.build.build_backbone"
 _TRAINER = "pytorch_lightning.Trainer"
 _RUN = "a run folder, an export/, an official MAE or DINO checkpoint, or a timm model (weights are downloaded)"
+MEASURES = ("cost", "memory", "field", "speed", "filters")
 _COMPILE = "compile blocks and loss with torch.compile (default: only on CUDA); evaluation is never compiled"
 _GRAPHS = "launch a step's kernels as CUDA graphs (default: with ViT and Swin on one CUDA device)"
 _CHECKPOINTING = "recompute activations in the backward pass instead of storing them: same results, less memory, slower"
@@ -160,7 +127,6 @@ class Pretrain:
             )
         if self.budget is not None and not self.budget_seconds:
             raise UsageError(f"budget={self.budget} must be a time above 0, such as 90s, 30m, 2h or 3d.")
-        check_backbone(self.backbone)
 
     @property
     def peak_lr(self) -> float:
@@ -352,6 +318,42 @@ class Predict:
                 raise UsageError(f"{key} is not given: say {example}.")
 
 
+@dataclass
+class Inspect:
+    """All settings of a look into networks: what they cost, and what they see."""
+
+    sections: ClassVar[Sections] = {"backbone": "sslvision.inspection.networks.named_networks"}
+    elsewhere: ClassVar[tuple[str, ...]] = ()
+
+    backbone: dict[str, Any] = _option(
+        {},
+        "name (timm models with random weights, as backbone.name=resnet50,vgg16), image_size (default: that of each model), "
+        "channels, pool, and any timm option",
+    )
+    run: list[str] = _option(
+        [], f"backbones with their weights, such as run=outputs/a or run=outputs/a,outputs/b: {_RUN}"
+    )
+    measure: list[str] = _option([*MEASURES], "what to measure, such as measure=cost,speed")
+    batch_size: int = _option(8, "images at a time, for saved activations, peak memory and images per second")
+    repeats: int = _option(5, "timed repetitions, whose median is told, after one that is not timed")
+    field_images: int = _option(8, "random images that the effective receptive field is averaged over")
+    seed: int = _option(0, "random seed for the weights of networks without any, and for images")
+    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device to measure on")
+    name: str | None = _option(
+        None, "name of the results folder in outputs/ (default: inspect and the networks' names)"
+    )
+    output_dir: str | None = _option(None, "path of the results folder, instead of outputs/<name>")
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch_size=1, repeats=1, field_images=1, seed=0)
+        _folder_name(self.name)
+        if not self.run and not self.backbone.get("name"):
+            raise UsageError("Nothing to inspect: say backbone.name=resnet50 (any timm models), or run=outputs/<name>.")
+        if not self.measure or (wrong := [one for one in self.measure if one not in MEASURES]):
+            shown = wrong[0] if self.measure else self.measure
+            raise UsageError(f"measure={shown} is unknown: it is one or more of {', '.join(MEASURES)}.")
+
+
 def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if settings.run is None:
         raise UsageError(f"run is not given: say run=..., {_RUN}.")
@@ -362,9 +364,6 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")
-    # Of a fine-tuning run, backbone.pretrained=false means the network of `run` with random weights.
-    taken = ("pretrained",) if isinstance(settings, Finetune) else ()
-    check_backbone({key: value for key, value in settings.backbone.items() if key not in taken})
 
 
 def _labels(value: Any, *, several: bool) -> Any:

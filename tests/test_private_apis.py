@@ -157,8 +157,52 @@ def check_wandb_logger():
     assert re.search(r"self\._wandb_init: .*=|self\._wandb_init =", source)
 
 
+def check_dispatch_mode():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    weight = torch.ones(3, requires_grad=True)
+    with Mode():
+        (weight * 2).sum().backward()  # the backward pass is seen, too
+    assert seen[0] == torch.ops.aten.mul
+    assert len(seen) > 2
+
+
+def check_operations():
+    aten = torch.ops.aten
+    for name in OPERATIONS:
+        assert getattr(aten, name).overloads()
+    assert torch.Tag.pointwise in aten.relu.default.tags
+    assert torch.Tag.pointwise not in aten.mm.default.tags
+
+
+OPERATIONS = (
+    *("_adaptive_avg_pool2d", "_native_batch_norm_legit_no_training", "_reshape_alias", "_to_copy", "_unsafe_view"),
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 # What is used, where, why, and the check.
 TABLE = [
+    *(
+        (
+            f"torch.ops.aten.{name}",
+            "inspection/receptive_field.py",
+            "what its result reads of the image",
+            check_operations,
+        )
+        for name in OPERATIONS
+    ),
+    (
+        "torch.utils._python_dispatch",
+        "inspection/peak_memory.py",
+        "sees every operation: the bytes that it makes, and what it reads",
+        check_dispatch_mode,
+    ),
     ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),

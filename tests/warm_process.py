@@ -10,7 +10,8 @@ CONTEXT = multiprocessing.get_context("forkserver")
 # The server has one thread: it runs nothing, so that OpenMP may be used after a fork.
 CONTEXT.set_forkserver_preload(
     [
-        *("sslvision.cli.main", "sslvision.workflows.comparison", "sslvision.workflows.predicting"),
+        *("sslvision.cli.main", "sslvision.workflows.comparison", "sslvision.workflows.inspecting"),
+        "sslvision.workflows.predicting",
         *("sslvision.workflows.pretraining", "matplotlib.backends.backend_agg", "matplotlib.figure", "wandb"),
     ]
 )

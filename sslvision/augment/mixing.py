@@ -1,4 +1,4 @@
-"""Mixup, CutMix and random erasing of a whole batch on the training device."""
+"""Mixup, CutMix, Cutout and random erasing of a whole batch on the training device."""
 
 import math
 
@@ -119,12 +119,32 @@ def erase(images: Tensor, rng: ImageRandom, probability: float) -> Tensor:
     return torch.where(box, normal.to(images.dtype), images)
 
 
+def cut_out(images: Tensor, rng: ImageRandom, side: float) -> Tensor:
+    """Set a square of each image to zero, its mean, around a center drawn uniformly; at the border less of it is inside.
+
+    Source: DeVries and Taylor 2017 (arXiv:1708.04552).
+
+    Args:
+        images: (B, C, H, W) normalized.
+        rng: Source of the images' random numbers.
+        side: Side of the square as a share of the image's side; 0 disables it.
+
+    Raises:
+        UsageError: The share is out of range.
+    """
+    check_share("cutout", side)
+    if not side:
+        return images
+    height, width = images.shape[2:]
+    centers = rng.uniform("cutout", 2)  # (B, 2)
+    boxes = box_around(centers, torch.full_like(centers[:, 0], side), height, width)  # (B, H, W)
+    return images.masked_fill(boxes[:, None], 0.0)
+
+
 def check_share(name: str, value: float) -> None:
-    """Raise UsageError for an alpha of Mixup or CutMix, or a probability of erasing, that is out of range."""
+    """Raise UsageError for an alpha of Mixup or CutMix, a probability of erasing, or a side of Cutout, that is out of range."""
     if not 0 <= value <= 1:
-        what = (
-            "a probability"
-            if name == "erase"
-            else "the alpha of a Beta distribution, of which those above 1 are not drawn"
+        what = {"erase": "a probability", "cutout": "a share of the image's side"}.get(
+            name, "the alpha of a Beta distribution, of which those above 1 are not drawn"
         )
         raise UsageError(f"{name}={value:g} must be from 0 (none) to 1: it is {what}.")

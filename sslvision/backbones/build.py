@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.dense import Dense, options_for
 from sslvision.backbones.swin import Swin
+from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.backbones.vit import ViT
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
-from sslvision.settings import check_backbone
 
 COUNTS = ("depth", "embed_dim", "num_heads", "patch_size", "window_size")  # of units: at least one
 RATES = ("drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
@@ -43,7 +43,7 @@ def build_backbone(
         UsageError: The name or an option is unknown to timm, an option is one of timm's factory (pretrained, ...), or the
             model does not support this image size.
     """
-    check_backbone(timm_options)
+    check_options_of_timm(timm_options)
     check_dimensions(timm_options)
     if channels < 1:
         raise UsageError(f"data.channels={channels} must be a whole number from 1.")

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import check_dimensions, wrap
 from sslvision.backbones.fitting import check_fit, grids_of, load_fitting, resampled
+from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.backbones.vit import ViT
 from sslvision.backbones.weight_sources import WeightSource, create_model, find_source, patch_grids, size_options
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
-from sslvision.settings import check_backbone
 
 
 class Loaded(NamedTuple):
@@ -63,7 +63,7 @@ def load_backbone(
         UsageError: `where` is none of these, the weights cannot be loaded, or they do not fit the arguments; or an option is
             one of timm's factory (checkpoint_path, ...), as the weights are those that `where` refers to.
     """
-    check_backbone(timm_options)
+    check_options_of_timm(timm_options)
     check_dimensions(timm_options)
     given = None if image_size is None else height_and_width(image_size, "backbone.image_size")
     source = find_source(

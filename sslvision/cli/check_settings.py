@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, Literal, TypeVar
 
+from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
-from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
 from sslvision.workflows.scaling_settings import Scale
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Scale)
+Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
@@ -81,7 +82,11 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
     backbone = sections.get("backbone", {})
     if backbone.get("image_size") is not None:  # [s,s] is s, for a run to be resumed with either
         backbone["image_size"] = shortest(height_and_width(backbone["image_size"], "backbone.image_size"))
-    return kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
+    result = kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
+    # Of a fine-tuning run, backbone.pretrained=false means the network of `run` with random weights.
+    taken = ("pretrained",) if kind is Finetune else ()
+    check_options_of_timm({key: value for key, value in backbone.items() if key not in taken})
+    return result
 
 
 def known_keys(settings: dict[str, Any], kind: type[Settings]) -> dict[str, dict[str | None, Any]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
-from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.scaling_settings import Scale
 
 
@@ -22,7 +22,7 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
-    if not isinstance(settings, Probe):
+    if not isinstance(settings, Probe | Inspect):
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer)
@@ -30,7 +30,7 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
 
-def _workflow(settings: Pretrain | Probe | Finetune, recipe: str) -> tuple[Callable[..., Any], str, bool]:
+def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
     Without a date the same command finds the same folder, and continues or overwrites it.
@@ -43,6 +43,10 @@ def _workflow(settings: Pretrain | Probe | Finetune, recipe: str) -> tuple[Calla
         from sslvision.workflows.pretraining import pretrain
 
         return pretrain, recipe, True
+    if isinstance(settings, Inspect):
+        from sslvision.workflows.inspecting import inspect_networks
+
+        return inspect_networks, f"inspect-{_networks(settings)}", False
     name = _run_and_data(settings)
     if isinstance(settings, Probe):
         from sslvision.workflows.probing import probe
@@ -69,3 +73,11 @@ def _data(settings: Pretrain | Probe | Finetune) -> str:
     """Return the name of the data as one word for folders."""
     target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
     return re.sub(r"[^\w.-]", "_", settings.data.get("name") or Path(settings.data.get("root") or target).name)
+
+
+def _networks(settings: Inspect) -> str:
+    """Return the names of networks as one word for folders: of three or fewer all of them."""
+    names = [Path(run).parent.name if Path(run).name == "export" else Path(run).name for run in settings.run]
+    names += settings.backbone.get("name", [])
+    shown = names if len(names) <= 3 else [names[0], f"and-{len(names) - 1}-more"]
+    return re.sub(r"[^\w.-]", "_", "-".join(shown))

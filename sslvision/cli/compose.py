@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, InterpolationResolutionError, OmegaConfBaseException
 
-from sslvision.cli.check_settings import Settings, checked, known_keys
+from sslvision.cli.check_settings import Settings, checked, known_keys, parameters
 from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
 from sslvision.cli.shorthands import ExistingFolder, implied_source, in_full, recipe_to_resume
 from sslvision.cli.values import is_text, is_text_list, value_of
@@ -25,6 +25,7 @@ from sslvision.errors import UsageError
 from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.runs.redaction import REDACTED
 from sslvision.runs.renamed_settings import current_name, current_target, current_value, renamed, warn
+from sslvision.settings import locate
 
 _REMOVED = object()  # the value of a key given as ~key
 Read = Callable[[str, Any, Any], Any]  # from a key, what was given for it, and its declared type, to its value
@@ -100,7 +101,7 @@ def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -
     """Compose the recipe, set what is given in it, and check the whole; return the settings and the recipe's name."""
     sections, texts = command.kind.sections, ("recipe", "resume", "name", "output_dir")
     words = {
-        key: read(key, value, Any)
+        key: read(key, value, _kind_of_word(key, command))
         for key, value in given.items()
         if key in sections or (key == "recipe" and command.recipes)
     }
@@ -138,6 +139,12 @@ def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -
     return result, composed.name
 
 
+def _kind_of_word(key: str, command: Command[Any]) -> Any:
+    """Return the type of backbone=... where it is short for several names; of what else is given for a section, any."""
+    names = parameters(locate(key, command.kind.sections[key])).get("name") if key == "backbone" else Any
+    return names if is_text_list(names) else Any
+
+
 def _target_of_data(tree: DictConfig, run: Any) -> str | None:
     """Return the data source of a recipe, or of a run, if the recipe has none."""
     target = (tree.get("data") or {}).get("_target_")
@@ -169,7 +176,7 @@ def _set_all(
     # First what tells the types of the others.
     for key in [key for key, value in full.items() if key.endswith("._target_") and value is not _REMOVED]:
         OmegaConf.update(tree, key, current_target(read(key, full.pop(key), str)), force_add=True)
-    if full.get("run", _REMOVED) is not _REMOVED:
+    if "data" in command.kind.sections and full.get("run", _REMOVED) is not _REMOVED:
         OmegaConf.update(tree, "run", read("run", full.pop("run"), str))
     needs_data = "data" in command.kind.sections and "_target_" not in (tree.get("data") or {})
     if needs_data and tree.get("run") is not None:

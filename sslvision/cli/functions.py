@@ -13,13 +13,13 @@ Signals are left alone, and environment variables and warning filters are restor
 import os
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import FINETUNE, PREDICT, PRETRAIN, PROBE, SCALE, Command
+from sslvision.cli.recipes import FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, SCALE, Command
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -106,6 +106,32 @@ def scale(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
         UsageError, DataError, Diverged, StorageError: See sslvision.errors.
     """
     return dict(_call(SCALE, _with(settings, recipe=recipe)))
+
+
+def inspect(
+    name: str | Sequence[str] | None = None, *, run: str | Path | Sequence[str | Path] | None = None, **settings: Any
+) -> dict[str, Any]:
+    """Measure what networks cost and what they see: parameters, FLOPs, memory, receptive fields, images per second.
+
+    Args:
+        name: Name of a timm model, or several; they have random weights.
+        run: Folder of a run, or any other weights that `python -m sslvision.inspect run=...` takes, or several.
+        settings: Any settings of `python -m sslvision.inspect --help`, except the name of the results folder, which
+            output_dir gives.
+
+    Returns:
+        The content of inspect.json.
+
+    Raises:
+        UsageError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(INSPECT, _with(settings, **{"backbone.name": _several(name), "run": _several(run)})))
+
+
+def _several(value: str | Path | Sequence[str | Path] | None) -> list[str] | None:
+    """Return one or several names or paths as a list."""
+    values = [value] if isinstance(value, str | Path) else value
+    return None if values is None else [str(one) for one in values]
 
 
 class CallableModule(types.ModuleType):

@@ -16,6 +16,7 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
+    "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
 }
 EXAMPLES = {
@@ -78,6 +79,16 @@ EXAMPLES = {
         ("run=outputs/a images=photos", "a CSV file of classes and probabilities for a folder of images"),
         ("run=outputs/a images=photo.jpg output=photo.csv", "one image"),
     ),
+    "inspect": (
+        ("backbone.name=resnet50", "one network, layer by layer, at its own image size"),
+        (
+            "backbone.name=resnet50,vgg16,vit_small_patch16_224 backbone.image_size=224",
+            "several in one table, all at 224 pixels",
+        ),
+        ("run=outputs/a", "the backbone of a run; its first filters beside those before pretraining"),
+        ("run=outputs/a backbone.name=resnet18", "a run beside another network"),
+        ("backbone.name=vgg16 measure=cost,field", "only what is named: cost, memory, field, speed, filters"),
+    ),
     "scale": (
         ("recipe=mae budget=30m", "parameters, images and updates, on the included images, in half an hour"),
         ("recipe=mae budget=30m dry_run=true", "the plan only: which trainings, and how many minutes each takes"),
@@ -104,7 +115,9 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = "run=... images=... " if command.name == "predict" else "" if command.pretrains else "run=... "
+    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... "}.get(
+        command.name, "" if command.pretrains else "run=... "
+    )
     console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")
     console.print(_table("options", list(OPTIONS)))
     about = [

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
-from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
 from sslvision.workflows.scaling_settings import Scale
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
@@ -58,8 +58,9 @@ PRETRAIN = Command("pretrain", Pretrain)
 PROBE = Command("probe", Probe)
 FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
+INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
-COMMANDS: dict[str, Command[Any]] = {command.name: command for command in (PRETRAIN, PROBE, FINETUNE, PREDICT, SCALE)}
+COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE)}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def in_full(given: Mapping[str, Any], command: Command[Any]) -> dict[str, Any]:
 
 
 def _is_word(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    several = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    return bool(several) or (isinstance(value, str) and value != "")
 
 
 def folder_of(data: str) -> str:

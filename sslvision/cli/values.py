@@ -29,8 +29,9 @@ def value_of(key: str, text: str, kind: Any) -> Any:
     """
     if is_text(kind):
         return literal(text)
-    if is_text_list(kind) and text.startswith("[") and text.endswith("]"):
-        return [literal(one) for one in split_at_commas(text[1:-1])]
+    if is_text_list(kind) and text.lower() != "null":  # a,b is short for [a,b]
+        inside = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+        return [literal(one) for one in split_at_commas(inside)]
     found = _parse(text)
     if isinstance(found, Override):
         if found.is_sweep_override():

@@ -1,6 +1,6 @@
 """Supervised training of a classifier: fine-tuning of a pretrained backbone, in whole or in part, or training from scratch.
 
-    crop -> erase -> mix with the next image -> backbone -> features -> linear head -> cross-entropy
+    crop -> cut out, erase -> mix with the next image -> backbone -> features -> linear head -> cross-entropy
 
 The recipe is MAE's (He et al. 2021, arXiv:2111.06377, appendix A.1, table 9), after BEiT's and DeiT's: layer-wise
 learning rates, Mixup, CutMix, random erasing, label smoothing. Each of them can be disabled, and the lowest layers can be
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from sslvision.augment.crops import Crop
-from sslvision.augment.mixing import check_share, erase, mix_images
+from sslvision.augment.mixing import check_share, cut_out, erase, mix_images
 from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.classifier import classify, put_head
@@ -29,6 +29,7 @@ from sslvision.methods.base import Clock, Method
 from sslvision.nn.compilation import force_eager
 from sslvision.nn.freezing import eval_frozen, freeze_lowest, layers
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
+from sslvision.nn.weight_noise import with_noise
 from sslvision.optim.optimizers import build_optimizer
 from sslvision.optim.param_groups import layer_groups
 from sslvision.optim.schedules import warmup_cosine
@@ -54,6 +55,8 @@ class Supervised(Method):
         min_lr: Learning rate at the end.
         mixup, cutmix: See mix_images.
         erase: Probability that a box of an image is erased.
+        cutout: Side of the square of each image that is set to its mean, as a share of the image's side; 0 for none.
+        weight_noise: Standard deviation of the noise on the weights in each step, as a share of their root mean square.
         label_smoothing: Share of each target that is spread over all classes.
         class_weights: "none"; "balanced", by inverse frequency, with a mean of 1 over the training images; or K numbers.
         ema: Decay of an exponential moving average of the weights, which is then evaluated and saved; 0 for none. The decay
@@ -93,6 +96,8 @@ class Supervised(Method):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         erase: float = 0.0,
+        cutout: float = 0.0,
+        weight_noise: float = 0.0,
         label_smoothing: float = 0.0,
         class_weights: str | Sequence[float] = "none",
         ema: float = 0.0,
@@ -100,8 +105,8 @@ class Supervised(Method):
         std: Sequence[float] = IMAGENET_STD,
         seed: int = 0,
     ):
-        check_settings(lr, min_lr, warmup_epochs, weight_decay, label_smoothing, ema)
-        for name, share in (("mixup", mixup), ("cutmix", cutmix), ("erase", erase)):
+        check_settings(lr, min_lr, warmup_epochs, weight_decay, label_smoothing, ema, weight_noise)
+        for name, share in (("mixup", mixup), ("cutmix", cutmix), ("erase", erase), ("cutout", cutout)):
             check_share(name, share)
         crop = Crop(backbone.image_size, (crop_scale[0], crop_scale[1]), flip=flip)
         super().__init__(crops=[crop], mean=mean, std=std, seed=seed)
@@ -111,7 +116,8 @@ class Supervised(Method):
         put_head(backbone, K)
         self.frozen = freeze_lowest(backbone.model, blocks=freeze, stages=freeze_stages)
         self.frozen_unit = "stages" if freeze_stages else "blocks"
-        self.mixup, self.cutmix, self.erasing, self.label_smoothing = mixup, cutmix, erase, label_smoothing
+        self.mixup, self.cutmix, self.erasing, self.cutout = mixup, cutmix, erase, cutout
+        self.label_smoothing, self.weight_noise = label_smoothing, weight_noise
         self.schedule_lr = partial(warmup_cosine, peak=lr, end=min_lr, warmup_epochs=warmup_epochs)
         self.lr, self.weight_decay, self.layer_decay = lr, weight_decay, layer_decay
         self.optimizer_name, self.optimizer_options = optimizer, dict(optimizer_options or {})
@@ -164,10 +170,11 @@ class Supervised(Method):
         raise UsageError("Supervised finds labels by the index of an image: train it with sslvision's ImageData.")
 
     def views(self, batch: Batch, rng: ImageRandom) -> list[Tensor]:
-        """Return normalized, erased and mixed images (B, C, H, W) and their targets (B, K), shares of the classes."""
+        """Return normalized, cut, erased and mixed images (B, C, H, W) and their targets (B, K), shares of the classes."""
         labels = self.labels[batch.shown][:, None]  # (B, 1)
         targets = torch.zeros(len(labels), len(self.classes), device=labels.device).scatter_(1, labels, 1.0)
-        images = erase(self.normalize(batch.crops[0]), rng, self.erasing)
+        images = cut_out(self.normalize(batch.crops[0]), rng, self.cutout)
+        images = erase(images, rng, self.erasing)
         return list(mix_images(images, targets, rng, mixup=self.mixup, cutmix=self.cutmix))
 
     def losses(self, views: list[Tensor], clock: Clock | None) -> dict[str, Tensor]:
@@ -177,7 +184,7 @@ class Supervised(Method):
         over images. It is not divided by the sum of weights, which depends on the composition of the batch.
         """
         images, targets = views
-        logits = classify(self.backbone, images)  # (B, K)
+        logits = with_noise(classify, self.backbone, images, share=self.weight_noise)  # (B, K)
         loss = F.cross_entropy(logits, targets, self.class_weights, label_smoothing=self.label_smoothing)
         return {"loss": loss, "train_top1": 100 * (logits.argmax(1) == targets.argmax(1)).float().mean()}
 
@@ -253,20 +260,27 @@ class Supervised(Method):
             rows["layer-wise rates"] = (
                 f"{self.lr * lowest:.2g} (lowest) to {self.lr:.2g} (head), x {self.layer_decay:g} a layer"
             )
-        settings = {"Mixup": self.mixup, "CutMix": self.cutmix, "erase": self.erasing}
+        settings = {"Mixup": self.mixup, "CutMix": self.cutmix, "erase": self.erasing, "Cutout": self.cutout}
         settings |= {"label smoothing": self.label_smoothing, "weight decay": self.weight_decay}
+        settings["weight noise"] = self.weight_noise
         settings["EMA"] = self.ema.decay if self.ema else 0
         rows["regularization"] = ", ".join(f"{name} {value:g}" for name, value in settings.items() if value) or "none"
         return rows
 
 
 def check_settings(
-    lr: float, min_lr: float, warmup_epochs: float, weight_decay: float, label_smoothing: float, ema: float
+    lr: float,
+    min_lr: float,
+    warmup_epochs: float,
+    weight_decay: float,
+    label_smoothing: float,
+    ema: float,
+    weight_noise: float,
 ) -> None:
     """Raise UsageError if a setting is out of range."""
     if not (lr > 0 and min(min_lr, warmup_epochs, weight_decay) >= 0):
         raise UsageError(f"{lr=} must be greater than 0; {min_lr=}, {warmup_epochs=} and {weight_decay=} 0 or more.")
-    for name, value in {"label_smoothing": label_smoothing, "ema": ema}.items():
+    for name, value in {"label_smoothing": label_smoothing, "ema": ema, "weight_noise": weight_noise}.items():
         if not 0 <= value < 1:
             raise UsageError(f"{name}={value:g} must be from 0 (none) to less than 1.")
 

@@ -1,10 +1,10 @@
-"""Mixup, CutMix and random erasing: their distributions, their sums, and whom an image depends on."""
+"""Mixup, CutMix, Cutout and random erasing: their distributions, their sums, and whom an image depends on."""
 
 import pytest
 import torch
 from torch.distributions import Beta
 
-from sslvision.augment.mixing import TRIES, beta, erase, mix_images
+from sslvision.augment.mixing import TRIES, beta, cut_out, erase, mix_images
 from sslvision.augment.randomness import ImageRandom
 from sslvision.errors import UsageError
 
@@ -154,3 +154,27 @@ def test_alphas_out_of_range_are_refused(settings):
 def test_a_probability_out_of_range_is_refused():
     with pytest.raises(UsageError, match="erase=25 must be"):
         erase(torch.zeros(1, 1, 8, 8), rng_of([0]), 25)
+
+
+@pytest.mark.parametrize("side", [0.25, 0.5, 1.0])
+def test_cutout_zeroes_one_square_whose_center_is_anywhere_and_leaves_the_rest(side):
+    pixels, count = 16, 2000
+    images = torch.rand(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(0)) + 1
+    cut = cut_out(images, rng_of(range(count)), side)
+    holes = (cut == 0).all(dim=1)  # (B, H, W)
+    assert torch.equal(cut[~holes[:, None].expand_as(cut)], images[~holes[:, None].expand_as(cut)])
+    rows, columns = holes.any(dim=2).sum(dim=1), holes.any(dim=1).sum(dim=1)  # (B,), (B,)
+    assert torch.equal(holes.sum(dim=(1, 2)), rows * columns)  # a box
+    assert rows.max() == columns.max() == side * pixels
+    assert rows.min() == side * pixels / 2  # the center lies in the image
+    shares = holes.float().mean(dim=0)  # (H, W)
+    assert shares.min() > 0.15 * side**2  # anywhere: a corner is cut by a quarter of the centers that cut the middle
+    if side < 1:
+        middle = shares[pixels // 2, pixels // 2].item()
+        assert abs(middle - side**2) < 5 * (side**2 * (1 - side**2) / count) ** 0.5
+
+
+def test_cutout_of_0_is_none_and_depends_on_nothing_but_the_image():
+    images, _ = batch_of(4)
+    assert cut_out(images, rng_of(range(4)), 0.0) is images
+    assert torch.equal(cut_out(images, rng_of(range(4)), 0.5)[2:], cut_out(images[2:], rng_of([2, 3]), 0.5))

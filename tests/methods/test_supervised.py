@@ -294,6 +294,54 @@ def test_views_are_erased_and_mixed_by_each_image_and_epoch():
     assert ((targets > 0) & (targets < 1)).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_noisy_weights_have_the_gradient_of_the_perturbed_network_and_stay_what_they_are(kind):
+    share = 0.1
+    noisy, perturbed = method_of(kind, weight_noise=share), method_of(kind)
+    before = state_of(noisy)
+    images, targets = noisy.views(batch_of(range(8)), ImageRandom(0, torch.zeros(8, dtype=torch.long), torch.arange(8)))
+    torch.manual_seed(3)
+    noisy.losses([images, targets], CLOCK)["loss"].backward()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for weight in perturbed.backbone.parameters():
+            if weight.ndim >= 2:
+                weight += share * weight.square().mean().sqrt() * torch.randn_like(weight)
+    perturbed.losses([images, targets], CLOCK)["loss"].backward()
+    for name, weight in noisy.backbone.named_parameters():
+        wanted = perturbed.backbone.get_parameter(name).grad
+        assert torch.allclose(weight.grad, wanted, rtol=1e-4, atol=1e-6), name
+        assert torch.equal(weight, before[name.removeprefix("model.")])
+
+
+def test_weights_that_are_frozen_have_no_noise():
+    method = method_of(freeze=4, weight_noise=0.5)
+    head = method.backbone.model.get_classifier()
+    features = method.backbone(method.normalize(IMAGES[:8]))
+    rng = ImageRandom(0, torch.zeros(8, dtype=torch.long), torch.arange(8))
+    images, targets = method.views(batch_of(range(8)), rng)
+    torch.manual_seed(3)
+    loss = method.losses([images, targets], CLOCK)["loss"]
+    torch.manual_seed(3)
+    noise = 0.5 * head.weight.square().mean().sqrt() * torch.randn_like(head.weight)
+    logits = F.linear(features, head.weight + noise, head.bias)
+    assert torch.allclose(loss, F.cross_entropy(logits, targets), atol=1e-6)
+
+
+@pytest.mark.thorough
+def test_compiled_blocks_train_with_noisy_weights():
+    losses = {}
+    for compiled in (False, True):
+        method = method_of(weight_noise=0.1)
+        if compiled:
+            method.compile_blocks()
+        collected = Collected()
+        fit(method, epochs=1, logger=collected)
+        losses[compiled] = [row["loss"] for _, row in collected.rows if "loss" in row]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    assert len(losses[True]) == 4
+
+
 def test_train_top1_is_the_share_of_images_whose_likeliest_class_is_right():
     method = method_of()
     torch.nn.init.zeros_(method.backbone.model.head.weight)
@@ -423,6 +471,8 @@ def test_options_reach_the_optimizer():
         ({"mixup": 2.0}, "mixup=2"),
         ({"cutmix": -1.0}, "cutmix=-1"),
         ({"erase": 1.5}, "erase=1.5 .* probability"),
+        ({"cutout": 2.0}, "cutout=2 .* share of the image's side"),
+        ({"weight_noise": -0.1}, "weight_noise=-0.1"),
         ({"label_smoothing": 1.0}, "label_smoothing=1"),
         ({"ema": 1.0}, "ema=1"),
         ({"lr": 0.0}, "lr=0.0"),
