@@ -30,7 +30,8 @@ from sslvision.workflows.ladder import Rung, Size, Times
 from sslvision.workflows.method import method_from_settings
 from sslvision.workflows.scaling_settings import Scale
 
-TRIED = 500  # images of each kind that the evaluation is timed with
+WARMING = 100  # images of each kind that are evaluated before the evaluation is timed
+TRIED = 500  # images of each kind that it is timed with
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +134,9 @@ def measure(ground: Ground, size: Size, *, seconds: float) -> Times:
     data = ground.batches(method, len(ground.splits.train), settings.seed)
     timed = time_updates(settings, method, data, seconds=seconds)
     overhead = time.perf_counter() - began - (timed.updates + timed.skipped) * timed.each
+    ground.score(method.float(), at_most=WARMING, workers=data.workers)  # what comes once must not be multiplied
     began = time.perf_counter()
-    ground.score(method.float(), at_most=TRIED, workers=data.workers)
+    ground.score(method, at_most=TRIED, workers=data.workers)
     scored = time.perf_counter() - began
     sources = (ground.evaluated.train, ground.evaluated.test) if "knn" in ground.scores else (None, ground.splits.test)
     counts = [min(len(source), settings.evaluate_images) if source is not None else 0 for source in sources]
