@@ -12,6 +12,7 @@ from typing import Any
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.scaling_settings import Scale
 
 
 def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
@@ -34,6 +35,10 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
 
     Without a date the same command finds the same folder, and continues or overwrites it.
     """
+    if isinstance(settings, Scale):
+        from sslvision.workflows.scaling import scale
+
+        return scale, f"scale-{recipe}-{_data(settings)}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain
 
@@ -61,9 +66,13 @@ def _run_and_data(settings: Probe | Finetune) -> str:
     """Return the names of a run and its data as one word for folders: mae-digits."""
     run = Path(str(settings.run))
     run = run.parent if run.name == "export" else run
+    return re.sub(r"[^\w.-]", "_", f"{run.name}-{_data(settings)}")
+
+
+def _data(settings: Pretrain | Probe | Finetune) -> str:
+    """Return the name of the data as one word for folders."""
     target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
-    data = settings.data.get("name") or Path(settings.data.get("root") or target).name
-    return re.sub(r"[^\w.-]", "_", f"{run.name}-{data}")
+    return re.sub(r"[^\w.-]", "_", settings.data.get("name") or Path(settings.data.get("root") or target).name)
 
 
 def _networks(settings: Inspect) -> str:

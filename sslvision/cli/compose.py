@@ -182,7 +182,7 @@ def _set_all(
     if needs_data and tree.get("run") is not None:
         tree.data = _plain("data", data_of(tree.run))
     full = _current(full, OmegaConf.select(tree, "method._target_")) if "method" in tree else full
-    if command is PRETRAIN and "backbone.name" in full:
+    if command.pretrains and "backbone.name" in full:
         _drop_options_of_another_backbone(tree, read("backbone.name", full["backbone.name"], str))
     known = known_keys(_plain_tree(tree, resolve=False), command.kind)
     for key, written in texts.items():

@@ -19,7 +19,7 @@ from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, Command
+from sslvision.cli.recipes import FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, SCALE, Command
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -90,6 +90,22 @@ def predict(run: str | Path, images: str | Path, **settings: Any) -> Path:
         UsageError, DataError, StorageError: See sslvision.errors.
     """
     return Path(_call(PREDICT, {"run": run, "images": images, **settings}))
+
+
+def scale(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Train a ladder of sizes, shares of the images and lengths, and fit the power laws that they follow.
+
+    Args:
+        recipe: Name of an included recipe of pretraining, or the path of a .yaml file.
+        settings: Any settings of `python -m sslvision.scale --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, Diverged, StorageError: See sslvision.errors.
+    """
+    return dict(_call(SCALE, _with(settings, recipe=recipe)))
 
 
 def inspect(

@@ -17,6 +17,7 @@ ABOUT = {
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
+    "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -88,6 +89,15 @@ EXAMPLES = {
         ("run=outputs/a backbone.name=resnet18", "a run beside another network"),
         ("backbone.name=vgg16 measure=cost,field", "only what is named: cost, memory, field, speed, filters"),
     ),
+    "scale": (
+        ("recipe=mae budget=30m", "parameters, images and updates, on the included images, in half an hour"),
+        ("recipe=mae budget=30m dry_run=true", "the plan only: which trainings, and how many minutes each takes"),
+        ("recipe=mae_photos data.root=photos budget=2h 'axes=[images]' seeds=3", "would more images of yours help?"),
+        (
+            "recipe=mae budget=30m score=loss",
+            "the laws of MAE's held-out loss; what is trained already is not trained again",
+        ),
+    ),
 }
 
 OPTIONS = (
@@ -105,8 +115,8 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "pretrain": "", "inspect": "backbone.name=... "}.get(
-        command.name, "run=... "
+    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... "}.get(
+        command.name, "" if command.pretrains else "run=... "
     )
     console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")
     console.print(_table("options", list(OPTIONS)))

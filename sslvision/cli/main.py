@@ -113,8 +113,8 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     left = ""
-    if getattr(settings, "compare", False):
-        return Stopped(f"{signal.Signals(signum).name}. {_left_of_comparison(command, words, settings)}", signum)
+    if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
+        return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
     if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
             left = f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
@@ -129,12 +129,12 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
     return Stopped(f"{signal.Signals(signum).name} outside of training.{left}", signum)
 
 
-def _left_of_comparison(command: Command[Any], words: Sequence[str], settings: Any) -> str:
-    """Return how many trainings of an interrupted comparison are kept, and the command that goes on with the others."""
+def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: Any) -> str:
+    """Return how many trainings of a comparison or ladder are kept, and the command that goes on with the others."""
     if settings.dry_run:
         return "This was a dry run, which is not resumed: start it again."
     folder = Path(os.environ.get(RUN_FOLDER, ""))
-    record = folder / "cells.jsonl"
+    record = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl")
     ended = sum(line.endswith("}\n") for line in record.open()) if record.is_file() else 0
     kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
     again = [word for word in words if word.split("=")[0] != "overwrite"]

@@ -19,6 +19,7 @@ from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.scaling_settings import Scale
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
 RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / "recipes"  # the latter in a checkout
@@ -34,16 +35,23 @@ class Command(Generic[Settings]):
         name: Name of the command and of its folder of recipes.
         kind: Class of its settings.
         recipe: Default recipe; None if one must be named.
+        folder: Folder of its recipes, if it is not the command's name.
     """
 
     name: str
     kind: type[Settings]
     recipe: str | None = None
+    folder: str | None = None
+
+    @property
+    def pretrains(self) -> bool:
+        """Return whether its recipes are those of pretraining, which name a method, a backbone and images."""
+        return issubclass(self.kind, Pretrain)
 
     @property
     def recipes(self) -> dict[str, Path]:
         """Return the included recipes by name; none if the command takes no recipe."""
-        return {file.stem: file for file in sorted((RECIPES / self.name).glob("*.yaml"))}
+        return {file.stem: file for file in sorted((RECIPES / (self.folder or self.name)).glob("*.yaml"))}
 
 
 PRETRAIN = Command("pretrain", Pretrain)
@@ -51,7 +59,8 @@ PROBE = Command("probe", Probe)
 FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
 INSPECT = Command("inspect", Inspect)
-COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT)}
+SCALE = Command("scale", Scale, folder="pretrain")
+COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE)}
 
 
 @dataclass(frozen=True)
@@ -137,7 +146,7 @@ def _defaults(command: Command[Any]) -> DictConfig:
     }
     sections: dict[str, Any] = {section: {} for section in kind.sections if section != "data"}
     groups: list[Any] = ["_self_"]  # first, so that a recipe's values replace the defaults
-    if command is not PRETRAIN and "data" in kind.sections:
+    if not command.pretrains and "data" in kind.sections:
         groups.append({"data": None})
     if command.recipes:
         groups.append({"recipe": "???"})
@@ -180,6 +189,8 @@ def _own_recipe(recipe: str, command: Command[Any]) -> RecipeFile:
         raise UsageError(f"recipe={recipe}: there is no such file. Included recipes: {', '.join(command.recipes)}.")
     own = read_recipe(file, recipe)
     for other in COMMANDS.values():
+        if issubclass(command.kind, other.kind):  # a ladder takes the settings of a pretraining run
+            continue
         theirs, ours = ({f.name for f in fields(one.kind)} - {*OF_A_RUN} for one in (other, command))
         if theirs - set(own.settings) == set() != ours - set(own.settings):
             raise UsageError(

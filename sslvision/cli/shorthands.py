@@ -8,7 +8,7 @@ from typing import Any
 
 from sslvision.cli.check_settings import parameters
 from sslvision.cli.recipe_file import RecipeFile, resumed_recipe
-from sslvision.cli.recipes import PRETRAIN, SOURCES, Command, source_target
+from sslvision.cli.recipes import SOURCES, Command, source_target
 from sslvision.errors import UsageError
 from sslvision.runs.renamed_settings import warn
 from sslvision.settings import locate
@@ -129,7 +129,7 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
     folder = _run_to_resume(resume, *(read(key) if key in given else None for key in ("name", "output_dir", "dry_run")))
     if folder is not None and (found := resumed_recipe(folder, resume, given)) is not None:
         return found
-    if command is not PRETRAIN and "run" in given:  # a job that may start or resume
+    if not command.pretrains and "run" in given:  # a job that may start or resume
         return None
     if folder is None:
         raise UsageError("resume=auto needs to know which run folder: give name=... or output_dir=...")
@@ -137,7 +137,7 @@ def recipe_to_resume(given: Mapping[str, Any], read: Callable[[str], Any], comma
         folder.name, [file.parent.name for file in folder.parent.glob("*/config.yaml")], n=1
     )
     told = f" Did you mean name={near[0]}?" if near and not given.get("output_dir") else ""
-    start = "recipe=NAME" if command is PRETRAIN else "run=..."
+    start = "recipe=NAME" if command.pretrains else "run=..."
     if resume != "auto" and not folder.exists():
         raise UsageError(
             f"resume={resume}: there is no such checkpoint or run folder. {_WHAT_TO_RESUME} To start a run that a later call "

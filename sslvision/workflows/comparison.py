@@ -17,7 +17,6 @@ Every training is recorded when it is done and never repeated, so a comparison c
 import csv
 import dataclasses
 import json
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from sslvision.figures.label_efficiency import Cell, about_seeds, about_test_ima
 from sslvision.runs import run_files
 from sslvision.settings import Finetune
 from sslvision.training.trainer import Machine, configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows import trainings_record
 from sslvision.workflows.classifier_training import (
     Head,
     adapt_batch_norms,
@@ -50,7 +50,7 @@ from sslvision.workflows.classifier_training import (
     train_classifier,
     with_method,
 )
-from sslvision.workflows.comparison_record import Point, claim
+from sslvision.workflows.comparison_record import RECORD, Point, claim
 from sslvision.workflows.console import print_comparison, print_configuration, print_findings
 from sslvision.workflows.labeled_data import (
     Features,
@@ -232,10 +232,7 @@ class Comparison:
                 **found,
                 "seconds": round(time.perf_counter() - started, 1),
             }
-            with open(self.folder / "cells.jsonl", "a") as file:
-                file.write(json.dumps(entry) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            trainings_record.append(self.folder / RECORD, entry)
             self.done[point] = entry
             rate = "" if arm == FROZEN else f", rate {ratio:g}"
             self.console.print(

@@ -1,17 +1,13 @@
 """The record of a comparison: its folder, its settings, and every training that has ended."""
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sslvision.errors import UsageError
-from sslvision.runs import run_files
-from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune
-from sslvision.system.files import written_whole
+from sslvision.workflows import trainings_record
 
+RECORD = "cells.jsonl"
 MAY_CHANGE = ("labels_per_class", "seeds", "name", "output_dir", "resume", "overwrite", "about", "logger")
 
 CONTENTS = """\
@@ -38,28 +34,14 @@ def claim(settings: Finetune, folder: Path, words: Sequence[str]) -> dict[Point,
     Raises:
         UsageError: The folder is used by something else, or by a comparison with other settings.
     """
-    record, kept = folder / "cells.jsonl", folder / "settings.json"
-    plain = json.loads(json.dumps(redact(dataclasses.asdict(settings))))
-    resumes = kept.is_file() and not (settings.overwrite or settings.dry_run)
-    done = recorded_trainings(record) if resumes else {}
-    if done:  # before the first training is done, any setting may be corrected
-        before = json.loads(kept.read_text())
-        changed = [key for key in plain if key not in MAY_CHANGE and plain[key] != before.get(key)]
-        if changed:
-            differing = ", ".join(f"{key}={plain[key]} (it was {before.get(key)})" for key in changed)
-            raise UsageError(
-                f"{folder} holds a comparison with other settings: {differing}. Use another name= or overwrite=true."
-            )
-    run_files.claim(folder, overwrite=settings.overwrite or settings.dry_run, resume=resumes)
-    run_files.describe(folder, dataclasses.asdict(settings), words, command="finetune", contents=CONTENTS)
-    run_files.write_json(kept, plain)
-    with written_whole(record, "w") as file:
-        file.writelines(json.dumps(entry) + "\n" for entry in done.values())
-    return done
-
-
-def recorded_trainings(file: Path) -> dict[Point, dict[str, Any]]:
-    """Return the trainings recorded in cells.jsonl; its last line may be incomplete after a kill."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    entries = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(entry["arm"], entry["labels"], entry["seed"], entry["lr_ratio"]): entry for entry in entries}
+    done = trainings_record.claim(
+        settings,
+        folder,
+        words,
+        file=RECORD,
+        kind="comparison",
+        command="finetune",
+        contents=CONTENTS,
+        may_change=MAY_CHANGE,
+    )
+    return {(entry["arm"], entry["labels"], entry["seed"], entry["lr_ratio"]): entry for entry in done}
