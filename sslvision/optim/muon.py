@@ -44,9 +44,14 @@ class Muon(Optimizer):
         momentum: Of Muon.
         betas, eps: Of AdamW.
 
+    Attributes:
+        found_inf: A scalar on the device that is 1 if the next step shall change nothing, as of torch's fused optimizers.
+
     Raises:
         UsageError: momentum is out of range, or a weight is not a whole matrix, as under FSDP.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -82,19 +87,24 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], weights: list[Tensor]) -> None:
-        parts, momentum = group["parts"], group["momentum"]
+        parts, momentum, rate = group["parts"], group["momentum"], group["lr"]
         gradients = gradients_of(weights)
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum"] = torch.zeros_like(weight)
         average = [self.state[weight]["momentum"] for weight in weights]
+        if self.found_inf is not None:  # a gradient that equals the momentum leaves it unchanged
+            rate = rate * (1 - self.found_inf)
+            pairs = zip(average, gradients, strict=True)
+            gradients = [torch.where(self.found_inf > 0, old, gradient) for old, gradient in pairs]
         torch._foreach_lerp_(average, gradients, 1 - momentum)
         nesterov = torch._foreach_lerp(gradients, average, momentum)
         matrices = orthogonal([matrix for update in nesterov for matrix in update.chunk(parts)])
         updates = [torch.cat(matrices[i : i + parts]) for i in range(0, len(matrices), parts)]
         torch._foreach_mul_(updates, [0.2 * max(len(matrix) / parts, matrix.shape[1]) ** 0.5 for matrix in updates])
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        torch._foreach_mul_(updates, -rate)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_add_(weights, updates)
 
     def _adamw(self, group: dict[str, Any], weights: list[Tensor]) -> None:
         for weight in weights:
@@ -110,6 +120,7 @@ class Muon(Optimizer):
             max_exp_avg_sqs=[],
             state_steps=[state["step"] for state in states],
             fused=True,
+            found_inf=self.found_inf,
             amsgrad=False,
             maximize=False,
             beta1=group["betas"][0],

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sslvision.optim.muon import Muon
+
 
 @torch.no_grad()
 def skip_nonfinite(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
     """Make the next `optimizer.step()` do nothing if a gradient is not finite.
 
-    Fused Adam and AdamW read a flag on the device and leave weights and state unchanged. For other optimizers all gradients
-    are set to zero: momentum and weight decay still act once, but weights stay finite.
+    Muon and fused Adam and AdamW read a flag on the device and leave weights and state unchanged. For other optimizers all
+    gradients are set to zero: momentum and weight decay still act once, but weights stay finite.
 
     Args:
         optimizer: The optimizer, before its step.
@@ -24,7 +26,7 @@ def skip_nonfinite(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tenso
     norms = torch._foreach_norm(gradients)
     norm = torch.linalg.vector_norm(torch.stack(norms))
     broken = ~norm.isfinite()
-    if optimizer.defaults.get("fused"):
+    if optimizer.defaults.get("fused") or isinstance(optimizer, Muon):
         optimizer.found_inf = broken.float()  # type: ignore[attr-defined]  # what torch.amp.GradScaler sets
     else:
         for gradient in gradients:

@@ -54,12 +54,13 @@ def rows_of(file):
         return list(csv.DictReader(opened))
 
 
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("broken", [math.nan, pytest.param(math.inf, marks=pytest.mark.e2e)])
 def test_an_update_that_is_not_finite_changes_neither_weights_nor_optimizer(
-    broken, weights, run_tiny, tmp_path, monkeypatch, capsys
+    broken, optimizer, weights, run_tiny, tmp_path, monkeypatch, capsys
 ):
     spoil(monkeypatch, MAE, {4: broken, 7: broken})
-    results = run_tiny(tmp_path / "run", *WORDS, "trainer.log_every_n_steps=3")
+    results = run_tiny(tmp_path / "run", *WORDS, "trainer.log_every_n_steps=3", f"optimizer={optimizer}")
     same = {update: all(map(torch.equal, weights[update - 1], weights[update])) for update in range(2, 11)}
     assert [update for update, unchanged in same.items() if unchanged] == [4, 7]
     assert math.isfinite(results["loss"])

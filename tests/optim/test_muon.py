@@ -8,6 +8,7 @@ from torch import nn
 
 from sslvision.errors import UsageError
 from sslvision.optim.muon import Muon, orthogonal, split_matrices
+from sslvision.optim.nonfinite import skip_nonfinite
 from sslvision.optim.optimizers import build_optimizer
 from sslvision.optim.param_groups import decay_groups, layer_groups
 
@@ -52,6 +53,29 @@ def test_three_updates_equal_those_of_timm_up_to_its_bf16():
     moved = (theirs.weight - start).norm()
     assert (ours.weight - theirs.weight).norm() < 0.02 * moved
     assert 0.5 < moved / (3 * 0.02 * 0.2 * 48**0.5 * 24**0.5) < 1.1  # as large as updates of AdamW: lr x 0.2 a weight
+
+
+def test_a_step_that_is_to_be_skipped_changes_no_bit_and_the_next_is_as_if_it_had_not_been():
+    steady, skipping = (nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12)) for _ in range(2))
+    skipping.load_state_dict(steady.state_dict())
+    optimizers = [
+        Muon(
+            [{"params": [net[0].weight], "parts": 1}, {"params": [net[0].bias, *net[1].parameters()]}], weight_decay=0.1
+        )
+        for net in (steady, skipping)
+    ]
+    for step in range(3):
+        for net, optimizer in zip((steady, skipping), optimizers, strict=True):
+            filled(net, seed=step)
+            skip_nonfinite(optimizer, [parameter.grad for parameter in net.parameters()])
+            optimizer.step()
+        filled(skipping, seed=10)
+        skipping[0].weight.grad[0, 0] = float("nan")
+        skip_nonfinite(optimizers[1], [parameter.grad for parameter in skipping.parameters()])
+        optimizers[1].step()
+        assert all(map(torch.equal, steady.parameters(), skipping.parameters()))
+        for one, other in zip(*(optimizer.state_dict()["state"].values() for optimizer in optimizers), strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_queries_keys_and_values_are_three_matrices():

@@ -127,8 +127,8 @@ def test_untrained_is_the_network_as_its_method_begins_it(tiny_run):
 
 
 def test_pretrainings_rate_is_told_by_its_run_however_it_was_given(tiny_run, tmp_path):
-    assert pretraining_base_lr(str(tiny_run)) == pytest.approx(8e-3)
-    assert pretraining_base_lr(str(tiny_run / "export")) == pytest.approx(8e-3)
+    assert pretraining_base_lr(str(tiny_run)) == pytest.approx(16e-3)
+    assert pretraining_base_lr(str(tiny_run / "export")) == pytest.approx(16e-3)
     (tmp_path / "config.yaml").write_text("lr: 0.001\nbase_lr: 0.00015\nbatch_size: 64\n")
     assert pretraining_base_lr(str(tmp_path)) == pytest.approx(4e-3)
     assert pretraining_base_lr("resnet18") == pytest.approx(1e-3)

@@ -73,7 +73,7 @@ def test_the_run_folder_explains_itself_and_scratch_stands_beside(finished, tiny
 
 def test_the_rate_is_a_tenth_of_pretrainings_and_scratch_has_all_of_it(finished):
     _, results = finished
-    base_lr = 8e-3  # of recipe=mae, per 256 images
+    base_lr = 16e-3  # of recipe=mae, per 256 images
     assert results["fine_tuned"]["lr"] == pytest.approx(0.1 * base_lr * 64 / 256)
     assert results["from_scratch"]["lr"] == pytest.approx(base_lr * 64 / 256)
 
