@@ -144,8 +144,8 @@ def print_networks(console: Console, results: Mapping[str, Any]) -> None:
         console.print(table)
     threads = f", {on['threads']} thread{'' if on['threads'] == 1 else 's'}" if on["device"] == "cpu" else ""
     console.print(
-        f"[dim]{escape(on['name'])}{threads}, fp32, batches of {batch}, medians of {on['repeats']}. MB are 1e6 bytes; "
-        "fields are sides in pixels; all definitions are in inspect.json.[/]"
+        f"[dim]{escape(on['name'])}{threads}, {on['precision']}, batches of {batch}, medians of {on['repeats']}. "
+        "MB are 1e6 bytes; fields are sides in pixels; all definitions are in inspect.json.[/]"
     )
     for record in records:
         for remark in record["remarks"]:
