@@ -55,7 +55,7 @@ The picture and this page with it are made by `python scripts/make_backbones_pag
   is two products, which keep the attention weights; the fused kernels on a GPU do not.
 - **peak**: most bytes of tensors alive at once in a forward and backward pass of a batch: parameters, gradients, activations
   and temporary results, without an optimizer's state and without what kernels allocate inside. On CUDA it is the
-  allocator's peak.
+  allocator's peak. It is of the network as a whole: at its peak tensors of many layers are alive; layers have *saved*.
 - **field, theory**: side in pixels of the receptive field of a position of the last map, by W1 = (W2 - 1) S + F from layer
   to layer ([Araujo et al. 2019](https://distill.pub/2019/computing-receptive-fields/)); it may exceed the image. *whole*: the
   position reads the whole image, by attention or squeeze-and-excitation.

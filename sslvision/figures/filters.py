@@ -31,23 +31,29 @@ def filters_figure(groups: Sequence[tuple[str, Tensor]], *, title: str, about: s
     """
     blocks = [_block(_drawable(filters)) for _, filters in groups]
     gutter, edge, top, head = round(0.2 * DPI), round(0.1 * DPI), round(0.5 * DPI), round(0.22 * DPI)
-    height, width = blocks[0].shape[0], sum(block.shape[1] for block in blocks) + gutter * (len(blocks) - 1)
-    canvas_width = max(width + 2 * edge, round(4.2 * DPI))
+    widths = [max(block.shape[1], _width(heading, 8)) for (heading, _), block in zip(groups, blocks, strict=True)]
+    height, width = blocks[0].shape[0], sum(widths) + gutter * (len(blocks) - 1)
+    canvas_width = max(width, _width(title, 10), _width(about, 7.5), 4 * DPI) + 2 * edge
     canvas_height = height + top + head + edge
     figure = Figure(figsize=(canvas_width / DPI, canvas_height / DPI), dpi=DPI, facecolor="white")
     left = edge
-    for (heading, _), block in zip(groups, blocks, strict=True):
+    for (heading, _), block, width in zip(groups, blocks, widths, strict=True):
         figure.figimage(block, xo=left, yo=edge, origin="upper")  # never resampled
-        figure.text(
-            left / canvas_width, (edge + height + 0.05 * DPI) / canvas_height, heading, size=8, color=MUTED, va="bottom"
-        )
-        left += block.shape[1] + gutter
+        heading, families = drawable(heading)  # with the name of a run
+        figure.text(left / canvas_width, (edge + height + 0.05 * DPI) / canvas_height, heading, size=8, color=MUTED,
+                    va="bottom", parse_math=False, family=families)  # fmt: skip
+        left += width + gutter
     title, families = drawable(title)
     at = edge / canvas_width
     figure.text(at, 1 - 0.08 * DPI / canvas_height, title, size=10, color=INK, weight="bold", va="top", parse_math=False,
                 family=families)  # fmt: skip
     figure.text(at, 1 - 0.29 * DPI / canvas_height, about, size=7.5, color=MUTED, va="top")
     return figure
+
+
+def _width(text: str, size: float) -> int:
+    """Return the pixels that a line of text takes, at most: its letters are 0.6 of its size in points wide on average."""
+    return math.ceil(len(text) * 0.6 * size / 72 * DPI)
 
 
 def _drawable(filters: Tensor) -> np.ndarray:

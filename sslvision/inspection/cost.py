@@ -52,8 +52,9 @@ def count_saved_bytes(model: nn.Module, images: Tensor) -> dict[str, int]:
         model: The network. Its running statistics and mode change.
         images: (B, C, H, W), on the network's device.
     """
-    anyway = {id(one.untyped_storage()) for one in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Any] = {}  # holds the storages, so that none is freed and its id used again
+    own = [one.untyped_storage() for one in (*model.parameters(), *model.buffers())]
+    anyway = {id(storage) for storage in own}
+    kept: dict[int, Any] = {}  # holds the storages, as does `own`, so that none is freed and its id used again
     saved: Counter[str] = Counter({"": 0})
 
     def pack(tensor: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-CUDA = "most bytes allocated by torch's CUDA allocator (torch.cuda.max_memory_allocated), less what other tensors held"
+CUDA = (
+    "most bytes allocated by torch's CUDA allocator (torch.cuda.max_memory_allocated) after a pass that is not measured, less "
+    "what other tensors and cuBLAS held"
+)
 ELSEWHERE = "most bytes of tensors alive at once, by their storages; what a kernel allocates for itself is not seen"
 
 
@@ -17,8 +20,8 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     """Return the most bytes in use at once during a forward and backward pass in training mode, without an optimizer.
 
     That is parameters, buffers, images, activations, gradients and temporary results. On CUDA it is the allocator's peak;
-    elsewhere the peak of the bytes of all tensors alive, followed at every operation: the same on every machine, but without
-    the memory that the program and its libraries take and what kernels allocate inside.
+    elsewhere the peak of the bytes of all tensors alive, followed at every operation: the same on every machine and in every
+    process, but without the memory that the program and its libraries take and what kernels allocate inside.
 
     Args:
         model: The network, without gradients. Its running statistics and mode change.
@@ -30,15 +33,21 @@ def peak_memory(model: nn.Module, images: Tensor) -> int:
     held = sum(storage.nbytes() for storage in storages.values())
     try:
         if images.device.type == "cuda":
+            _pass(model, images)  # cuBLAS takes its workspace, and cuDNN tries its algorithms, in the first one only
+            model.zero_grad(set_to_none=True)
             before = torch.cuda.memory_allocated(images.device)
             torch.cuda.reset_peak_memory_stats(images.device)
-            model(images).sum().backward()
+            _pass(model, images)
             return held + torch.cuda.max_memory_allocated(images.device) - before
         with LiveTensors(own) as live:
-            model(images).sum().backward()
+            _pass(model, images)
         return held + live.peak
     finally:
         model.zero_grad(set_to_none=True)
+
+
+def _pass(model: nn.Module, images: Tensor) -> None:
+    model(images).sum().backward()
 
 
 class LiveTensors(TorchDispatchMode):

@@ -8,10 +8,12 @@ doi:10.23915/distill.00021).
 A copy of the network runs on torch's meta device, and every operation carries the range that one of its positions reads
 forward: the same numbers, without knowing beforehand how layers are connected. Operations that read all positions (global
 pooling as in squeeze-and-excitation, attention over the whole map) make it the whole image. What is neither a window nor
-pointwise nor global, such as attention in windows, has no such range.
+pointwise nor global, such as attention in windows, has no such range. The range of convolutions and poolings alone is carried
+on behind both, as its center remains that of the position.
 """
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -66,10 +68,15 @@ class Span(NamedTuple):
 class Reads(NamedTuple):
     """What every position of a map reads."""
 
-    spans: tuple[Span, Span] | None  # vertical and horizontal; None: the whole image, or unknown
-    whole: bool  # whether it is the whole image
+    spans: tuple[Span, Span] | None  # vertical and horizontal, by convolutions and poolings alone; None if not known
     positions: int  # of the map
-    why: str = ""  # why it is the whole image, or not known
+    whole: bool = False  # whether it is the whole image
+    why: str = ""  # why it is the whole image, or not known; "" if it is what the spans say
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Return height and width in pixels; None for the whole image, or if it is not known."""
+        return None if self.why or self.spans is None else (self.spans[0].size, self.spans[1].size)
 
 
 class Window(NamedTuple):
@@ -92,7 +99,8 @@ class ReceptiveField(NamedTuple):
         whole: Whether a position reads the whole image.
         why: Why it is the whole image, or not known, in words.
         windows: Convolutions and poolings.
-        spans: What a position reads along both axes, if that is known.
+        spans: What a position reads along both axes by convolutions and poolings alone, if that is known.
+        positions: Number of positions of the map that spans are of.
     """
 
     size: tuple[int, int] | None
@@ -100,10 +108,11 @@ class ReceptiveField(NamedTuple):
     why: str
     windows: list[Window]
     spans: tuple[Span, Span] | None = None
+    positions: int = 0
 
-    def center(self, position: tuple[int, int]) -> tuple[float, float] | None:
-        """Return the center in pixels of what a position (row, column) reads; None if that is not known."""
-        if self.spans is None:
+    def center(self, position: tuple[int, int], grid: tuple[int, int]) -> tuple[float, float] | None:
+        """Return the center in pixels of what a position (row, column) of a map (rows, columns) reads; None if not known."""
+        if self.spans is None or self.positions != math.prod(grid):
             return None
         vertical, horizontal = self.spans
         return vertical.center(position[0]), horizontal.center(position[1])
@@ -119,12 +128,11 @@ def receptive_field(model: nn.Module, shape: tuple[int, int, int]) -> ReceptiveF
     with torch.device("meta"), torch.no_grad():
         copied, image = copy.deepcopy(model).eval().to("meta"), torch.empty(1, *shape)
         with running_modules(copied) as running, Tracing(running) as tracing:
-            tracing.put(image, Reads((Span(0, 0, 1), Span(0, 0, 1)), False, shape[1] * shape[2]))
+            tracing.put(image, Reads((Span(0, 0, 1), Span(0, 0, 1)), shape[1] * shape[2]))
             found = tracing.of(_last_map(copied, image))
     if found is None:
         return ReceptiveField(None, False, "its output does not depend on the image by operations that are known", [])
-    size = None if found.spans is None else (found.spans[0].size, found.spans[1].size)
-    return ReceptiveField(size, found.whole, found.why, tracing.windows, found.spans)
+    return ReceptiveField(found.size, found.whole, found.why, tracing.windows, found.spans, found.positions)
 
 
 def _last_map(model: Any, image: Tensor) -> Tensor:
@@ -174,69 +182,74 @@ class Tracing(TorchDispatchMode):
         """Return what a result of an operation reads."""
         packet, first = func.overloadpacket, inputs[0]
         if packet == aten.convolution and not args[6] and args[1].ndim == 4:
-            return self._slid(first, output, [*args[1].shape[2:]], *args[3:6])
+            return self._slid(first, args[0], output, [*args[1].shape[2:]], *args[3:6])
         if packet in POOLS:
-            return self._slid(first, output, *_pooling(packet, args))
+            return self._slid(first, args[0], output, *_pooling(packet, args))
         if (whole := next((one for one in inputs if one.whole), None)) is not None:
-            return whole._replace(positions=output.shape[-2:].numel() if output.ndim == 4 else first.positions)
+            # The rows of a product are those of its first factor (queries); a gate of one position is spread over the map.
+            at = first if packet in BATCHED else max(inputs, key=lambda one: one.positions)
+            return at._replace(whole=True, why=whole.why)
         if packet in PADS and any(args[1]):
             return _padded(func, args[1], first, output)
         if packet in PRODUCTS:
             return _multiplied(func, args[1 if packet == aten.addmm else 0], inputs)
         if packet in BATCHED:
             whole_map = any(_reads_all(one, self.of(one)) for one in args if isinstance(one, Tensor))
-            return _whole(first, "attention over the whole map") if whole_map else _unknown(func, first)
-        if packet in REDUCTIONS:
-            over_channels = output.numel() % first.positions == 0 and first.positions > 1
-            return _merged(inputs) if over_channels else _whole(first, "pooling of the whole map")
-        if packet == aten._adaptive_avg_pool2d:
             return (
-                _whole(first, "pooling of the whole map") if output.shape[-2:].numel() == 1 else _unknown(func, first)
+                first._replace(whole=True, why="attention over the whole map") if whole_map else _unknown(func, first)
             )
+        if packet in REDUCTIONS:
+            return _reduced(func, args, first)
+        if packet == aten._adaptive_avg_pool2d:
+            return _pooled() if output.shape[-2:].numel() == 1 else _unknown(func, first)
         if packet == aten.native_group_norm:
-            return _whole(first, "normalization by the statistics of the whole map")
+            return first._replace(whole=True, why="normalization by the statistics of the whole map")
         if packet == aten.native_layer_norm:
             rows = args[0].numel() // torch.Size(args[1]).numel()
             return _merged(inputs) if rows in _tokens(first) else _unknown(func, first)
         if packet in PARTS:
-            return first if output.numel() % first.positions == 0 else _unknown(func, first)
+            every = packet != aten.slice or len(args) < 5 or args[4] == 1  # not every other row
+            return first if every and output.numel() % first.positions == 0 else _unknown(func, first)
         if packet in SAME or packet in PADS or torch.Tag.pointwise in func.tags:
             return _merged(inputs)
         return _unknown(func, first)
 
-    def _slid(self, reads: Reads, output: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any) -> Reads:
+    def _slid(
+        self, reads: Reads, given: Tensor, output: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any
+    ) -> Reads:
         """Return what the positions behind a convolution or pooling read, and note the layer."""
         kernel, stride, padding, dilation = (_pair(one) for one in (kernel, stride, padding, dilation))
-        size, spans = (output.shape[-2], output.shape[-1]), None
-        if reads.spans is not None:
+        size, spans, why = (output.shape[-2], output.shape[-1]), None, reads.why
+        if given.shape[-2:].numel() != reads.positions:  # pixels have become channels, or a map its windows
+            why = why or "its positions are rearranged"
+        elif reads.spans is not None:
             vertical, horizontal = (
                 span.window(*values)
                 for span, *values in zip(reads.spans, kernel, stride, padding, dilation, strict=True)
             )
             spans = (vertical, horizontal)
-        field = None if spans is None else (spans[0].size, spans[1].size)
+        behind = Reads(spans, size[0] * size[1], reads.whole, why)
         name = self._running[-1] if self._running else ""
         if not self.windows or self.windows[-1].module != name or output.dtype != torch.int64:
-            self.windows.append(Window(name, _two(kernel), _two(stride), _two(padding), size, field, reads.whole))
-        return Reads(spans, reads.whole, size[0] * size[1], reads.why)
+            self.windows.append(Window(name, _two(kernel), _two(stride), _two(padding), size, behind.size, reads.whole))
+        return behind
 
 
 def _merged(inputs: list[Reads]) -> Reads:
     """Return what is read by a result that reads all of its inputs at the same position."""
-    first, known = inputs[0], [one.spans for one in inputs if one.spans is not None]
-    if len(known) < len(inputs):
-        return next(one for one in inputs if one.spans is None)
-    if len({(one[0].jump, one[1].jump) for one in known}) > 1:
-        return Reads(None, False, first.positions, "it joins maps of different strides")
+    positions, why = max(one.positions for one in inputs), next((one.why for one in inputs if one.why), "")
+    known = [one.spans for one in inputs if one.spans is not None]
+    if len(known) < len(inputs) or len({(one[0].jump, one[1].jump) for one in known}) > 1:
+        return Reads(None, positions, why=why or "it joins maps of different strides")
     vertical, horizontal = (
         Span(min(one[axis].low for one in known), max(one[axis].high for one in known), known[0][axis].jump)
         for axis in (0, 1)
     )
-    return Reads((vertical, horizontal), False, max(one.positions for one in inputs))
+    return Reads((vertical, horizontal), positions, why=why)
 
 
-def _whole(reads: Reads, why: str) -> Reads:
-    return Reads(None, True, reads.positions, why)
+def _pooled() -> Reads:
+    return Reads(None, 1, whole=True, why="pooling of the whole map")
 
 
 def _unknown(func: Any, reads: Reads) -> Reads:
@@ -247,7 +260,22 @@ def _unknown(func: Any, reads: Reads) -> Reads:
         if func.overloadpacket in BATCHED
         else f"an operation without a rule, {name}"
     )
-    return Reads(None, False, reads.positions, reads.why or what)
+    return reads._replace(why=reads.why or what)
+
+
+def _reduced(func: Any, args: tuple[Any, ...], reads: Reads) -> Reads:
+    """Return what is read behind a mean, sum, maximum or variance: of the channels, or of the positions."""
+    sizes, given = args[0].shape, args[1] if len(args) > 1 else None
+    axes = {axis % len(sizes) for axis in given or range(len(sizes))}
+    removed = math.prod(sizes[axis] for axis in axes)
+    for rows, columns in ((2, 3), (1, 2)):  # (1, C, H, W) and (1, H, W, C)
+        if len(sizes) == 4 and sizes[rows] * sizes[columns] == reads.positions:
+            common = axes & {rows, columns}
+            return _pooled() if len(common) == 2 else _unknown(func, reads) if common else reads
+    of_channels = axes == {2} and len(sizes) == 3 and sizes[1] in _tokens(reads)  # (1, N, C)
+    if removed in _tokens(reads) and not of_channels:
+        return _pooled()
+    return reads if args[0].numel() // removed % reads.positions == 0 else _unknown(func, reads)
 
 
 def _padded(func: Any, padding: list[int], reads: Reads, output: Tensor) -> Reads:
@@ -255,7 +283,7 @@ def _padded(func: Any, padding: list[int], reads: Reads, output: Tensor) -> Read
     if reads.spans is None or len(padding) > 4:
         return _unknown(func, reads)
     spans = (reads.spans[0].shifted(padding[2] if len(padding) == 4 else 0), reads.spans[1].shifted(padding[0]))
-    return Reads(spans, False, output.shape[-2:].numel())
+    return Reads(spans, output.shape[-2:].numel(), why=reads.why)
 
 
 def _multiplied(func: Any, rows_by_channels: Tensor, inputs: list[Reads]) -> Reads:
@@ -264,8 +292,8 @@ def _multiplied(func: Any, rows_by_channels: Tensor, inputs: list[Reads]) -> Rea
     if rows in _tokens(first):
         return _merged(inputs)
     if channels in _tokens(first):
-        return _whole(first, "a linear layer over all positions")
-    return _unknown(func, first)._replace(positions=rows)
+        return first._replace(whole=True, why="a linear layer over all positions")
+    return _unknown(func, first)._replace(spans=None, positions=rows)
 
 
 def _reads_all(operand: Tensor, reads: Reads | None) -> bool:

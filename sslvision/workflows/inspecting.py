@@ -124,6 +124,9 @@ def open_subjects(settings: Inspect) -> list[Subject]:
     """
     options, subjects = {**settings.backbone}, []
     names: list[str] = options.pop("name", None) or []
+    for given in (names, settings.run):
+        if again := [one for one in given if given.count(one) > 1]:
+            raise UsageError(f"{again[0]} is given twice; give it once.")
     for run in settings.run:
         loaded = load_backbone(run, head=False, seed=settings.seed, **options)
         path = Path(run).expanduser()
@@ -132,11 +135,6 @@ def open_subjects(settings: Inspect) -> list[Subject]:
     for name, _ in zip(names, named_networks(names, **options), strict=True):
         subjects.append(Subject(name, "random", partial(random_network, name, settings.seed, **options)))
     doubled = {one.name for one in subjects if [other.name for other in subjects].count(one.name) > 1}
-    again = [one for one in names if names.count(one) > 1] or [
-        run for run in settings.run if settings.run.count(run) > 1
-    ]
-    if again:
-        raise UsageError(f"{again[0]} is given twice; give it once.")
     return [
         dataclasses.replace(one, name=one.run or f"{one.name} (random)") if one.name in doubled else one
         for one in subjects
@@ -229,7 +227,7 @@ def look(
         (backbone.channels, *backbone.image_size),
         backbone.grid,
         prefix=backbone.num_prefix,
-        center=theory.center(central(backbone.grid)) if theory else None,
+        center=theory.center(central(backbone.grid), backbone.grid) if theory else None,
         images=settings.field_images,
         seed=settings.seed,
         device=next(backbone.parameters()).device,
@@ -304,14 +302,17 @@ def where(device: torch.device, settings: Inspect) -> dict[str, Any]:
     """Return what figures depend on: the device, the number of threads, and the batch size."""
     known = run_files.environment("")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else known["processor"]
-    about = {"device": device.type, "name": name, "threads": torch.get_num_threads(), "precision": "fp32"}
+    precision = (
+        "fp32, products and convolutions in TF32" if device.type == "cuda" else "fp32"
+    )  # as `configure_torch` sets it
+    about = {"device": device.type, "name": name, "threads": torch.get_num_threads(), "precision": precision}
     return about | {"batch_size": settings.batch_size, "repeats": settings.repeats, "torch": torch.__version__}
 
 
 def definitions(device: torch.device) -> dict[str, str]:
     """Return what each figure means."""
     return {
-        "network": "timm's model without its classifier, in fp32",
+        "network": "timm's model without its classifier",
         "flops": "forward pass of one image, by torch.utils.flop_counter: matrix products, convolutions and attention; a "
         "multiplication and an addition are 2",
         "saved_bytes": "bytes that a forward pass in training mode keeps for the backward pass, each storage once, without "

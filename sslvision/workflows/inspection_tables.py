@@ -105,10 +105,10 @@ def cells(record: Mapping[str, Any], batch: int) -> list[str]:
     return [
         record["name"],
         _by(record["image_size"]),
-        f"{record['parameters'] / 1e6:.2f}",
-        _scaled(record.get("flops"), 1e9, 2),
-        _scaled(record.get("saved_bytes"), 1e6 * batch, 1),
-        _scaled(record.get("peak_bytes"), 1e6, 0),
+        scaled(record["parameters"], 1e6, 2),
+        scaled(record.get("flops"), 1e9, 2),
+        scaled(record.get("saved_bytes"), 1e6 * batch, 1),
+        scaled(record.get("peak_bytes"), 1e6, 0),
         "whole" if theory == "whole image" else _by(theory),
         _by(effective and effective["side_95"]),
         _rate(record.get("forward_images_per_second")),
@@ -144,8 +144,8 @@ def print_networks(console: Console, results: Mapping[str, Any]) -> None:
         console.print(table)
     threads = f", {on['threads']} thread{'' if on['threads'] == 1 else 's'}" if on["device"] == "cpu" else ""
     console.print(
-        f"[dim]{escape(on['name'])}{threads}, fp32, batches of {batch}, medians of {on['repeats']}. MB are 1e6 bytes; "
-        "fields are sides in pixels; all definitions are in inspect.json.[/]"
+        f"[dim]{escape(on['name'])}{threads}, {on['precision']}, batches of {batch}, medians of {on['repeats']}. "
+        "MB are 1e6 bytes; fields are sides in pixels; all definitions are in inspect.json.[/]"
     )
     for record in records:
         for remark in record["remarks"]:
@@ -162,8 +162,8 @@ def print_layers(console: Console, record: Mapping[str, Any], batch: int) -> Non
             escape(row["layer"]),
             escape(row["type"]),
             f"{row['parameters']:,}",
-            _scaled(row["flops"], 1e6, 1),
-            _scaled(row["saved_bytes"], 1e6 * batch, 2),
+            scaled(row["flops"], 1e6, 1),
+            scaled(row["saved_bytes"], 1e6 * batch, 2),
             _by(row["map"]),
             _by(row["receptive_field"]),
         )
@@ -198,8 +198,11 @@ def _by(value: Any, none: str = NONE) -> Any:
     return none if value is None else str(value)
 
 
-def _scaled(value: float | None, unit: float, digits: int) -> str:
-    return NONE if value is None else f"{value / unit:,.{digits}f}"
+def scaled(value: float | None, unit: float, digits: int) -> str:
+    """Return a value in a unit with so many decimals; a small one with two digits that are not 0."""
+    if value is None:
+        return NONE
+    return f"{value / unit:.2g}" if 0 < value / unit < 10 ** (1 - digits) else f"{value / unit:,.{digits}f}"
 
 
 def _rate(value: float | None) -> str:

@@ -11,6 +11,7 @@ from PIL import Image
 import sslvision
 from sslvision.errors import UsageError
 from sslvision.inspection.first_filters import filters_of, first_convolution, strongest
+from sslvision.workflows.inspection_tables import scaled
 
 QUICK = ("batch_size=2", "repeats=1", "field_images=1", "device=cpu")
 
@@ -154,3 +155,11 @@ def test_as_a_function_it_returns_what_it_writes(tmp_path, monkeypatch):
     found = sslvision.inspect("test_vit", measure=["cost"], output_dir=tmp_path / "a", device="cpu")
     assert found == json.loads((tmp_path / "a" / "inspect.json").read_text())
     assert found["networks"][0]["flops"] > 1e6
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(None, 2, "–"), (0, 2, "0.00"), (4_321, 2, "0.0043"), (67_000, 2, "0.067"), (1_234_567_890, 0, "1,235")],
+)
+def test_a_small_figure_is_not_rounded_to_zero(value, digits, text):
+    assert scaled(value, 1e6, digits) == text
