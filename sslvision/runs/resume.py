@@ -1,6 +1,7 @@
 """Resuming a run: from which checkpoint, under which settings, and which metrics will be written again."""
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from sslvision.runs.checkpoint import RECORD, newest_good, read_head
 from sslvision.runs.metrics import MetricsCSV
 from sslvision.runs.redaction import redact
 from sslvision.runs.renamed_settings import renamed
+from sslvision.settings import locate
 
 # Settings that may differ when a run is resumed, and why. All others determine what is computed, and must be the same.
 MAY_DIFFER = {
@@ -148,6 +150,10 @@ def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
     then["settings"] = renamed(then["settings"], str(resume.path), trusted=targets[0] == targets[1])
     free = {key for keys in MAY_DIFFER.values() for key in keys}
     before, after = (flat(one["settings"]) for one in (then, now))
+    if targets[0] == targets[1]:  # a setting of the method that one of them does not name has its default
+        defaults = _defaults(targets[0])
+        before, after = ({**{key: defaults[key] for key in defaults if key in other}, **one}
+                         for one, other in ((before, after), (after, before)))  # fmt: skip
     differing = [
         f"{key}: {_shown(before.get(key))} then, {_shown(after.get(key))} now"
         for key in dict.fromkeys([*before, *after])
@@ -166,6 +172,15 @@ def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
             + ". Restore them, or start a new run with another name= (pretraining can start from these weights: "
             f"init_from={resume.path})."
         )
+
+
+def _defaults(target: str | None) -> dict[str, Any]:
+    """Return the defaults of a method's settings, under their keys."""
+    if target is None:
+        return {}
+    parameters = inspect.signature(locate("method", target)).parameters
+    found = {f"method.{name}": one.default for name, one in parameters.items() if one.default is not one.empty}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
