@@ -39,6 +39,7 @@ def push_to_hub(folder: Path, repository: str, *, private: bool) -> str:
     except Exception as error:  # of the network, of the hub, or of permissions
         told = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise StorageError(
-            f"{folder} is complete, but cannot be uploaded to {repository}: {told} Upload it later: hf upload {repository} {folder}"
+            f"{folder} is complete, but cannot be uploaded to {repository}: {told} Upload it later: "
+            f"hf upload {repository} {folder}"
         ) from error
     return str(address)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from backbones.exports import build, exported
+from timm.data import create_transform
 from torch import nn
 
 import sslvision
@@ -80,7 +81,7 @@ def test_attention_is_for_vits_whose_class_token_is_the_feature(settings_of, tmp
     for kind in ("Swin", "ViT, mean pooled"):
         exported(tmp_path / kind, kind)
         settings = settings_of("export", f"run={tmp_path / kind}", "format=program", "outputs=attention")
-        with pytest.raises(UsageError, match="outputs=attention: .* plain ViTs with pool=token"):
+        with pytest.raises(UsageError, match=r"outputs=attention: .* plain ViTs with pool=token"):
             exporting.export_network(settings, tmp_path / "out")
 
 
@@ -122,9 +123,10 @@ def test_an_export_that_deviates_is_not_written_and_an_earlier_one_stays(source,
 
 
 def test_a_swin_that_timm_would_pad_is_refused_for_timm_with_the_formats_that_have_our_features(settings_of, tmp_path):
-    exported(tmp_path / "swin", "Swin", channels=1, window_size=3)
-    with pytest.raises(SSLVisionError, match="timm pads the maps of this Swin .* format=onnx and format=program"):
-        exporting.export_network(settings_of("export", f"run={tmp_path / 'swin'}"), tmp_path / "out")
+    exported(tmp_path / "swin", "Swin")
+    settings = settings_of("export", f"run={tmp_path / 'swin'}", "image_size=24")  # maps of 6x6, windows of 4x4
+    with pytest.raises(SSLVisionError, match=r"timm pads the maps of this Swin .* format=onnx and format=program"):
+        exporting.export_network(settings, tmp_path / "out")
 
 
 def test_deviation_is_the_largest_difference_by_the_root_mean_square_over_all_batches():
@@ -145,12 +147,8 @@ def test_deviation_is_the_largest_difference_by_the_root_mean_square_over_all_ba
 def test_preprocessing_that_loses_a_border_is_seen_in_gray_levels():
     backbone = build("ViT", channels=3)
     backbone.crop_pct = 1.0
-    to_tensor = exporting.timm_pixels  # of a folder; here another crop
-    from timm.data import create_transform
-
     right = create_transform((3, 32, 32), interpolation="bicubic", crop_pct=1.0, normalize=False)
     wrong = create_transform((3, 32, 32), interpolation="bicubic", crop_pct=0.875, normalize=False)
-    assert callable(to_tensor)
     assert deviations.preprocessing_deviation(lambda image: right(image).float(), backbone)["pixels"] <= 2
     assert deviations.preprocessing_deviation(lambda image: wrong(image).float(), backbone)["pixels"] > 10
 
