@@ -25,6 +25,13 @@ from sslvision.exports.hub import hub_token, push_to_hub, require_hub, uploaded_
 from sslvision.exports.network import ExportedNetwork, Interface, our_outputs, outputs_of, statistics_of
 from sslvision.exports.optional import require_packages
 from sslvision.exports.timm_folder import read_timm, timm_pixels, write_timm
+from sslvision.exports.transformers_folder import (
+    read_transformers,
+    transformers_pixels,
+    write_counterpart,
+    write_processor,
+)
+from sslvision.exports.transformers_names import Counterpart, counterpart
 from sslvision.nn.image_size import height_and_width, written
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_files
@@ -34,6 +41,7 @@ from sslvision.workflows.console import print_findings
 from sslvision.workflows.exporting_settings import OPSET, Export
 
 RECORD = "export.json"
+ROUNDING = 1e-3  # gray levels: of normalizing and back
 
 
 class Written(NamedTuple):
@@ -160,6 +168,31 @@ def to_timm(loaded: Loaded, folder: Path, settings: Export) -> Written:
     return Written(found, facts, [in_words(pixels, "timm's transform")])
 
 
+def to_transformers(loaded: Loaded, folder: Path, settings: Export) -> Written:
+    """Write a folder of transformers' own classes where they compute the same, else timm's, and compare."""
+    mean, std = statistics_of(loaded, settings.run or "")
+    ours = our_outputs(loaded, ("features", "logits") if loaded.classes else ("features",))
+    own, kind, lines, found = counterpart(loaded), "TimmWrapperModel", list[str](), None
+    if isinstance(own, Counterpart):
+        kind = write_counterpart(loaded, own, folder)
+        read = read_transformers(folder, loaded, Normalize(mean, std))
+        found = deviation(ours, read, loaded.backbone, settings.batch_sizes)
+        if not found.largest <= settings.tolerance:
+            own, found = f"{kind} deviates by {found.largest:.1e}", None
+    if found is None:
+        lines.append(f"Loading it takes timm too, by transformers' TimmWrapper: {own}.")
+        kind = "TimmWrapperForImageClassification" if loaded.classes else "TimmWrapperModel"
+        write_timm(loaded, folder, mean=mean, std=std, value_range=recorded_value_range(settings.run or ""))
+        read = read_transformers(folder, loaded, Normalize(mean, std))
+        found = deviation(ours, read, loaded.backbone, settings.batch_sizes)
+        require_close(found, settings.tolerance)
+    if loaded.backbone.image_size[0] == loaded.backbone.image_size[1]:
+        write_processor(loaded, folder)
+    pixels = preprocessing_deviation(transformers_pixels(folder, loaded), loaded.backbone)
+    facts = {"transformers": version("transformers"), "class": kind, "preprocessing": pixels}
+    return Written(found, facts, [f"transformers' class: {kind}.", *lines, in_words(pixels, "AutoImageProcessor")])
+
+
 def to_program(loaded: Loaded, folder: Path, settings: Export) -> Written:
     """Write torch.export's program, and compare what it returns with our outputs."""
     interface, network = graph_of(loaded, settings)
@@ -209,8 +242,8 @@ def told_of_input(interface: Interface) -> str:
 
 def in_words(pixels: Mapping[str, float], whose: str) -> str:
     """Return the deviation of a preprocessing in a sentence."""
-    if not any(pixels.values()):
-        return f"Preprocessing: {whose} gives our pixels exactly."
+    if max(pixels.values()) < ROUNDING:
+        return f"Preprocessing: {whose} gives our pixels, byte for byte."
     return (
         f"Preprocessing: {whose} differs from ours by at most {pixels['pixels']:.3g} of 255 gray levels "
         f"({pixels['long']:.3g} in very long images)."
@@ -219,6 +252,7 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
 
 WRITERS: dict[str, Callable[[Loaded, Path, Export], Written]] = {
     "timm": to_timm,
+    "transformers": to_transformers,
     "onnx": to_onnx,
     "program": to_program,
 }
