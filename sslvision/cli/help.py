@@ -16,7 +16,7 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
-    "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original.",
+    "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original, with a model card.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
 }
@@ -89,7 +89,7 @@ EXAMPLES = {
         ("run=outputs/a format=onnx outputs=features,tokens,attention", "patch tokens and attention maps too"),
         ("run=outputs/a format=onnx normalize=beside", "the caller normalizes the pixels"),
         ("run=outputs/a format=program", "a program of torch.export, which needs torch alone"),
-        ("run=outputs/a push=user/name", "timm's folder, to the Hugging Face hub"),
+        ("run=outputs/a push=user/name license=mit", "timm's folder with its model card, to the Hugging Face hub"),
     ),
     "inspect": (
         ("backbone.name=resnet50", "one network, layer by layer, at its own image size"),

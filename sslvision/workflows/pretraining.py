@@ -39,6 +39,7 @@ from sslvision.training.trainer import (
 )
 from sslvision.workflows.budget import Length, fill_budget, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
+from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.console import (
     classes_in_words,
     findings_of,
@@ -138,12 +139,14 @@ def conclude(
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
     results |= {
+        "images": {"training": len(data.splits.train)},
         "findings": findings + results.get("findings", []),
         **waiting_of(trainer),
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
     run_files.write_json(folder / "results.json", results)
+    write_cards_of_run(folder)
     if unsent := close_loggers(trainer.loggers, folder):
         console.print(unsent)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
