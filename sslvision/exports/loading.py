@@ -89,11 +89,13 @@ def loading_code(loaded: Loaded, format: str, facts: Mapping[str, Any]) -> str:
         return _block(_TRANSFORMERS.format(auto=auto, mode=mode, read=read), needs)
     tail = (_ONNX if format == "onnx" else _PROGRAM).format(outputs=", ".join(facts["outputs"]))
     if "logits" in facts["outputs"]:
-        names = 'json.load(open("preprocessing.json", encoding="utf-8"))["class_names"]'
+        names = 'json.loads(Path("preprocessing.json").read_text(encoding="utf-8"))["class_names"]'
         tail += f'classes = {names}\nlabel = classes[int(found["logits"].argmax())]\n'
     imports = "import onnxruntime" if format == "onnx" else "import torch"
-    imports = f"import json\n\n{imports}" if "json.load" in tail else imports
-    return _block(_preparing(loaded, facts, imports, mode) + tail, "onnxruntime" if format == "onnx" else "torch")
+    standard = "import json\nfrom pathlib import Path\n\n" if "json.loads" in tail else ""
+    return _block(
+        standard + _preparing(loaded, facts, imports, mode) + tail, "onnxruntime" if format == "onnx" else "torch"
+    )
 
 
 def _preparing(loaded: Loaded, facts: Mapping[str, Any], imports: str, mode: str) -> str:

@@ -71,7 +71,7 @@ def dinov2_kind(monkeypatch):
 
 
 def export_all(names, settings_of, folder):
-    """Export networks, with an image beside each; return classes by folder, and by name the networks and our pixels of the images."""
+    """Export networks, with an image beside each; return classes by folder, and by name networks and our pixels."""
     from sslvision.workflows.exporting import export_network
 
     classes_of, ours = {}, {}
