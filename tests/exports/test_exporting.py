@@ -45,6 +45,7 @@ def test_timm_is_the_default_and_the_deviation_is_told(source, tmp_path, capsys)
 @pytest.mark.thorough
 def test_a_run_that_stopped_is_exported_from_its_newest_checkpoint(train_tiny, settings_of, tmp_path):
     train_tiny(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()  # as if it had not come so far
     record = exporting.export_network(settings_of("export", f"run={tmp_path / 'run'}"), tmp_path / "out")
     assert "update 8 in " in record["weights"]
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
