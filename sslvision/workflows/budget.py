@@ -18,7 +18,6 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
 from sslvision.data.datamodule import ImageData
@@ -127,8 +126,7 @@ def keep_budget(
 
     def changed(epochs: int) -> None:
         record["settings"]["epochs"] = epochs
-        if rank_zero_only.rank == 0:
-            run_files.describe(folder, dataclasses.asdict(dataclasses.replace(settings, epochs=epochs)), words)
+        run_files.describe(folder, dataclasses.asdict(dataclasses.replace(settings, epochs=epochs)), words)
 
     return [
         KeepBudget(

@@ -30,7 +30,7 @@ class KeepBudget(Checkpoint):
         spent: Seconds that are over when training begins.
         length: "updates" of the whole run and "corrections" made so far; changed in place. Checkpoints contain it.
         checkpoint: The checkpoint file.
-        changed: Called with the new epochs of the run.
+        changed: Called in the first process with the new epochs of the run.
         console: Where to print.
     """
 
@@ -103,8 +103,8 @@ class KeepBudget(Checkpoint):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Progress):
                 callback.total_steps = updates
-        self.changed(epochs)
         if trainer.is_global_zero:
+            self.changed(epochs)
             told = f"an update takes {1000 * each:.0f} ms, so the run has {updates:,} instead of {before:,}."
             self.console.print(f"[dim]budget={self.budget}: {escape(told)}[/]")
         trainer.save_checkpoint(self.checkpoint)
