@@ -19,7 +19,7 @@ from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, SCALE, Command
+from sslvision.cli.recipes import EXPORT, FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, SCALE, Command
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -126,6 +126,22 @@ def inspect(
         UsageError, StorageError: See sslvision.errors.
     """
     return dict(_call(INSPECT, _with(settings, **{"backbone.name": _several(name), "run": _several(run)})))
+
+
+def export(run: str | Path, **settings: Any) -> dict[str, Any]:
+    """Export a network to a folder that timm or transformers loads, to ONNX, or to a program of torch.export.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.export run=...` takes.
+        settings: Any settings of `python -m sslvision.export --help`.
+
+    Returns:
+        The content of export.json: the deviation from the original, and how it was measured.
+
+    Raises:
+        UsageError, StorageError, SSLVisionError: See sslvision.errors.
+    """
+    return dict(_call(EXPORT, {"run": run, **settings}))
 
 
 def _several(value: str | Path | Sequence[str | Path] | None) -> list[str] | None:

@@ -16,6 +16,7 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
+    "export": "Export a run to timm, ONNX or torch.export, compared with the original.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
 }
@@ -78,6 +79,16 @@ EXAMPLES = {
     "predict": (
         ("run=outputs/a images=photos", "a CSV file of classes and probabilities for a folder of images"),
         ("run=outputs/a images=photo.jpg output=photo.csv", "one image"),
+    ),
+    "export": (
+        (
+            "run=outputs/a format=onnx",
+            "model.onnx of any batch size, from uint8 pixels to features (of a classifier: logits)",
+        ),
+        ("run=outputs/a format=onnx outputs=features,tokens,attention", "patch tokens and attention maps too"),
+        ("run=outputs/a format=onnx normalize=beside", "the caller normalizes the pixels"),
+        ("run=outputs/a format=program", "a program of torch.export, which needs torch alone"),
+        ("run=outputs/a push=user/name", "timm's folder, to the Hugging Face hub"),
     ),
     "inspect": (
         ("backbone.name=resnet50", "one network, layer by layer, at its own image size"),
