@@ -22,6 +22,7 @@ from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Any] = {
     "predict": Predict,
     "inspect": Inspect,
     "scale": Scale,
+    "report": Report,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (
