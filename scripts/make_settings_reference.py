@@ -23,6 +23,7 @@ from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -43,6 +44,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": Inspect,
     "scale": Scale,
     "export": Export,
+    "report": Report,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, scale
+    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -39,6 +39,7 @@ _HOMES = {
     "predict": "cli.functions",
     "pretrain": "cli.functions",
     "probe": "cli.functions",
+    "report": "cli.functions",
     "scale": "cli.functions",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "report",
     "scale",
 ]
 

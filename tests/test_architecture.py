@@ -5,10 +5,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py", "export.py"}
+COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py", "export.py", "report.py"}
 # A folder imports those below it, and its own files.
 LAYERS = [
-    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale", "export"},
+    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale", "export", "report"},
     {"cli"},
     {"workflows"},
     {"training"},

@@ -13,6 +13,7 @@ from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
 
@@ -23,6 +24,10 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
+    if isinstance(settings, Report):
+        from sslvision.workflows.reporting import report
+
+        return functools.partial(report, settings)
     if not isinstance(settings, Probe | Inspect | Export):
         from sslvision.training.trainer import check_options
 

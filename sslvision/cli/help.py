@@ -19,6 +19,7 @@ ABOUT = {
     "export": "Export a run to timm, ONNX or torch.export, compared with the original.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
+    "report": "Write the report of a run as one HTML file, or compare several runs.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -109,6 +110,14 @@ EXAMPLES = {
             "the laws of MAE's held-out loss; what is trained already is not trained again",
         ),
     ),
+    "report": (
+        ("outputs/a", "outputs/a/report.html: scores, curves, pictures; every run writes it at its end"),
+        ("outputs/a follow=true", "while the run goes on; the page loads itself again"),
+        (
+            "outputs/a outputs/b output=both.html",
+            "curves over one another, settings that differ, scores with intervals",
+        ),
+    ),
 }
 
 OPTIONS = (
@@ -126,7 +135,7 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... "}.get(
+    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... ", "report": "RUN_FOLDER ... "}.get(
         command.name, "" if command.pretrains else "run=... "
     )
     console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")

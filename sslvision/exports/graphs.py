@@ -34,7 +34,7 @@ def write_program(network: ExportedNetwork, loaded: Loaded, folder: Path) -> Non
 def read_program(folder: Path) -> Callable[[Tensor], Mapping[str, Tensor]]:
     """Return the outputs of the program in a folder, as a function of its input."""
     with _quiet():
-        return torch.export.load(folder / PROGRAM).module()  # type: ignore[no-any-return]
+        return torch.export.load(folder / PROGRAM).module()
 
 
 def write_onnx(network: ExportedNetwork, loaded: Loaded, folder: Path, *, opset: int) -> None:

@@ -83,7 +83,7 @@ class Export:
                 raise UsageError(f"outputs={one} is unknown: it is one or more of {', '.join(OUTPUTS)}.")
             if self.outputs.count(one) > 1:
                 raise UsageError(f"outputs={','.join(self.outputs)}: {one} is given twice; give it once.")
-        of_graphs = {"outputs": [], "normalize": "inside", "pixels": "uint8", "opset": None}
+        of_graphs: dict[str, Any] = {"outputs": [], "normalize": "inside", "pixels": "uint8", "opset": None}
         given = [key for key, default in of_graphs.items() if getattr(self, key) != default]
         if self.format in ("timm", "transformers") and given:
             raise UsageError(
