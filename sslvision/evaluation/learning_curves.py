@@ -35,7 +35,7 @@ def read_curves(
     kind: str,
     settings: Mapping[str, Any] | None = None,
     chance_loss: float | None = None,
-    classes: int | None = None,
+    validation_images: int | None = None,
 ) -> list[Reading]:
     """Return what the learning curves of a run show, the most important first; nothing of a healthy run.
 
@@ -43,9 +43,10 @@ def read_curves(
         metrics: What `read_metrics` returns. Used are `step`, `loss`, `lr`, `weight_decay`, `train_top1`, `val_top1`,
             `val_loss`, `knn_top1`, `untrained_knn_top1`, as far as they were logged.
         kind: The method: "mae", "dino", "supervised" (fine-tuning), or the name of another one whose loss falls.
-        settings: The settings of the run, as `dataclasses.asdict` of Pretrain or Finetune: advice is given in their terms.
+        settings: The settings of the run, as `dataclasses.asdict` of Pretrain or Finetune: advice is given in their terms. None: in
+            terms of the metrics.
         chance_loss: Loss of a network that knows nothing about an image: ln K of a classifier of K classes and of DINO with
             K prototypes, about 1 of MAE. None: the rules that need it are left out.
-        classes: Number of classes, of fine-tuning.
+        validation_images: Number of images behind `val_top1` and `knn_top1`, for their random errors. None: estimated from the curve.
     """
     return []
