@@ -1,32 +1,34 @@
 """Learning curves, read: what the metrics of a run show, in words, and the settings to type next.
 
-Every rule is a function of the metrics alone (see `runs.metrics.read_metrics`) and of the settings that its advice names. A
-rule speaks only where the curves leave little doubt, so that a healthy run is not talked about.
+Every rule is a function of the metrics (see `runs.metrics.read_metrics`), and of the settings in whose terms it advises. A rule
+speaks only where the curves leave little doubt: nothing is said of a healthy run. The thresholds stand in the rules, and were
+chosen on the curves in tests/golden/curves.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
-Metrics = Mapping[str, Sequence[float | None]]
+from sslvision.evaluation import held_out_rules, loss_rules
+from sslvision.evaluation.curve_run import Metrics, Reading, Run
 
+__all__ = ["Metrics", "Reading", "read_curves"]
 
-@dataclass(frozen=True)
-class Reading:
-    """What one rule sees.
+Rule = Callable[[Run], Reading | None]
 
-    Attributes:
-        rule: Its name: "diverging", "flat", "slow_start", "decayed_early", "validation_at_chance", "overfitting",
-            "overregularized", "underfitting", "degrading", "unfinished" or "noisy".
-        sentence: What the curves show, with the numbers.
-        advice: What to do, in a sentence.
-        words: The settings to type next, as on the command line: ("epochs=46",). Empty if no setting helps.
-    """
-
-    rule: str
-    sentence: str
-    advice: str
-    words: tuple[str, ...] = ()
+# After one of these, there is nothing else to say of a run.
+FATAL: tuple[Rule, ...] = (loss_rules.diverging, loss_rules.flat)
+# Of each group, the first that applies is told.
+GROUPS: tuple[tuple[Rule, ...], ...] = (
+    (loss_rules.decayed_early, loss_rules.slow_start),
+    (
+        held_out_rules.validation_at_chance,
+        held_out_rules.overfitting,
+        held_out_rules.overregularized,
+        held_out_rules.underfitting,
+    ),
+    (held_out_rules.degrading, held_out_rules.still_rising, loss_rules.unfinished),
+    (loss_rules.noisy,),
+)
 
 
 def read_curves(
@@ -40,13 +42,18 @@ def read_curves(
     """Return what the learning curves of a run show, the most important first; nothing of a healthy run.
 
     Args:
-        metrics: What `read_metrics` returns. Used are `step`, `loss`, `lr`, `weight_decay`, `train_top1`, `val_top1`,
-            `val_loss`, `knn_top1`, `untrained_knn_top1`, as far as they were logged.
+        metrics: What `read_metrics` returns. Used are `step`, `epoch`, `loss`, `lr`, `weight_decay`, `train_top1`, `val_top1`,
+            `val_loss`, `knn_top1` and `untrained_knn_top1`, as far as they were logged.
         kind: The method: "mae", "dino", "supervised" (fine-tuning), or the name of another one whose loss falls.
-        settings: The settings of the run, as `dataclasses.asdict` of Pretrain or Finetune: advice is given in their terms. None: in
-            terms of the metrics.
+        settings: The settings of the run, as `dataclasses.asdict` of Pretrain or Finetune, which advice is given in the terms
+            of. None: in terms of the metrics.
         chance_loss: Loss of a network that knows nothing about an image: ln K of a classifier of K classes and of DINO with
             K prototypes, about 1 of MAE. None: the rules that need it are left out.
-        validation_images: Number of images behind `val_top1` and `knn_top1`, for their random errors. None: estimated from the curve.
+        validation_images: Number of images behind `val_top1` and `knn_top1`, for their random errors. None: a thousand.
     """
-    return []
+    run = Run(metrics, kind=kind, settings=settings, chance_loss=chance_loss, validation_images=validation_images)
+    for rule in FATAL:
+        if (found := rule(run)) is not None:
+            return [found]
+    readings = (next((found for rule in group if (found := rule(run)) is not None), None) for group in GROUPS)
+    return [found for found in readings if found is not None]
