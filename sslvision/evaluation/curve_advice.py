@@ -23,7 +23,7 @@ UNUSUAL = {
     "cutout": 0.8,
 }
 USUAL = {"weight_decay": 0.05, "label_smoothing": 0.1, "cutout": 0.5}  # 0 of the others
-MIXED = ("mixup", "cutmix", "erase", "cutout", "randaugment", "weight_noise", "label_smoothing")
+MIXED = ("mixup", "cutmix", "erase", "cutout", "randaugment", "weight_noise")
 
 
 class Given:
@@ -74,7 +74,10 @@ class Given:
     def batch(self, factor: float) -> tuple[str, ...]:
         """Return the words for a batch of so many times the images, at the same peak learning rate."""
         now = self.get("batch_size")
-        return () if not now else (f"batch_size={max(1, round(factor * now))}",)
+        if not now:
+            return ()
+        same_rate = self.rate(1 / factor) if self.lr_word != "lr" else ()  # the others are per 256 images
+        return (f"batch_size={max(1, round(factor * now))}", *same_rate)
 
     def regularizers(self, most: int = 3) -> tuple[str, ...]:
         """Return words for regularizers that the run did without."""

@@ -10,6 +10,7 @@ import numpy as np
 from sslvision.evaluation.curve_advice import Given
 from sslvision.evaluation.curve_statistics import Curve, curve
 
+FEW = 12  # logged values below which a curve has no shape
 Metrics = Mapping[str, Sequence[float | None]]
 
 START, END = (0.0, 0.02), (0.9, 1.0)  # stretches of a run: where it begins, and where it ends

@@ -6,7 +6,7 @@ validation are read.
 
 import math
 
-from sslvision.evaluation.curve_run import END, START, Reading, Run
+from sslvision.evaluation.curve_run import END, Reading, Run
 from sslvision.evaluation.curve_run import significant as says
 from sslvision.evaluation.curve_statistics import Curve
 
@@ -38,7 +38,7 @@ def overfitting(run: Run) -> Reading | None:
         return None
     train, validation = run.train.level(*LATE), run.validation.level(*LATE)
     gap, error = train - validation, run.accuracy_error(validation)
-    parted = train >= 95 and gap > max(12.0, 2.5 * error) and not run.given.mixes
+    parted = train >= 95 and gap > max(12.0, 2.5 * error)
     if not (parted or (gap > 5 and _rises(run.validation_loss))):
         return None
     told = f"Training and validation are apart: {train:.0f} % and {validation:.0f} %"
@@ -146,4 +146,4 @@ def _rises(loss: Curve) -> bool:
     if len(loss) < 5:
         return False
     lowest = float(loss.smooth().min())
-    return loss.level(*END) > 1.2 * lowest + 4 * loss.error(*END) and loss.level(*START) > lowest
+    return loss.level(*END) > 1.2 * lowest + 4 * loss.error(*END)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sslvision.evaluation import held_out_rules, loss_rules
-from sslvision.evaluation.curve_run import Metrics, Reading, Run
+from sslvision.evaluation.curve_run import FEW, Metrics, Reading, Run
 
 __all__ = ["Metrics", "Reading", "read_curves"]
 
@@ -52,6 +52,8 @@ def read_curves(
         validation_images: Number of images behind `val_top1` and `knn_top1`, for their random errors. None: a thousand.
     """
     run = Run(metrics, kind=kind, settings=settings, chance_loss=chance_loss, validation_images=validation_images)
+    if len(run.loss) < FEW and not run.nonfinite:
+        return []
     for rule in FATAL:
         if (found := rule(run)) is not None:
             return [found]

@@ -4,11 +4,9 @@ The loss of DINO is that of a moving target: it rises and falls in healthy runs,
 is not finite. Collapse is named by `methods/dino_collapse.py`.
 """
 
-from sslvision.evaluation.curve_run import END, Reading, Run
+from sslvision.evaluation.curve_run import END, FEW, Reading, Run
 from sslvision.evaluation.curve_run import significant as says
 from sslvision.evaluation.curve_statistics import noise
-
-FEW = 12  # logged values below which a curve has no shape
 
 
 def diverging(run: Run) -> Reading | None:
@@ -18,7 +16,7 @@ def diverging(run: Run) -> Reading | None:
     if run.nonfinite > 0.02:
         share = f"{100 * run.nonfinite:.0f} % of the logged losses are not finite."
         return Reading("diverging", share, cure, words)
-    if run.kind == "dino" or len(run.loss) < FEW:
+    if run.kind == "dino":
         return None
     smooth, scatter = run.loss.smooth(), noise(run.loss.values)
     highest = float(smooth[: len(smooth) // 2].max())
@@ -37,12 +35,12 @@ def diverging(run: Run) -> Reading | None:
 
 def flat(run: Run) -> Reading | None:
     """The loss never falls: the rate is too low, the warm-up never ends, or the initialization is dead."""
-    if run.kind == "dino" or len(run.loss) < FEW:
+    if run.kind == "dino":
         return None
     if run.kind == "supervised" and run.chance_loss and run.begins < 0.7 * run.chance_loss:
         return None  # a fitted head has little left to learn
-    fall = run.begins - run.ends
-    if fall > max(4 * run.loss.error(*END), 0.03 * abs(run.begins)):
+    rise, error = run.loss.moved((0.0, 0.05), END)
+    if -rise > 0.03 * abs(run.begins) or 2 * error - rise > 0.08 * abs(run.begins):
         return None
     told = f"The loss is flat: {says(run.begins)} at the start, {says(run.ends)} at the end."
     if run.warmed_up() > 0.9 and run.given.get("warmup_epochs", 0) > 0:
@@ -88,14 +86,14 @@ def decayed_early(run: Run) -> Reading | None:
     lowered = run.lr.steps[low & (run.lr.steps > began * run.lr.end)] / run.lr.end
     if not len(lowered) or lowered[0] - began > 0.15 or lowered[0] > 0.8:
         return None
-    before, after = began - run.warmed_up(), 1.0 - lowered[0]
-    width = min(0.15, before, 0.8 * after)
+    # Stretches so short, relative to the time so far, that a loss like a power of time slows down by half at most.
+    width = min(0.15, 0.4 * began, began - run.warmed_up(), 0.8 * (1.0 - lowered[0]))
     if width < 0.03:
         return None
     fast, error = _pace(run, began - width, began)
     start = lowered[0] + 0.2 * width
     slow, other = _pace(run, start, start + width)
-    if fast < 4 * error or fast * width < 0.03 * abs(run.ends) or slow + other > 0.4 * fast:
+    if fast < 4 * error or fast * width < 0.03 * abs(run.ends) or slow + 2 * other > 0.4 * fast:
         return None
     told = (
         f"The loss was still falling, by {says(fast * 0.1)} in a tenth of the run, when the learning rate dropped after "
@@ -114,7 +112,7 @@ def _pace(run: Run, start: float, stop: float) -> tuple[float, float]:
 
 def unfinished(run: Run) -> Reading | None:
     """The loss falls in the last third nearly as it did before."""
-    if run.kind == "dino" or len(run.loss) < FEW:
+    if run.kind == "dino":
         return None
     fall = run.begins - run.ends
     rise, error = run.loss.moved((0.6, 0.75), END)
