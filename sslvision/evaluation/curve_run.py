@@ -21,7 +21,7 @@ class Reading:
     """What one rule sees.
 
     Attributes:
-        rule: Its name: "diverging", "flat", "slow_start", "decayed_early", "validation_at_chance", "overfitting",
+        rule: Its name: "diverging", "flat", "stalled", "slow_start", "decayed_early", "validation_at_chance", "overfitting",
             "overregularized", "underfitting", "degrading", "unfinished" or "noisy".
         sentence: What the curves show, with the numbers.
         advice: What to do about it, in a sentence.
@@ -86,15 +86,19 @@ class Run:
 
     def warmed_up(self) -> float:
         """Return the share of the run after which the learning rate was first near its peak."""
-        return 0.0 if not len(self.lr) else self._when(self.lr.values >= 0.95 * self.lr.values.max())
+        return 0.0 if not len(self.lr) else self.first(self.lr.values >= 0.95 * self.lr.values.max())
 
     def decay_began(self) -> float:
         """Return the share of the run after which the learning rate was no longer near its peak."""
-        return 1.0 if not len(self.lr) else self._when(self.lr.values >= 0.9 * self.lr.values.max(), last=True)
+        return 1.0 if not len(self.lr) else self.last(self.lr.values >= 0.9 * self.lr.values.max())
 
-    def _when(self, true: np.ndarray, *, last: bool = False) -> float:
-        at = np.flatnonzero(true)[-1 if last else 0]
-        return float(self.lr.steps[at] / self.lr.end)
+    def first(self, true: np.ndarray) -> float:
+        """Return the share of the run at which something is first true of the learning rate."""
+        return float(self.lr.steps[np.flatnonzero(true)[0]] / self.lr.end)
+
+    def last(self, true: np.ndarray) -> float:
+        """Return the share of the run at which something is last true of the learning rate."""
+        return float(self.lr.steps[np.flatnonzero(true)[-1]] / self.lr.end)
 
     def accuracy_error(self, accuracy: float) -> float:
         """Return the standard error of an accuracy in percent: of its images, or of a thousand if their number is unknown."""

@@ -1,4 +1,4 @@
-"""What the training loss shows: divergence, a flat start, a rate that decayed too early, an unfinished run, noise.
+"""What the training loss shows: divergence, a flat start, a rate too high or decayed too early, an unfinished run, noise.
 
 The loss of DINO is that of a moving target: it rises and falls in healthy runs, so that these rules leave it alone, unless it
 is not finite. Collapse is named by `methods/dino_collapse.py`.
@@ -93,7 +93,7 @@ def decayed_early(run: Run) -> Reading | None:
     fast, error = _pace(run, began - width, began)
     start = lowered[0] + 0.2 * width
     slow, other = _pace(run, start, start + width)
-    if fast < 4 * error or fast * width < 0.03 * abs(run.ends) or slow + 2 * other > 0.4 * fast:
+    if fast < 4 * error or fast * width < 0.03 * abs(run.ends) or slow + 2 * other > 0.3 * fast:
         return None
     told = (
         f"The loss was still falling, by {says(fast * 0.1)} in a tenth of the run, when the learning rate dropped after "
@@ -108,6 +108,29 @@ def _pace(run: Run, start: float, stop: float) -> tuple[float, float]:
     middle = (start + stop) / 2
     rise, error = run.loss.moved((start, middle), (middle, stop))
     return -rise / (middle - start), error / (middle - start)
+
+
+def stalled(run: Run) -> Reading | None:
+    """The loss stands still while the rate is high, and falls only as the rate decays: the peak is too high.
+
+    Only of rates that decay slowly: under steps, a plateau before each step is meant.
+    """
+    if run.kind in ("dino", "supervised") or len(run.loss) < 3 * FEW or not len(run.lr):
+        return None
+    high, low = run.lr.values >= 0.6 * run.lr.values.max(), run.lr.values <= 0.3 * run.lr.values.max()
+    start, stop = max(0.2, run.warmed_up()), run.last(high)
+    if stop - start < 0.2 or not low.any() or run.first(low) - run.decay_began() < 0.15:
+        return None
+    plateau = run.loss.level(stop - 0.1, stop)
+    mid, late = run.loss.level(start, start + 0.1) - plateau, plateau - run.ends
+    error = run.loss.error(*END)
+    if mid > 0.02 * abs(plateau) or late < max(6 * error, 0.1 * abs(plateau)):
+        return None
+    told = (
+        f"The loss stood still at {says(plateau)} from {100 * start:.0f} to {100 * stop:.0f} % of the run, and fell only as "
+        f"the rate decayed, to {says(run.ends)}."
+    )
+    return Reading("stalled", told, "The learning rate is too high for most of the run.", run.given.rate(0.3))
 
 
 def unfinished(run: Run) -> Reading | None:
