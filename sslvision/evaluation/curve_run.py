@@ -92,6 +92,11 @@ class Run:
         """Return the share of the run after which the learning rate was no longer near its peak."""
         return 1.0 if not len(self.lr) else self.last(self.lr.values >= 0.9 * self.lr.values.max())
 
+    def lowered(self) -> float | None:
+        """Return the share of the run after which the learning rate had decayed to 0.3 of its peak, if it did."""
+        low = (self.lr.values <= 0.3 * self.lr.values.max()) & (self.lr.steps > self.decay_began() * self.lr.end)
+        return self.first(low) if low.any() else None
+
     def first(self, true: np.ndarray) -> float:
         """Return the share of the run at which something is first true of the learning rate."""
         return float(self.lr.steps[np.flatnonzero(true)[0]] / self.lr.end)

@@ -90,7 +90,7 @@ def underfitting(run: Run) -> Reading | None:
             return None
         told = f"The features are hardly better than those of the untrained network: k-NN {now:.1f} and {run.untrained:.1f} %."
         return Reading("underfitting", told, "Train longer, or at a higher rate.", longer + run.given.rate(3))
-    if not _both(run) or run.given.mixes:
+    if not _both(run) or run.given.mixes or degrading(run) is not None:
         return None
     train, validation = run.train.level(*LATE), run.validation.level(*LATE)
     if train > 75 or train - validation > max(5.0, 2 * run.accuracy_error(validation)):

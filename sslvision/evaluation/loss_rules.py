@@ -21,8 +21,10 @@ def diverging(run: Run) -> Reading | None:
     smooth, scatter = run.loss.smooth(), noise(run.loss.values)
     highest = float(smooth[: len(smooth) // 2].max())
     worst = max(1.5 * run.begins, run.chance_loss or 0.0) + 6 * scatter
+    if run.kind == "supervised" and run.chance_loss:  # whatever the head, no classifier should do worse than guess
+        worst = min(worst, 1.5 * run.chance_loss + 2 * scatter)
     if highest > worst:
-        told = f"The loss rose from {says(run.begins)} to {says(highest)} at first, and ended at {says(run.ends)}."
+        told = f"The loss rose to {says(highest)} at first, and ended at {says(run.ends)}."
         return Reading("diverging", told, cure, words)
     at = int(smooth.argmin())
     lowest, error = float(smooth[at]), run.loss.error(*END)
@@ -81,17 +83,15 @@ def decayed_early(run: Run) -> Reading | None:
     """
     if run.kind == "dino" or len(run.loss) < 3 * FEW or not len(run.lr):
         return None
-    began = run.decay_began()
-    low = run.lr.values <= 0.3 * run.lr.values.max()
-    lowered = run.lr.steps[low & (run.lr.steps > began * run.lr.end)] / run.lr.end
-    if not len(lowered) or lowered[0] - began > 0.15 or lowered[0] > 0.8:
+    began, lowered = run.decay_began(), run.lowered()
+    if lowered is None or lowered - began > 0.15 or lowered > 0.8:
         return None
     # Stretches so short, relative to the time so far, that a loss like a power of time slows down by half at most.
-    width = min(0.15, 0.4 * began, began - run.warmed_up(), 0.8 * (1.0 - lowered[0]))
+    width = min(0.15, 0.4 * began, began - run.warmed_up(), 0.8 * (1.0 - lowered))
     if width < 0.03:
         return None
     fast, error = _pace(run, began - width, began)
-    start = lowered[0] + 0.2 * width
+    start = lowered + 0.2 * width
     slow, other = _pace(run, start, start + width)
     if fast < 4 * error or fast * width < 0.03 * abs(run.ends) or slow + 2 * other > 0.3 * fast:
         return None
@@ -117,14 +117,14 @@ def stalled(run: Run) -> Reading | None:
     """
     if run.kind in ("dino", "supervised") or len(run.loss) < 3 * FEW or not len(run.lr):
         return None
-    high, low = run.lr.values >= 0.6 * run.lr.values.max(), run.lr.values <= 0.3 * run.lr.values.max()
-    start, stop = max(0.2, run.warmed_up()), run.last(high)
-    if stop - start < 0.2 or not low.any() or run.first(low) - run.decay_began() < 0.15:
+    start, stop = max(0.2, run.warmed_up()), run.last(run.lr.values >= 0.6 * run.lr.values.max())
+    lowered = run.lowered()
+    if stop - start < 0.2 or lowered is None or lowered - run.decay_began() < 0.15:
         return None
     plateau = run.loss.level(stop - 0.1, stop)
     mid, late = run.loss.level(start, start + 0.1) - plateau, plateau - run.ends
     error = run.loss.error(*END)
-    if mid > 0.02 * abs(plateau) or late < max(6 * error, 0.1 * abs(plateau)):
+    if mid > 0.5 * late or late < max(5 * error, 0.08 * abs(plateau)):
         return None
     told = (
         f"The loss stood still at {says(plateau)} from {100 * start:.0f} to {100 * stop:.0f} % of the run, and fell only as "
