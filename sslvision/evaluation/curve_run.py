@@ -21,7 +21,7 @@ class Reading:
     """What one rule sees.
 
     Attributes:
-        rule: Its name: "diverging", "flat", "stalled", "slow_start", "decayed_early", "validation_at_chance", "overfitting",
+        rule: Its name: "diverging", "flat", "slow_start", "decayed_early", "validation_at_chance", "overfitting",
             "overregularized", "underfitting", "degrading", "unfinished" or "noisy".
         sentence: What the curves show, with the numbers.
         advice: What to do about it, in a sentence.

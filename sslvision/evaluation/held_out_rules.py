@@ -57,7 +57,7 @@ def overfitting(run: Run) -> Reading | None:
 
 
 def overregularized(run: Run) -> Reading | None:
-    """Training images do worse than validation images, or weights decay to nothing, under unusually strong regularization."""
+    """Training images are not learned, or weights decay to nothing, under unusually strong regularization."""
     unusual = run.given.unusual()
     if run.kind == "dino" or not unusual:
         return None
@@ -71,10 +71,9 @@ def overregularized(run: Run) -> Reading | None:
         if not _both(run):
             return None
         train, validation = run.train.level(*LATE), run.validation.level(*LATE)
-        behind = validation - train > max(10.0, 2.5 * run.accuracy_error(validation))
-        if not behind and train > 80:
+        if train > 95 or train - validation > max(5.0, 2 * run.accuracy_error(validation)):
             return None
-        told = f"Training images do badly ({train:.0f} %; validation images {validation:.0f} %)."
+        told = f"Training images are not learned: {train:.0f} % (validation images {validation:.0f} %)."
     advice = f"Regularization is unusually strong: {' '.join(unusual)}."
     return Reading("overregularized", told, advice, run.given.usual())
 

@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[Rule, ...], ...] = (
         held_out_rules.overregularized,
         held_out_rules.underfitting,
     ),
-    (held_out_rules.degrading, loss_rules.stalled, held_out_rules.still_rising, loss_rules.unfinished),
+    (held_out_rules.degrading, held_out_rules.still_rising, loss_rules.unfinished),
     (loss_rules.noisy,),
 )
 

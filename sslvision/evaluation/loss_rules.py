@@ -1,4 +1,4 @@
-"""What the training loss shows: divergence, a flat start, a rate too high or decayed too early, an unfinished run, noise.
+"""What the training loss shows: divergence, a flat start, a rate that decayed too early, an unfinished run, noise.
 
 The loss of DINO is that of a moving target: it rises and falls in healthy runs, so that these rules leave it alone, unless it
 is not finite. Collapse is named by `methods/dino_collapse.py`.
@@ -108,29 +108,6 @@ def _pace(run: Run, start: float, stop: float) -> tuple[float, float]:
     middle = (start + stop) / 2
     rise, error = run.loss.moved((start, middle), (middle, stop))
     return -rise / (middle - start), error / (middle - start)
-
-
-def stalled(run: Run) -> Reading | None:
-    """The loss stands still while the rate is high, and falls only as the rate decays: the peak is too high.
-
-    Only of rates that decay slowly: under steps, a plateau before each step is meant.
-    """
-    if run.kind in ("dino", "supervised") or len(run.loss) < 3 * FEW or not len(run.lr):
-        return None
-    start, stop = max(0.2, run.warmed_up()), run.last(run.lr.values >= 0.6 * run.lr.values.max())
-    lowered = run.lowered()
-    if stop - start < 0.2 or lowered is None or lowered - run.decay_began() < 0.15:
-        return None
-    plateau = run.loss.level(stop - 0.1, stop)
-    mid, late = run.loss.level(start, start + 0.1) - plateau, plateau - run.ends
-    error = run.loss.error(*END)
-    if mid > 0.5 * late or late < max(5 * error, 0.08 * abs(plateau)):
-        return None
-    told = (
-        f"The loss stood still at {says(plateau)} from {100 * start:.0f} to {100 * stop:.0f} % of the run, and fell only as "
-        f"the rate decayed, to {says(run.ends)}."
-    )
-    return Reading("stalled", told, "The learning rate is too high for most of the run.", run.given.rate(0.3))
 
 
 def unfinished(run: Run) -> Reading | None:

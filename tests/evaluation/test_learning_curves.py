@@ -116,13 +116,6 @@ def test_a_drop_of_the_rate_while_the_loss_still_falls_is_told_and_one_on_a_plat
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_a_loss_that_falls_only_as_the_rate_decays_slowly_is_stalled(seed):
-    plateau = np.where(AT < 0.5, 0.6 + 0.6 * np.exp(-30 * AT), 0.6 - 0.3 * (AT - 0.5))
-    (reading,) = read_curves(pretraining(noisy(plateau, 0.01, seed)), kind="mae", settings={"base_lr": 0.48})
-    assert (reading.rule, reading.words) == ("stalled", ("base_lr=0.14",))
-
-
-@pytest.mark.parametrize("seed", range(10))
 def test_training_learned_and_validation_at_chance_points_to_the_labels(seed):
     train = noisy(100 * AT**0.5, 0.02, seed)
     metrics = finetuning(train, noisy(10 + 0 * AT, 0.1, seed), noisy(2.3 + 3 * AT, 0.02, seed))
