@@ -15,15 +15,14 @@ __all__ = ["Metrics", "Reading", "read_curves"]
 
 Rule = Callable[[Run], Reading | None]
 
-# After one of these, there is nothing else to say of a run.
-FATAL: tuple[Rule, ...] = (loss_rules.diverging, loss_rules.flat)
+# After one of these, there is nothing else to say of a run. Unusual settings are named as the cause first.
+FATAL: tuple[Rule, ...] = (held_out_rules.overregularized, loss_rules.diverging, loss_rules.flat)
 # Of each group, the first that applies is told.
 GROUPS: tuple[tuple[Rule, ...], ...] = (
     (loss_rules.decayed_early, loss_rules.slow_start),
     (
         held_out_rules.validation_at_chance,
         held_out_rules.overfitting,
-        held_out_rules.overregularized,
         held_out_rules.underfitting,
     ),
     (held_out_rules.degrading, held_out_rules.still_rising, loss_rules.unfinished),

@@ -128,7 +128,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
         findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"]) + [str(one) for one in readings]
     )
     findings += found
-    following = next_command(readings, words, command="finetune")
+    following = next_command(readings, words, command="finetune", folder=folder)
     results: dict[str, Any] = {}
     if trainer.is_global_zero:  # before the comparison, which takes longer, and may be stopped
         export_classifier(plan, labeled, method)

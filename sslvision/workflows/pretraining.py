@@ -139,11 +139,13 @@ def conclude(
     print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
-    readings = read_run(settings, folder, trainer.lightning_module, validation_images=results.get("held_out_images"))
+    method, held_out = trainer.lightning_module, results.get("held_out_images")
+    assert isinstance(method, Method)
+    readings = read_run(settings, folder, method, validation_images=held_out)
     print_findings(console, read := [str(reading) for reading in readings])
     results |= {
         "findings": findings + results.get("findings", []) + read,
-        **next_command(readings, words, command="pretrain"),
+        **next_command(readings, words, command="pretrain", folder=folder),
         **waiting_of(trainer),
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),

@@ -58,14 +58,17 @@ def chance_loss(method: Method) -> float | None:
     return 1.0 if isinstance(method, MAE) else None
 
 
-def command_with(words: Sequence[str], changed: Sequence[str], *, command: str) -> str:
+def command_with(words: Sequence[str], changed: Sequence[str], *, command: str, folder: Path) -> str:
     """Return the command line of a run with some of its words replaced, for a new run folder.
 
     Args:
         words: Arguments of the command line of the run.
         changed: Words of a reading.
         command: "pretrain" or "finetune".
+        folder: Folder of the run: if it was resumed in it by name, its settings stand there.
     """
+    if any(_key(word) == "resume" for word in words) and not any(_key(word) in ("recipe", "run") for word in words):
+        words = [f"recipe={folder / 'config.yaml'}", *words]
     replaced = {_key(word) for word in changed} | set(OF_THE_RUN)
     if replaced & {"lr", "base_lr", "lr_ratio"}:
         replaced |= {"lr", "base_lr", "lr_ratio"}
@@ -73,10 +76,10 @@ def command_with(words: Sequence[str], changed: Sequence[str], *, command: str) 
     return shlex.join(["python", "-m", f"sslvision.{command}", *redact([*kept, *changed])])
 
 
-def next_command(readings: Sequence[Reading], words: Sequence[str], *, command: str) -> dict[str, str]:
+def next_command(readings: Sequence[Reading], words: Sequence[str], *, command: str, folder: Path) -> dict[str, str]:
     """Return under "next" the command that the most important reading advises, if one does."""
     first = next((reading for reading in readings if reading.words), None)
-    return {} if first is None else {"next": command_with(words, first.words, command=command)}
+    return {} if first is None else {"next": command_with(words, first.words, command=command, folder=folder)}
 
 
 def print_next(console: Console, results: dict[str, object]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -9,29 +10,38 @@ from sslvision.evaluation.learning_curves import Reading
 from sslvision.methods.dino import DINO
 from sslvision.workflows.readings import chance_loss, command_with, kind_of, next_command
 
+FOLDER = Path("outputs/first")
+
 
 def test_the_next_command_has_the_words_of_the_run_but_for_those_that_change_and_for_its_folder():
     words = ["recipe=mae", "method.mask_ratio=0.6", "base_lr=1", "epochs=5", "name=first", "overwrite=true"]
-    line = command_with(words, ("epochs=10", "mask_ratio=0.75"), command="pretrain")
+    line = command_with(words, ("epochs=10", "mask_ratio=0.75"), command="pretrain", folder=FOLDER)
     assert line == "python -m sslvision.pretrain recipe=mae base_lr=1 epochs=10 mask_ratio=0.75"
 
 
 def test_a_new_learning_rate_replaces_the_old_one_by_whichever_name():
-    line = command_with(["run=outputs/a", "lr=1"], ("lr_ratio=0.03",), command="finetune")
+    line = command_with(["run=outputs/a", "lr=1"], ("lr_ratio=0.03",), command="finetune", folder=FOLDER)
     assert line == "python -m sslvision.finetune run=outputs/a lr_ratio=0.03"
 
 
+def test_a_run_that_was_resumed_by_its_name_goes_on_from_its_own_settings():
+    line = command_with(["resume=auto", "name=first"], ("epochs=2",), command="pretrain", folder=FOLDER)
+    assert line == "python -m sslvision.pretrain recipe=outputs/first/config.yaml epochs=2"
+
+
 def test_secrets_are_not_repeated():
-    line = command_with(["recipe=mae", "trainer.api_key=abc"], ("epochs=2",), command="pretrain")
-    assert "abc" not in line
+    line = command_with(
+        ["recipe=mae", "trainer.api_key=abcdefghijkl"], ("epochs=2",), command="pretrain", folder=FOLDER
+    )
+    assert "abcdefgh" not in line
 
 
 def test_the_first_reading_that_changes_a_setting_gives_the_command():
     told, changing = Reading("validation_at_chance", "a", "b"), Reading("unfinished", "a", "b", ("epochs=2",))
-    assert next_command([told, changing], ["recipe=mae"], command="pretrain") == {
+    assert next_command([told, changing], ["recipe=mae"], command="pretrain", folder=FOLDER) == {
         "next": "python -m sslvision.pretrain recipe=mae epochs=2"
     }
-    assert next_command([told], ["recipe=mae"], command="pretrain") == {}
+    assert next_command([told], ["recipe=mae"], command="pretrain", folder=FOLDER) == {}
 
 
 def test_a_method_derived_from_dino_is_read_as_dino(settings_of):
