@@ -37,7 +37,7 @@ from sslvision.training.trainer import (
     precision_in_effect,
     silence_lightning,
 )
-from sslvision.workflows.budget import Length, fill_budget, recorded_length
+from sslvision.workflows.budget import Length, fill_budget, keep_budget, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
 from sslvision.workflows.console import (
     classes_in_words,
@@ -48,7 +48,8 @@ from sslvision.workflows.console import (
 )
 from sslvision.workflows.final_evaluation import export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
-from sslvision.workflows.readings import next_command, print_next, read_run
+from sslvision.workflows.readings import next_command, print_next, read_curves_of
+from sslvision.workflows.reporting import reported
 
 SMALL = 40  # pixels: the side of images that recipes for small images have
 
@@ -87,6 +88,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps = length.updates if length is not None else settings.epochs * (images // settings.batch_size)
     facts = {"images": images} | ({} if length is None else {"budget": length.record})
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, **facts))
+    keeping = [] if length is None else keep_budget(length, checkpoints.record, folder, words, console)
     trainer = build_trainer(
         folder=folder,
         epochs=settings.epochs,
@@ -94,7 +96,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         max_steps=length.updates if length is not None else -1,
         dry_run=settings.dry_run,
         loggers=build_loggers(settings.logger, folder, dataclasses.asdict(settings)),
-        callbacks=pretraining_callbacks(settings, folder, data, evaluated, steps),
+        callbacks=[*keeping, *pretraining_callbacks(settings, folder, data, evaluated, steps)],
         options=settings.trainer,
         checkpoints=checkpoints,
     )
@@ -114,11 +116,12 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         }
         print_configuration(console, rows, title=settings.about or folder.name)
         print_findings(console, findings)
-    fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
-    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-    if not trainer.is_global_zero:
-        return {}
-    return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
+    with reported(folder, console, here=trainer.is_global_zero):
+        fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
+        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+        if not trainer.is_global_zero:
+            return {}
+        return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
 
 
 def conclude(
@@ -141,7 +144,7 @@ def conclude(
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
     method, held_out = trainer.lightning_module, results.get("held_out_images")
     assert isinstance(method, Method)
-    readings = read_run(settings, folder, method, validation_images=held_out)
+    readings = read_curves_of(settings, folder, method, validation_images=held_out)
     print_findings(console, read := [str(reading) for reading in readings])
     results |= {
         "findings": findings + results.get("findings", []) + read,
