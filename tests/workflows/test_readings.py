@@ -9,7 +9,8 @@ import pytest
 from sslvision.evaluation.learning_curves import Reading
 from sslvision.methods.dino import DINO
 from sslvision.runs.run_record import RunRecord
-from sslvision.workflows.readings import chance_loss, command_with, kind_of, next_commandfrom sslvision.workflows.report_words import next_lines
+from sslvision.workflows.readings import chance_loss, command_with, kind_of, next_command
+from sslvision.workflows.report_words import next_lines
 
 FOLDER = Path("outputs/first")
 
