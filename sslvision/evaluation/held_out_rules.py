@@ -18,16 +18,15 @@ def validation_at_chance(run: Run) -> Reading | None:
     if not _both(run) or not run.chance:
         return None
     train, validation = run.train.level(*LATE), run.validation.level(*LATE)
-    near = run.chance + max(5.0, 3 * run.accuracy_error(run.chance))
-    if train < run.chance + 30 or validation > near:
+    if train < run.chance + 30 or validation > _guessing(run):
         return None
     told = (
         f"Training images are learned ({train:.0f} %), validation images only guessed ({validation:.0f} %, chance is "
         f"{run.chance:.0f} %)."
     )
     advice = (
-        "The labels do not fit the images: look at a few of either in figures/, and at where the classes come from (names of "
-        "folders, order of a list)."
+        "The labels do not fit the images: look at a few images with their labels, and at where the classes come from (names "
+        "of folders, order of a list)."
     )
     return Reading("validation_at_chance", told, advice)
 
@@ -96,6 +95,8 @@ def underfitting(run: Run) -> Reading | None:
         return None
     told = f"Training and validation are together, and poor: {train:.0f} % and {validation:.0f} %."
     advice = "The network underfits: train longer, at a higher rate, with fewer frozen layers, or a larger backbone."
+    if run.chance and validation < _guessing(run):
+        advice += " If training accuracy then rises alone, the labels do not fit the images."
     return Reading("underfitting", told, advice, longer + run.given.rate(3))
 
 
@@ -134,6 +135,11 @@ def still_rising(run: Run) -> Reading | None:
     name = "Validation accuracy" if run.kind == "supervised" else "k-NN accuracy"
     told = f"{name} is still rising: from {known.level(*before):.1f} to {known.level(*after):.1f} % at the end."
     return Reading("unfinished", told, "Train longer.", run.given.longer(2))
+
+
+def _guessing(run: Run) -> float:
+    """Return the accuracy below which a classifier is not told from one that guesses."""
+    return run.chance + max(5.0, 3 * run.accuracy_error(run.chance))
 
 
 def _both(run: Run) -> bool:

@@ -53,7 +53,7 @@ from sslvision.workflows.console import (
     waiting_of,
 )
 from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank_classes
-from sslvision.workflows.readings import next_command, print_next, read_run
+from sslvision.workflows.readings import next_command, print_next, read_curves_of
 
 CONTENTS = """\
 # {name}
@@ -124,7 +124,7 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
     best = train(plan.tuned, labeled, method, trainer, resume)
     scores = {"fine-tuned": score_on_test_images(plan.tuned, labeled, method)} | scores
     held_out = len(labeled.validation) if labeled.validation is not None else None
-    readings = read_run(settings, folder, method, validation_images=held_out)
+    readings = read_curves_of(settings, folder, method, validation_images=held_out)
     found = (
         findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"]) + [str(one) for one in readings]
     )
@@ -328,7 +328,7 @@ def write_results(
     results |= ({"findings": findings} if findings else {}) | {**following} | waiting_of(trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
     run_files.write_json(plan.tuned.folder / "results.json", results)
-    write_cards_of_run(folder)
+    write_cards_of_run(plan.tuned.folder)
     return results
 
 

@@ -49,7 +49,7 @@ from sslvision.workflows.console import (
 )
 from sslvision.workflows.final_evaluation import export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
-from sslvision.workflows.readings import next_command, print_next, read_run
+from sslvision.workflows.readings import next_command, print_next, read_curves_of
 from sslvision.workflows.reporting import reported
 
 SMALL = 40  # pixels: the side of images that recipes for small images have
@@ -145,7 +145,7 @@ def conclude(
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
     method, held_out = trainer.lightning_module, results.get("held_out_images")
     assert isinstance(method, Method)
-    readings = read_run(settings, folder, method, validation_images=held_out)
+    readings = read_curves_of(settings, folder, method, validation_images=held_out)
     print_findings(console, read := [str(reading) for reading in readings])
     results |= {
         "images": {"training": len(data.splits.train)},

@@ -21,7 +21,7 @@ from sslvision.settings import Finetune, Pretrain
 OF_THE_RUN = ("name", "output_dir", "overwrite", "resume")  # words that the next run does not repeat
 
 
-def read_run(
+def read_curves_of(
     settings: Pretrain | Finetune, folder: Path, method: Method, *, validation_images: int | None
 ) -> list[Reading]:
     """Return what the metrics in a run folder show; nothing of a dry run.

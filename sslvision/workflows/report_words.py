@@ -180,7 +180,9 @@ def path_of(folder: Path) -> str:
 
 def next_lines(run: RunRecord) -> list[tuple[str, str]]:
     """Return command lines that are of use after a run, each with what it does."""
-    where, lines = path_of(run.folder), []
+    where, lines = path_of(run.folder), list[tuple[str, str]]()
+    if following := run.results.get("next"):
+        lines.append((str(following), "By the learning curves (see the findings), try next:"))
     if run.status == "stopped" and run.kind in ("pretrain", "finetune") and any(run.folder.glob("checkpoints/*.ckpt")):
         lines.append((command_to_resume(run.folder), "Go on from the last checkpoint:"))
     elif run.status == "stopped" and (again := run.environment.get("command")):

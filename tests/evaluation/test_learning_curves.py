@@ -157,6 +157,13 @@ def test_train_and_validation_together_and_poor_is_underfitting(seed):
     assert (reading.rule, reading.words) == ("underfitting", ("epochs=40", "lr_ratio=0.3"))
 
 
+def test_underfitting_at_chance_says_that_labels_may_be_the_cause():
+    guessed = finetuning(noisy(12 + 0 * AT, 0.1), noisy(10 + 0 * AT, 0.1), 2.3 + 0 * AT, loss=noisy(2.4 - 0.3 * AT))
+    (reading, *_) = read_curves(guessed, kind="supervised", chance_loss=LN_10, validation_images=300)
+    assert reading.rule == "underfitting"
+    assert "labels do not fit" in reading.advice
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_strong_dropout_is_named_where_training_images_do_worse_than_validation_images(seed):
     train, validation = noisy(40 - 20 * np.exp(-8 * AT), 0.05, seed), noisy(80 - 30 * np.exp(-9 * AT), 0.01, seed)

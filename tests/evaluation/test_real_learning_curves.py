@@ -35,6 +35,7 @@ FAULTS = {
         ("mixup=0.8", "label_smoothing=0.1", "backbone.drop_path_rate=0.1"),
     ),
     "finetune_dropout_0.9": ("overregularized", {"backbone": {"drop_rate": 0.9}}, ("backbone.drop_rate=0",)),
+    "finetune_labels_shuffled": ("validation_at_chance", {}, ()),
     "finetune_weight_decay_10": ("overregularized", {"method": {"weight_decay": 10}}, ("weight_decay=0.05",)),
 }
 
@@ -42,5 +43,6 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_planted_fault_is_named_first_and_its_setting_is_what_to_type(name):
     rule, settings, words = FAULTS[name]
-    readings = read(name, validation_images=10 if "20_labels" in name else 120, **settings)
+    images = {"finetune_20_labels": 10, "finetune_labels_shuffled": 30}
+    readings = read(name, validation_images=images.get(name, 120), **settings)
     assert (readings[0].rule, readings[0].words) == (rule, words)

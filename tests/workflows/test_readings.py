@@ -8,7 +8,9 @@ import pytest
 
 from sslvision.evaluation.learning_curves import Reading
 from sslvision.methods.dino import DINO
+from sslvision.runs.run_record import RunRecord
 from sslvision.workflows.readings import chance_loss, command_with, kind_of, next_command
+from sslvision.workflows.report_words import next_lines
 
 FOLDER = Path("outputs/first")
 
@@ -50,6 +52,11 @@ def test_a_method_derived_from_dino_is_read_as_dino(settings_of):
     method = method_from_settings(settings_of("pretrain", "recipe=dino", "prototypes=64", "backbone.depth=1"))
     method.__class__ = type("Own", (DINO,), {})
     assert (kind_of(method), chance_loss(method)) == ("dino", math.log(64))
+
+
+def test_a_report_shows_the_next_command_first():
+    run = RunRecord(FOLDER, "pretrain", "finished", settings={}, results={"next": "python -m sslvision.pretrain lr=1"})
+    assert next_lines(run)[0][0] == "python -m sslvision.pretrain lr=1"
 
 
 @pytest.mark.thorough
