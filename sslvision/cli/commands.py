@@ -13,6 +13,7 @@ from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
 def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
@@ -39,6 +40,11 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
         from sslvision.workflows.scaling import scale
 
         return scale, f"scale-{recipe}-{_data(settings)}", False
+    if isinstance(settings, Tune | TuneFinetune):
+        from sslvision.workflows.tuning import tune
+
+        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
+        return tune, f"tune-{name}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain
 

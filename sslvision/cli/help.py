@@ -18,6 +18,7 @@ ABOUT = {
     "predict": "Label new images with a fine-tuned run.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
+    "tune": "Search for good settings of pretraining, or with run=... of fine-tuning, in a given time.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -96,6 +97,24 @@ EXAMPLES = {
         (
             "recipe=mae budget=30m score=loss",
             "the laws of MAE's held-out loss; what is trained already is not trained again",
+        ),
+    ),
+    "tune": (
+        (
+            "recipe=mae search=random 'ranges.base_lr=log(1e-3,1e-1)' trials=20 budget=30m",
+            "twenty learning rates, drawn by their logarithms, in half an hour",
+        ),
+        (
+            "recipe=mae search=grid 'ranges.base_lr=log(1e-3,1e-1)' 'ranges.weight_decay=choice(0,0.05)' points=4",
+            "a grid of 4 x 2; the same command in a second terminal takes half of its cells",
+        ),
+        (
+            "run=outputs/a search=tpe 'ranges.lr_ratio=log(0.01,1)' 'ranges.mixup=uniform(0,0.8)' 'ranges.freeze=int(0,3)'",
+            "fine-tuning of a run, by its validation accuracy; ranges: log, uniform, int, choice",
+        ),
+        (
+            "recipe=dino search=tpe 'ranges.lr=log(1e-4,1e-2)' pruner=median storage=journal:///shared/study.log",
+            "bad trials are stopped early, and machines with the same storage= work together",
         ),
     ),
 }
