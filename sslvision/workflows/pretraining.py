@@ -37,7 +37,7 @@ from sslvision.training.trainer import (
     precision_in_effect,
     silence_lightning,
 )
-from sslvision.workflows.budget import Length, fill_budget, recorded_length
+from sslvision.workflows.budget import Length, fill_budget, keep_budget, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
 from sslvision.workflows.console import (
     classes_in_words,
@@ -86,6 +86,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps = length.updates if length is not None else settings.epochs * (images // settings.batch_size)
     facts = {"images": images} | ({} if length is None else {"budget": length.record})
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, **facts))
+    keeping = [] if length is None else keep_budget(length, checkpoints.record, folder, words, console)
     trainer = build_trainer(
         folder=folder,
         epochs=settings.epochs,
@@ -93,7 +94,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         max_steps=length.updates if length is not None else -1,
         dry_run=settings.dry_run,
         loggers=build_loggers(settings.logger, folder, dataclasses.asdict(settings)),
-        callbacks=pretraining_callbacks(settings, folder, data, evaluated, steps),
+        callbacks=[*keeping, *pretraining_callbacks(settings, folder, data, evaluated, steps)],
         options=settings.trainer,
         checkpoints=checkpoints,
     )
