@@ -149,6 +149,10 @@ def print_help(console: Console, command: Command[Any]) -> None:
         _table(f"examples (after python -m sslvision.{command.name})", list(EXAMPLES[command.name]), stacked=True)
     )
     console.print(_table("settings", [(f.name, _told(f)) for f in dataclasses.fields(command.kind)]))
+    if command.with_run is not None:
+        known = {f.name for f in dataclasses.fields(command.kind)}
+        rest = [f for f in dataclasses.fields(command.with_run.kind) if f.name not in known or f.name == "method"]
+        console.print(_table("settings with run=..., besides those of the search", [(f.name, _told(f)) for f in rest]))
     console.print(
         f"{SECTIONS if command.kind.sections else ''}"
         "Strings are taken literally (data.root=photos, name=2024_01); quote what the shell would change: 'photos (1)'.\n"

@@ -23,7 +23,7 @@ Settings = TypeVar("Settings", bound=Pretrain | Finetune)
 Values = dict[str, Any]  # by key: numbers of a range; of a choice the text as it was written
 
 FORMS = "log(1e-4,1e-2), uniform(0.5,0.9), int(2,6), or choice(a,b,c)"
-RATES = ("lr", "base_lr", "lr_ratio")  # the first of them that is set is in effect
+RATES = ("lr", "base_lr", "lr_ratio")  # the first of them that is given is in effect
 SEARCHABLE = (
     *RATES,
     "batch_size",
@@ -181,10 +181,12 @@ def with_setting(settings: Settings, key: str, value: Any) -> Settings:
     if rest:
         changes: dict[str, Any] = {name: _nested(getattr(settings, name), rest, value)}
         return dataclasses.replace(settings, **changes)
-    hidden: dict[str, Any] = {rate: None for rate in RATES[: RATES.index(name)] if hasattr(settings, rate)} if name in RATES else {}
-    if isinstance(settings, Pretrain):
-        hidden.pop("base_lr", None)
-    return dataclasses.replace(settings, **hidden, **{name: value})
+    changes = {name: value}
+    if name in ("base_lr", "lr_ratio"):
+        changes["lr"] = None
+    if name == "lr_ratio":
+        changes["base_lr"] = None
+    return dataclasses.replace(settings, **changes)
 
 
 def _nested(section: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:

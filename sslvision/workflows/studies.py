@@ -108,8 +108,8 @@ def open_study(url: str, name: str, *, pruner: str) -> "Study":
         shown = url.split("@")[-1]  # without a password
         told = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"storage={shown} cannot be opened ({type(error).__name__}: {told}). Give a URL such as sqlite:////shared/study.db, "
-            "postgresql://user:password@host/database or journal:///shared/study.log, and install its driver."
+            f"storage={shown} cannot be opened ({type(error).__name__}: {told}). Give a URL such as "
+            "sqlite:////shared/study.db, postgresql://user:password@host/database or journal:///shared/study.log, and install its driver."
         ) from error
 
 

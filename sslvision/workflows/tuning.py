@@ -242,7 +242,8 @@ def work(
         tell(console, shared, bench, number, values, found, facts["seconds"])
         if found.outcome not in DONE:
             shared.enqueue(values)  # for a later call
-            return f"The budget of {settings.budget} is over: trial {number} was stopped at update {found.facts['stopped_at']:,}."
+            stopped = f"trial {number} was stopped at update {found.facts['stopped_at']:,}"
+            return f"The budget of {settings.budget} is over: {stopped}."
 
 
 def _judge(trial: Any) -> Callable[[int, float], bool]:

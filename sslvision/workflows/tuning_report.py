@@ -296,8 +296,8 @@ def at_the_edge(space: Mapping[str, Range], best: Row) -> list[str]:
         if share < EDGE or share > 1 - EDGE:
             end, beyond = ("lower", "below") if share < EDGE else ("upper", "above")
             told.append(
-                f"{key} is best at {best[key]}, the {end} end of its range: better values may lie {beyond} it. Search there in a "
-                "new folder (name=)."
+                f"{key} is best at {best[key]}, the {end} end of its range: better values may lie {beyond} it. Search "
+                "there in a new folder (name=)."
             )
     return told
 
