@@ -41,9 +41,13 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
 
         return scale, f"scale-{recipe}-{_data(settings)}", False
     if isinstance(settings, Tune | TuneFinetune):
+        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
+        if settings.search is None:
+            from sslvision.workflows.seven_steps import tune_by_steps
+
+            return tune_by_steps, f"tune-{name}-steps", False
         from sslvision.workflows.tuning import tune
 
-        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
         return tune, f"tune-{name}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain

@@ -18,7 +18,7 @@ ABOUT = {
     "predict": "Label new images with a fine-tuned run.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
-    "tune": "Search for good settings of pretraining, or with run=... of fine-tuning, in a given time.",
+    "tune": "Tune pretraining, or with run=... fine-tuning, by seven steps or a search, in a given time.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -100,6 +100,8 @@ EXAMPLES = {
         ),
     ),
     "tune": (
+        ("recipe=mae budget=15m", "the seven steps, from the initial loss to a recipe that is ready to run"),
+        ("run=outputs/a data=photos 'steps=[1,2,3]'", "fine-tuning: initial loss, a handful of images, and the rate"),
         (
             "recipe=mae search=random 'ranges.base_lr=log(1e-3,1e-1)' trials=20 budget=30m",
             "twenty learning rates, drawn by their logarithms, in half an hour",

@@ -40,7 +40,14 @@ class Search:
         "'ranges.backbone.depth=int(2,6)' 'ranges.weight_decay=choice(0,1e-5,1e-4)'",
     )
     search: Literal["random", "grid", "tpe"] | None = _option(
-        None, "how: random, grid (points= values of each range), or tpe (Optuna's, which learns from the trials before)"
+        None,
+        "how: random, grid (points= values of each range), or tpe (Optuna's, which learns from the trials before); without it, "
+        "the seven steps are done",
+    )
+    steps: Any = _option(
+        "all",
+        "without search=: which of the steps, such as [1,2,3]: 1 initial loss, 2 overfit a handful, 3 rate, 4 coarse grid, 5 finer "
+        "grid, 6 learning curves, 7 step 5 again while there is budget",
     )
     trials: int | None = _option(
         None, "number of trials, of all processes together (default: 20; of a grid, all of its cells)"
@@ -67,9 +74,14 @@ class Search:
             UsageError: One cannot be.
         """
         space = parse_space(self.ranges)
-        if self.search is None:
-            raise UsageError("search is not given: say search=random, search=grid or search=tpe, and what is searched.")
-        if not space:
+        numbers = self.steps if isinstance(self.steps, list) else [self.steps]
+        if self.steps != "all" and (not numbers or not all(type(one) is int and 1 <= one <= 7 for one in numbers)):
+            raise UsageError(f"steps={self.steps} must be all, or numbers from 1 to 7, such as steps=[1,2,3].")
+        if self.search is None and space:
+            raise UsageError("ranges are given, and no search: say search=random, search=grid or search=tpe.")
+        if self.search is None and getattr(self, "dry_run", False):
+            raise UsageError("The seven steps have no dry run: steps=1 is done in seconds.")
+        if self.search is not None and not space:
             raise UsageError(
                 f"There is nothing to search: give ranges, such as search={self.search} 'ranges.base_lr=log(1e-4,1e-2)'."
             )
