@@ -31,7 +31,7 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/make_settings_reference.py: change docstrings and help texts, not this file. -->
 
-Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first eight tables. Settings of a section
+Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first tables. Settings of a section
 are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6` is
 short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
 """

@@ -135,7 +135,7 @@ def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: An
         return "This was a dry run, which is not resumed: start it again."
     folder = Path(os.environ.get(RUN_FOLDER, ""))
     if hasattr(settings, "ranges"):
-        record, end = folder / "trials.csv", "\n"
+        record, end = (folder / "steps.jsonl", "}\n") if settings.search is None else (folder / "trials.csv", "\n")
     else:
         record, end = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl"), "}\n"
     ended = sum(line.endswith(end) for line in record.open()) if record.is_file() else 0

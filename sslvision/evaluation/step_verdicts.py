@@ -1,7 +1,7 @@
 """The verdicts of the steps by which a recipe is tuned: each a function of numbers, in words that hold these numbers.
 
-The steps are those of the course notes of CS231n (Stanford): the loss before training, overfitting a handful, the rate, a coarse grid, a
-finer one, the learning curves.
+The steps are those of the course notes of CS231n (Stanford): the loss before training, overfitting a handful, the rate, a
+coarse grid, a finer one, the learning curves.
 """
 
 import math
@@ -91,7 +91,11 @@ class Start:
             return f"ln {self.outputs} = {self.expected:.3g}"
         if self.kind == "dino":
             return f"ln {self.outputs:,} = {self.expected:.3g}"
-        what = "of the pixels normalized by patch (1, but for flat patches)" if self.norm_pix else "of the normalized pixels"
+        what = (
+            "of the pixels normalized by patch (1, but for flat patches)"
+            if self.norm_pix
+            else "of the normalized pixels"
+        )
         return f"{self.expected:.3g}, the mean square {what}"
 
 
@@ -116,8 +120,8 @@ def initial_loss(start: Start) -> Verdict:
     if start.spread < DEAD or start.gradient == 0:
         causes.append(
             (
-                f"initialization: the network is dead, its features differ by {start.spread:.2g} of their size between images, and "
-                f"the gradient has norm {start.gradient:.2g}",
+                f"initialization: the network is dead, its features differ by {start.spread:.2g} of their size between images, "
+                f"and the gradient has norm {start.gradient:.2g}",
                 "Check that weights are random and not constant, and that activations are not all cut off.",
             )
         )
@@ -125,7 +129,7 @@ def initial_loss(start: Start) -> Verdict:
     if not causes and ratio > 1 + LOSS_OFF:
         causes.append(
             (
-                f"initialization: the loss is {ratio:.2g} times that of a network that knows nothing, so its outputs are too large",
+                f"initialization: the loss is {ratio:.2g} times what knowing nothing gives: the outputs are too large",
                 "Make the last layer smaller at the start (timm: a standard deviation of 0.02), or normalize before it.",
             )
         )
@@ -133,14 +137,18 @@ def initial_loss(start: Start) -> Verdict:
         told = "labels" if start.kind == "supervised" else "targets"
         causes.append(
             (
-                f"{told}: the loss is {ratio:.2g} of that of a network that knows nothing, so the network knows the {told} already",
-                "Is its head trained, or does an image contain its label?" if start.kind == "supervised" else "Do weights come from init_from?",
+                f"{told}: the loss is {ratio:.2g} of what knowing nothing gives: the network knows the {told} already",
+                "Is its head trained, or does an image contain its label?"
+                if start.kind == "supervised"
+                else "Do weights come from init_from?",
             )
         )
     if not causes:
         return Verdict("initial loss", True, f"{said} They agree.", numbers=numbers)
     words = "; ".join(cause for cause, _ in causes)
-    return Verdict("initial loss", False, f"{said} What is off: {words}.", " ".join(advice for _, advice in causes), numbers)
+    return Verdict(
+        "initial loss", False, f"{said} What is off: {words}.", " ".join(advice for _, advice in causes), numbers
+    )
 
 
 def overfit(kind: str, losses: Sequence[float], *, accuracy: float | None, images: int) -> Verdict:
@@ -186,7 +194,8 @@ def _why_not_learned(first: float, last: float) -> str:
         return f"The loss rises. {_RATE_TOO_HIGH}"
     if last > MAE_SLOW * first:
         return "The loss does not fall: the rate is too low, or the initialization is bad. Take ten times the rate."
-    return "The loss falls slowly: take three times the rate, a larger network (backbone.depth, backbone.embed_dim), or look at the data."
+    larger = "a larger network (backbone.depth, backbone.embed_dim)"
+    return f"The loss falls slowly: take three times the rate, {larger}, or look at the data."
 
 
 def regularized(kind: str, plain: float, own: float, regularizers: Mapping[str, float]) -> Verdict:
@@ -204,7 +213,12 @@ def regularized(kind: str, plain: float, own: float, regularizers: Mapping[str, 
     if own >= 0.6 * plain and not (strong and own < 0.9 * plain):
         return Verdict(step, True, words, numbers=numbers)
     if not strong:
-        return Verdict(step, True, f"{words} No regularizer is unusually strong; a handful is hard to learn with them.", numbers=numbers)
+        return Verdict(
+            step,
+            True,
+            f"{words} No regularizer is unusually strong; a handful is hard to learn with them.",
+            numbers=numbers,
+        )
     named = ", ".join(f"{name}={value:g}" for name, value in strong.items())
     return Verdict(step, False, f"{words} Too strong: {named}.", f"Lower {', '.join(strong)}.", numbers)
 
@@ -235,13 +249,18 @@ def judge_rates(tried: Sequence[Tried], *, own: float, name: str) -> tuple[Verdi
     finite = [one for one in tried if math.isfinite(one.gain)]
     best = max(finite, key=lambda one: one.gain, default=None)
     if best is None or best.gain <= 0:
-        words = f"At no rate from {min(one.rate for one in tried):.2g} to {max(one.rate for one in tried):.2g} is anything learned."
+        rates = [one.rate for one in tried]
+        words = f"At no rate from {min(rates):.2g} to {max(rates):.2g} is anything learned."
         return Verdict("rate", False, words, "Look at the data, the labels and the initialization.", numbers), None
     good = [one.rate for one in finite if one.gain >= 0.9 * best.gain]
     numbers |= {"best": best.rate, "good": [min(good), max(good)]}
     lost = [one.rate for one in tried if not math.isfinite(one.gain) or one.gain < 0]
     words = f"{name}={best.rate:.2g} learns most in so few updates; {min(good):.2g} to {max(good):.2g} nearly as much"
-    words += f"; from {min(lost):.2g} on, training diverges or is worse than nothing." if lost and min(lost) > best.rate else "."
+    words += (
+        f"; from {min(lost):.2g} on, training diverges or is worse than nothing."
+        if lost and min(lost) > best.rate
+        else "."
+    )
     if own > RATE_OFF * max(good):
         fault = f" The recipe's {own:.2g} is too high, {own / best.rate:.0f} times the best."
         return Verdict("rate", True, words + fault, f"Take {name}={best.rate:.2g}.", numbers), best.rate
@@ -269,9 +288,10 @@ def judge_grid(
         return Verdict(step, False, "No cell of the grid was trained.", "Give a longer budget=.")
     best, margin = max(scored, key=lambda cell: cell["score"]), 2 * math.sqrt(2) * (sigma or 0.0)
     numbers = {"cells": [dict(cell) for cell in scored], "best": dict(best)}
-    words = f"The best of {len(scored)} cells is rate {best['rate']:.2g}, weight decay {best['weight_decay']:g}: {objective} {best['score']:.4g}."
+    where = f"rate {best['rate']:.2g}, weight decay {best['weight_decay']:g}"
+    words = f"The best of {len(scored)} cells is {where}: {objective} {best['score']:.4g}."
     if chance is not None and best["score"] < chance + 3 * (sigma or 1.0):
-        advice = "Do labels belong to their images? Labels that are shuffled can be learned by heart, and tell nothing of others."
+        advice = "Do labels belong to their images? Shuffled labels can be learned by heart, and tell nothing of other images."
         return Verdict(step, False, f"{words} That is chance ({chance:.3g}).", advice, numbers)
     own = [cell["score"] for cell in scored if cell["weight_decay"] == own_decay]
     if own and best["weight_decay"] != own_decay and best["score"] - max(own) > max(margin, 0.1 * best["score"]):

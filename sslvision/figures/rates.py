@@ -48,11 +48,29 @@ def rate_figure(
             color=MUTED,
         )  # fmt: skip
     axes.axvline(own, color=RULE if own == best else INK, lw=1, ls=(0, (4, 3)))
-    axes.annotate(f"recipe {own:.2g}", (own, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha="center", size=8, color=INK)
+    axes.annotate(
+        f"recipe {own:.2g}",
+        (own, 1.0),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        size=8,
+        color=INK,
+    )
     if best is not None:
         value = dict(good)[best]
         axes.plot([best], [value], marker="o", ms=8, color=ORANGE, zorder=5)
-        axes.annotate(f"{best:.2g}", (best, value), xytext=(0, 8), textcoords="offset points", ha="center", size=8, color=ORANGE, weight="bold")
+        axes.annotate(
+            f"{best:.2g}",
+            (best, value),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            size=8,
+            color=ORANGE,
+            weight="bold",
+        )
     axes.set_ylim(0, 1.2 * top)
     axes.set_xlabel(name)
     axes.set_ylabel(gained)

@@ -113,7 +113,11 @@ class Steps:
         settings = plain(self.settings)
         curve = train_for(self.bench, settings, updates=1, folder=self.folder / "steps" / "1")
         if self.kind == "other":
-            return Verdict("initial loss", True, f"The loss before the first update is {curve.raw_loss:.4g}; there is no theory of it.")
+            return Verdict(
+                "initial loss",
+                True,
+                f"The loss before the first update is {curve.raw_loss:.4g}; there is no theory of it.",
+            )
         return initial_loss(start_of(self.bench, settings, curve))
 
     def handful(self) -> list[Verdict]:
@@ -337,7 +341,9 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         line = write_recipe(changed, verdicts, folder)
         console.print(f"\nThe recipe is in {folder / 'best.yaml'}, with this evidence. Run it:\n  {line}", markup=False)
     elif failed is not None:
-        console.print(f"\nStopped by the step '{failed.step}'. Correct that, and start again with overwrite=true.", markup=False)
+        console.print(
+            f"\nStopped by the step '{failed.step}'. Correct that, and start again with overwrite=true.", markup=False
+        )
     run_files.write_json(folder / "results.json", results)
     return results
 

@@ -164,7 +164,9 @@ def _classify(
         few = Subset(labeled.train, spread_over_classes(labeled.train.labels, HANDFUL))
         labeled = dataclasses.replace(labeled, train=few, validation=few)
     plan = dataclasses.replace(bench.plan(settings, folder=folder), head_first=False, updates=updates)
-    plan = dataclasses.replace(plan, validate_every=max(1, updates // 4), batch_size=min(plan.batch_size, len(labeled.train)))
+    plan = dataclasses.replace(
+        plan, validate_every=max(1, updates // 4), batch_size=min(plan.batch_size, len(labeled.train))
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").unlink(missing_ok=True)
     method = build_classifier(plan, labeled)

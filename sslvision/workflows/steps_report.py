@@ -47,8 +47,7 @@ def write_recipe(settings: Any, verdicts: Sequence[Verdict], folder: Path) -> st
     command = "finetune" if isinstance(settings, Finetune) else "pretrain"
     line = shlex.join(["python", "-m", f"sslvision.{command}", f"recipe={shown(folder / 'best.yaml')}"])
     lines = [line, "", "Found by the steps of sslvision tune:"]
-    for verdict in verdicts:
-        lines.append(f"  {verdict.step}: {verdict.words}" + (f" {verdict.advice}" if verdict.advice else ""))
+    lines += [f"  {one.step}: {one.words} {one.advice}".rstrip() for one in verdicts]
     lines.append("Grids were trained at a constant rate, shorter than this recipe, which has not been tried in full.")
     header = "".join("# " + text.replace("\n", " ").rstrip() + "\n" for text in lines)
     with written_whole(folder / "best.yaml", "w", concurrent=True) as file:

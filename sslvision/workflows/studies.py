@@ -109,7 +109,8 @@ def open_study(url: str, name: str, *, pruner: str) -> "Study":
         told = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
             f"storage={shown} cannot be opened ({type(error).__name__}: {told}). Give a URL such as "
-            "sqlite:////shared/study.db, postgresql://user:password@host/database or journal:///shared/study.log, and install its driver."
+            "sqlite:////shared/study.db, postgresql://user:password@host/database or "
+            "journal:///shared/study.log, and install its driver."
         ) from error
 
 

@@ -46,8 +46,8 @@ class Search:
     )
     steps: Any = _option(
         "all",
-        "without search=: which of the steps, such as [1,2,3]: 1 initial loss, 2 overfit a handful, 3 rate, 4 coarse grid, 5 finer "
-        "grid, 6 learning curves, 7 step 5 again while there is budget",
+        "without search=: which of the steps, such as [1,2,3]: 1 initial loss, 2 overfit a handful, 3 rate, 4 coarse grid, 5 "
+        "finer grid, 6 learning curves, 7 step 5 again while there is budget",
     )
     trials: int | None = _option(
         None, "number of trials, of all processes together (default: 20; of a grid, all of its cells)"

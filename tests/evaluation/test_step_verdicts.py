@@ -24,7 +24,10 @@ def test_a_sound_start_agrees_with_theory_for_each_method():
     for start, theory in (
         (SOUND, r"ln 10 = 2\.3"),
         (dataclasses.replace(SOUND, kind="dino", loss=6.95, outputs=1024), r"ln 1,024 = 6\.93"),
-        (dataclasses.replace(SOUND, kind="mae", loss=1.02, targets=0.97, norm_pix=True), r"0\.97, the mean square of the pixels"),
+        (
+            dataclasses.replace(SOUND, kind="mae", loss=1.02, targets=0.97, norm_pix=True),
+            r"0\.97, the mean square of the pixels",
+        ),
     ):
         verdict = initial_loss(start)
         assert verdict.passed
@@ -35,7 +38,10 @@ def test_a_sound_start_agrees_with_theory_for_each_method():
 @pytest.mark.parametrize(
     ("fault", "named"),
     [
-        ({"loss": 900.0, "pixel_mean": -70.0, "pixel_std": 255.0}, "normalization: pixels have mean -70 and deviation 255"),
+        (
+            {"loss": 900.0, "pixel_mean": -70.0, "pixel_std": 255.0},
+            "normalization: pixels have mean -70 and deviation 255",
+        ),
         ({"loss": 2.3026, "spread": 0.0, "gradient": 0.0}, "initialization: the network is dead"),
         ({"loss": 9.0}, "initialization: the loss is 3.9 times"),
         ({"loss": 0.4}, "labels: the loss is 0.17 of"),
@@ -80,14 +86,19 @@ def test_dropout_and_weight_decay_that_keep_a_handful_from_being_learned_are_nam
     }
 
 
-@pytest.mark.parametrize(("factor", "told"), [(30, "too high, 30 times"), (1 / 30, "too low, 1/30"), (2, "among them or near")])
+@pytest.mark.parametrize(
+    ("factor", "told"), [(30, "too high, 30 times"), (1 / 30, "too low, 1/30"), (2, "among them or near")]
+)
 def test_a_rate_that_is_thirty_times_off_is_named_on_both_sides(factor, told):
-    tried = [Tried(1e-3 * 10 ** (place / 2), gain) for place, gain in enumerate([0.05, 0.2, 0.5, 0.3, math.nan, math.nan], -2)]
+    tried = [
+        Tried(1e-3 * 10 ** (place / 2), gain)
+        for place, gain in enumerate([0.05, 0.2, 0.5, 0.3, math.nan, math.nan], -2)
+    ]
     verdict, best = judge_rates(tried, own=1e-3 * factor, name="base_lr")
     assert best == pytest.approx(1e-3)
     assert told in verdict.words
     assert "0.01" in verdict.words  # from where on it diverges
-    assert ("Take base_lr=0.001." == verdict.advice) == (factor != 2)
+    assert (verdict.advice == "Take base_lr=0.001.") == (factor != 2)
 
 
 def test_where_nothing_learns_the_rate_step_stops():
@@ -97,7 +108,10 @@ def test_where_nothing_learns_the_rate_step_stops():
 
 
 def test_a_weight_decay_that_is_off_is_named_by_the_grid_and_shuffled_labels_by_chance():
-    cells = [{"rate": 1e-3, "weight_decay": decay, "score": score} for decay, score in ((0.0, 80.0), (1e-4, 81.0), (10.0, 30.0))]
+    cells = [
+        {"rate": 1e-3, "weight_decay": decay, "score": score}
+        for decay, score in ((0.0, 80.0), (1e-4, 81.0), (10.0, 30.0))
+    ]
     verdict = judge_grid(cells, own_decay=10.0, objective="k-NN", chance=10.0, sigma=1.0)
     assert verdict.passed
     assert "The recipe's weight decay of 10 is too strong or too weak: 30" in verdict.words
