@@ -67,6 +67,8 @@ class Start:
         pixel_mean, pixel_std: Of the normalized pixels of the batch.
         spread: Standard deviation of the features over images, as a share of their root mean square.
         norm_pix: Whether MAE's targets are normalized by patch.
+        predictions: Mean square of MAE's predictions by its initialization: Xavier's after a layer norm, 2E / (E + P) for E
+            channels and P pixels of a patch, which adds to the loss of predicting 0.
     """
 
     kind: str
@@ -78,11 +80,12 @@ class Start:
     pixel_std: float
     spread: float
     norm_pix: bool = False
+    predictions: float = 0.0
 
     @property
     def expected(self) -> float:
         """Return what theory says: that of a network that knows nothing."""
-        return self.targets if self.kind == "mae" else math.log(self.outputs)
+        return self.targets + self.predictions if self.kind == "mae" else math.log(self.outputs)
 
     @property
     def theory(self) -> str:
@@ -96,7 +99,8 @@ class Start:
             if self.norm_pix
             else "of the normalized pixels"
         )
-        return f"{self.expected:.3g}, the mean square {what}"
+        own = f", and {self.predictions:.3g} of the first predictions" if self.predictions else ""
+        return f"{self.expected:.3g}: the mean square {what}, {self.targets:.3g}{own}"
 
 
 def initial_loss(start: Start) -> Verdict:

@@ -198,6 +198,7 @@ def start_of(bench: Pretraining | Finetuning, settings: Any, curve: Curve) -> St
         loss=curve.raw_loss,
         outputs=outputs[kind]() if kind in outputs else 0,
         targets=first.targets,
+        predictions=first.predictions,
         gradient=curve.gradient,
         pixel_mean=first.pixel_mean,
         pixel_std=first.pixel_std,

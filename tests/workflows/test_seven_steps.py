@@ -7,10 +7,10 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from sslvision.cli.compose import compose_settings  # noqa: E402
-from sslvision.workflows import seven_steps  # noqa: E402
-from sslvision.workflows.seven_steps import asked, rate_name, tune_by_steps, with_decay  # noqa: E402
-from sslvision.workflows.step_trainings import constant, plain  # noqa: E402
+from sslvision.cli.compose import compose_settings
+from sslvision.workflows import seven_steps
+from sslvision.workflows.seven_steps import asked, rate_name, tune_by_steps, with_decay
+from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
     "recipe=mae",

@@ -12,8 +12,8 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from sslvision.cli.compose import compose_settings  # noqa: E402
-from sslvision.errors import UsageError  # noqa: E402
+from sslvision.cli.compose import compose_settings
+from sslvision.errors import UsageError
 
 SHORT = (
     "recipe=mae",

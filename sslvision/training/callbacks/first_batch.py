@@ -18,9 +18,10 @@ class FirstBatch(Callback):
         pixel_mean, pixel_std: Of the normalized pixels.
         spread: Standard deviation of the features over images, as a share of their root mean square.
         targets: Mean square of MAE's targets; 0 for another method.
+        predictions: What MAE's initialization makes of the mean square of its predictions, see step_verdicts.Start.
     """
 
-    pixel_mean = pixel_std = spread = targets = 0.0
+    pixel_mean = pixel_std = spread = targets = predictions = 0.0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
@@ -42,4 +43,6 @@ class FirstBatch(Callback):
                 rows, columns = pl_module.backbone.grid
                 every = torch.arange(rows * columns, device=images.device).expand(len(images), -1)
                 self.targets = float(pl_module.targets(images, every).square().mean())
+                last = pl_module.decoder_pred
+                self.predictions = 2 * last.in_features / (last.in_features + last.out_features)
         pl_module.train(was_training)
