@@ -84,8 +84,9 @@ class Steps:
     def step(self, name: str, judge: Callable[[], Verdict]) -> Verdict:
         """Return the verdict of a step that passed before, or of one that is done now and recorded; print it."""
         for entry in self.done:
-            if entry.get("verdict", {}).get("step") == name and entry["verdict"]["passed"]:
-                verdict, before = Verdict(**entry["verdict"]), " (done before)"
+            found = entry.get("verdict", {})
+            if found.get("step") == name and found["passed"] and not found["numbers"].get("missing"):
+                verdict, before = Verdict(**found), " (done before)"
                 break
         else:
             verdict, before = judge(), ""
@@ -271,7 +272,12 @@ class Steps:
             chance=self.chance(),
             sigma=sigma,
         )
-        return dataclasses.replace(verdict, step=name)
+        missing = len(cells) - len(trained)
+        told = (
+            f" The time was over before {missing} of {len(cells)} cells: a later call trains them." if missing else ""
+        )
+        numbers = {**verdict.numbers, "missing": missing}
+        return dataclasses.replace(verdict, step=name, words=verdict.words + told, numbers=numbers)
 
     def chance(self) -> float | None:
         """Return the objective of knowing nothing, in percent; None of RankMe."""
