@@ -13,7 +13,9 @@ from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
 def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
@@ -23,6 +25,10 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
+    if isinstance(settings, Report):
+        from sslvision.workflows.reporting import report
+
+        return functools.partial(report, settings)
     if not isinstance(settings, Probe | Inspect | Export):
         from sslvision.training.trainer import check_options
 
@@ -42,6 +48,15 @@ def _workflow(
         from sslvision.workflows.scaling import scale
 
         return scale, f"scale-{recipe}-{_data(settings)}", False
+    if isinstance(settings, Tune | TuneFinetune):
+        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
+        if settings.search is None:
+            from sslvision.workflows.seven_steps import tune_by_steps
+
+            return tune_by_steps, f"tune-{name}-steps", False
+        from sslvision.workflows.tuning import tune
+
+        return tune, f"tune-{name}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain
 
