@@ -266,6 +266,11 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
     end = (
         f" ({long:.3g} in very long images, of which we resize the center alone)" if long > max(usual, ROUNDING) else ""
     )
+    if pixels["shifted"] > max(usual, ROUNDING) + 1:
+        end += (
+            ", but where 4n + 3 pixels are cut off a side after resizing, which is one size in four: there its crop begins one "
+            "pixel earlier"
+        )
     return f"Preprocessing: {whose} {told}{end}."
 
 
