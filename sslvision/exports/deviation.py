@@ -110,20 +110,20 @@ def preprocessing_deviation(prepare: Callable[[Image.Image], Tensor], backbone: 
 
     Returns:
         "pixels", over images of several sizes; "long", over a very long one, of which we resize the center alone; "shifted",
-        over those whose crop begins at half a pixel, which libraries round in two ways. Nothing for images that are neither
-        gray nor RGB, which other libraries do not read.
+        over those whose crop begins at half a pixel, which libraries round in two ways. What no image is of is left out: all of it for images that are
+        neither gray nor RGB, which other libraries do not read.
     """
     if backbone.channels not in (1, 3):
         return {}
     size = backbone.image_size
-    found = {"pixels": 0.0, "long": 0.0, "shifted": 0.0}
+    found = dict[str, float]()
     for number, (rows, columns) in enumerate((*SIZES, LONG)):
         picture = _photograph(round(rows * size[0]), round(columns * size[1]), backbone.channels, seed=number)
         ours = center_crop(picture, size, backbone.crop_pct).float()
         theirs = prepare(Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()))
         shifted = begins_at_half_a_pixel((picture.shape[1], picture.shape[2]), backbone)
         key = "long" if (rows, columns) == LONG else "shifted" if shifted else "pixels"
-        found[key] = max(found[key], (theirs - ours).abs().max().item())
+        found[key] = max(found.get(key, 0.0), (theirs - ours).abs().max().item())
     return found
 
 

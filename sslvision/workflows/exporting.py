@@ -42,6 +42,7 @@ from sslvision.workflows.console import print_findings
 from sslvision.workflows.exporting_settings import OPSET, Export
 
 RECORD = "export.json"
+SHIFT = 3.0  # gray levels, more than any rounding
 ROUNDING = 1e-3  # gray levels: of normalizing and back
 
 
@@ -257,7 +258,9 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
         return (
             "Preprocessing was not compared: images of this number of channels are no files that other libraries read."
         )
-    usual, long = pixels["pixels"], pixels["long"]
+    usual, long, shifted = (pixels.get(key, 0.0) for key in ("pixels", "long", "shifted"))
+    if "pixels" not in pixels:  # of this image size, all crops begin at half a pixel
+        usual, shifted = (shifted, 0.0) if shifted < SHIFT else (0.0, shifted)
     told = (
         f"differs from ours by at most {usual:.3g} of 255 gray levels"
         if usual > ROUNDING
@@ -266,10 +269,10 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
     end = (
         f" ({long:.3g} in very long images, of which we resize the center alone)" if long > max(usual, ROUNDING) else ""
     )
-    if pixels["shifted"] > max(usual, ROUNDING) + 1:
+    if shifted >= max(usual + 1, SHIFT):
+        often = "one size of images in four" if "pixels" in pixels else "every image of this image_size"
         end += (
-            ", but where 4n + 3 pixels are cut off a side after resizing, which is one size in four: there its crop begins one "
-            "pixel earlier"
+            f", but where 4n + 3 pixels are cut off a side after resizing, its crop begins one pixel earlier: {often}"
         )
     return f"Preprocessing: {whose} {told}{end}."
 

@@ -187,7 +187,9 @@ def test_a_crop_that_is_rounded_down_is_told_apart():
     found = deviations.preprocessing_deviation(rounded_down, backbone)
     assert found["pixels"] == 0
     assert found["shifted"] > 10
-    assert "one size in four" in exporting.in_words(found, "it")
+    assert "one size of images in four" in exporting.in_words(found, "it")
+    assert "every image of this image_size" in exporting.in_words({"long": 0.0, "shifted": found["shifted"]}, "it")
+    assert "at most 1 of 255" in exporting.in_words({"long": 0.0, "shifted": 1.0}, "it")
     assert (
         exporting.in_words({"pixels": 0, "long": 0, "shifted": 0}, "it")
         == "Preprocessing: it gives our pixels exactly."
