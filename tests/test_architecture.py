@@ -5,10 +5,32 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py", "export.py", "report.py"}
+COMMANDS = {
+    "pretrain.py",
+    "probe.py",
+    "finetune.py",
+    "predict.py",
+    "inspect.py",
+    "scale.py",
+    "export.py",
+    "report.py",
+    "tune.py",
+}
 # A folder imports those below it, and its own files.
 LAYERS = [
-    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale", "export", "report"},
+    {
+        "__init__",
+        "__main__",
+        "pretrain",
+        "probe",
+        "finetune",
+        "predict",
+        "inspect",
+        "scale",
+        "export",
+        "report",
+        "tune",
+    },
     {"cli"},
     {"workflows"},
     {"training"},

@@ -99,27 +99,25 @@ def pictures(count: int, backbone: Backbone, *, seed: int) -> Tensor:
     return noise.mul_(256).floor_().clamp_(0, 255).to(torch.uint8)
 
 
-def preprocessing_deviation(
-    prepare: Callable[[Image.Image], Tensor], backbone: Backbone, *, scale: float = 1.0
-) -> dict[str, float]:
+def preprocessing_deviation(prepare: Callable[[Image.Image], Tensor], backbone: Backbone) -> dict[str, float]:
     """Return by how many of 255 gray levels another library's preprocessing differs from ours, at most.
 
     Args:
-        prepare: Its preprocessing, of an image to values (C, H, W).
+        prepare: Its preprocessing, of an image to gray levels (C, H, W).
         backbone: Whose image size and crop are evaluated.
-        scale: What a gray level is in these values.
 
     Returns:
-        "pixels", over images of several sizes; "long", over a very long one, of which ours are resized in another way.
+        "pixels", over images of several sizes; "long", over a very long one, of which we resize the center alone. Nothing for
+        images that are neither gray nor RGB, which other libraries do not read.
     """
+    if backbone.channels not in (1, 3):
+        return {}
     size = backbone.image_size
     found = {"pixels": 0.0, "long": 0.0}
     for number, (rows, columns) in enumerate((*SIZES, LONG)):
         picture = _photograph(round(rows * size[0]), round(columns * size[1]), backbone.channels, seed=number)
         ours = center_crop(picture, size, backbone.crop_pct).float()
-        mode = "RGB" if backbone.channels == 3 else "L"
-        array = picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()
-        theirs = prepare(Image.fromarray(array, mode=None).convert(mode)) / scale
+        theirs = prepare(Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()))
         key = "long" if (rows, columns) == LONG else "pixels"
         found[key] = max(found[key], (theirs - ours).abs().max().item())
     return found

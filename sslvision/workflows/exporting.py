@@ -22,9 +22,17 @@ from sslvision.errors import UsageError
 from sslvision.exports.deviation import Deviation, deviation, preprocessing_deviation, require_close
 from sslvision.exports.graphs import read_onnx, read_program, write_onnx, write_program
 from sslvision.exports.hub import hub_token, push_to_hub, require_hub, uploaded_files
-from sslvision.exports.network import ExportedNetwork, Interface, our_outputs, outputs_of, statistics_of
+from sslvision.exports.model_card import write_card
+from sslvision.exports.network import ExportedNetwork, Interface, our_outputs, outputs_of, preprocessing, statistics_of
 from sslvision.exports.optional import require_packages
 from sslvision.exports.timm_folder import read_timm, timm_pixels, write_timm
+from sslvision.exports.transformers_folder import (
+    read_transformers,
+    transformers_pixels,
+    write_counterpart,
+    write_processor,
+)
+from sslvision.exports.transformers_names import Counterpart, counterpart
 from sslvision.nn.image_size import height_and_width, written
 from sslvision.nn.normalize import Normalize
 from sslvision.runs import run_files
@@ -34,6 +42,7 @@ from sslvision.workflows.console import print_findings
 from sslvision.workflows.exporting_settings import OPSET, Export
 
 RECORD = "export.json"
+ROUNDING = 1e-3  # gray levels: of normalizing and back
 
 
 class Written(NamedTuple):
@@ -90,6 +99,16 @@ def export_network(settings: Export, folder: Path, words: Sequence[str] = ()) ->
             "environment": run_files.environment(shlex.join(["python", "-m", "sslvision.export", *redact([*words])])),
         }
         run_files.write_json(unfinished / RECORD, record)
+        write_card(
+            unfinished,
+            loaded,
+            name=folder.name,
+            format=settings.format,
+            run=settings.run,
+            license=settings.license,
+            deviation=done.deviation.words(),
+            facts=done.facts,
+        )
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
@@ -160,12 +179,37 @@ def to_timm(loaded: Loaded, folder: Path, settings: Export) -> Written:
     return Written(found, facts, [in_words(pixels, "timm's transform")])
 
 
+def to_transformers(loaded: Loaded, folder: Path, settings: Export) -> Written:
+    """Write a folder of transformers' own classes where they compute the same, else timm's, and compare."""
+    mean, std = statistics_of(loaded, settings.run or "")
+    ours = our_outputs(loaded, ("features", "logits") if loaded.classes else ("features",))
+    own, kind, lines, found = counterpart(loaded), "TimmWrapperModel", list[str](), None
+    if isinstance(own, Counterpart):
+        kind = write_counterpart(loaded, own, folder)
+        write_processor(loaded, folder)
+        read = read_transformers(folder, loaded, Normalize(mean, std))
+        found = deviation(ours, read, loaded.backbone, settings.batch_sizes)
+        if not found.largest <= settings.tolerance:
+            own, found = f"{kind} deviates by {found.largest:.1e}", None
+    if found is None:
+        (folder / "preprocessor_config.json").unlink(missing_ok=True)  # the wrapper has timm's
+        lines.append(f"Loading it takes timm too, by transformers' TimmWrapper: {own}.")
+        kind = "TimmWrapperForImageClassification" if loaded.classes else "TimmWrapperModel"
+        write_timm(loaded, folder, mean=mean, std=std, value_range=recorded_value_range(settings.run or ""))
+        read = read_transformers(folder, loaded, Normalize(mean, std))
+        found = deviation(ours, read, loaded.backbone, settings.batch_sizes)
+        require_close(found, settings.tolerance)
+    pixels = preprocessing_deviation(transformers_pixels(folder, loaded), loaded.backbone)
+    facts = {"transformers": version("transformers"), "class": kind, "preprocessing": pixels}
+    return Written(found, facts, [f"transformers' class: {kind}.", *lines, in_words(pixels, "AutoImageProcessor")])
+
+
 def to_program(loaded: Loaded, folder: Path, settings: Export) -> Written:
     """Write torch.export's program, and compare what it returns with our outputs."""
     interface, network = graph_of(loaded, settings)
     write_program(network, loaded, folder)
     found = compared(read_program(folder), loaded, interface, settings)
-    return Written(found, {"outputs": [*interface.outputs]}, [told_of_input(interface)])
+    return Written(found, preprocessing(loaded, interface), [told_of_input(interface)])
 
 
 def to_onnx(loaded: Loaded, folder: Path, settings: Export) -> Written:
@@ -175,7 +219,7 @@ def to_onnx(loaded: Loaded, folder: Path, settings: Export) -> Written:
     write_onnx(network, loaded, folder, opset=opset)
     found = compared(read_onnx(folder, interface.outputs), loaded, interface, settings)
     packages = {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime")}
-    facts = {"outputs": [*interface.outputs], "opset": opset, **packages}
+    facts = {"opset": opset, **packages, **preprocessing(loaded, interface)}
     return Written(found, facts, [f"Operator set {opset}. {told_of_input(interface)}"])
 
 
@@ -209,16 +253,25 @@ def told_of_input(interface: Interface) -> str:
 
 def in_words(pixels: Mapping[str, float], whose: str) -> str:
     """Return the deviation of a preprocessing in a sentence."""
-    if not any(pixels.values()):
-        return f"Preprocessing: {whose} gives our pixels exactly."
-    return (
-        f"Preprocessing: {whose} differs from ours by at most {pixels['pixels']:.3g} of 255 gray levels "
-        f"({pixels['long']:.3g} in very long images)."
+    if not pixels:
+        return (
+            "Preprocessing was not compared: images of this number of channels are no files that other libraries read."
+        )
+    usual, long = pixels["pixels"], pixels["long"]
+    told = (
+        f"differs from ours by at most {usual:.3g} of 255 gray levels"
+        if usual > ROUNDING
+        else "gives our pixels exactly"
     )
+    end = (
+        f" ({long:.3g} in very long images, of which we resize the center alone)" if long > max(usual, ROUNDING) else ""
+    )
+    return f"Preprocessing: {whose} {told}{end}."
 
 
 WRITERS: dict[str, Callable[[Loaded, Path, Export], Written]] = {
     "timm": to_timm,
+    "transformers": to_transformers,
     "onnx": to_onnx,
     "program": to_program,
 }

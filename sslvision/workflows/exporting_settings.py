@@ -28,9 +28,9 @@ class Export:
         None,
         "what to export: a run folder, one that stopped, an export/, a fine-tuned classifier, or published weights",
     )
-    format: Literal["timm", "onnx", "program"] = _option(
+    format: Literal["timm", "transformers", "onnx", "program"] = _option(
         "timm",
-        "timm (a folder that timm and transformers load) | onnx (model.onnx) | program (torch.export, model.pt2)",
+        "timm | transformers (a folder that each loads) | onnx (model.onnx) | program (torch.export, model.pt2)",
     )
     outputs: list[str] = _option(
         [],
@@ -51,6 +51,7 @@ class Export:
     tolerance: float = _option(
         1e-5, "largest deviation, relative to the root mean square of an output; an export beyond it is not written"
     )
+    license: str | None = _option(None, "license of the weights for the model card, such as mit or cc-by-nc-4.0")
     push: str | None = _option(
         None, "user/name of a repository on the Hugging Face hub to upload to; without a token, files are only listed"
     )

@@ -34,6 +34,7 @@ from sslvision.training.callbacks.progress import Progress
 from sslvision.training.callbacks.stop_on_signal import StopOnSignal
 from sslvision.training.callbacks.unreadable_images import UnreadableImages
 from sslvision.training.trainer import configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.classifier_training import (
     TrainingPlan,
     adapt_batch_norms,
@@ -327,6 +328,7 @@ def write_results(
     results |= ({"findings": findings} if findings else {}) | {**following} | waiting_of(trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
     run_files.write_json(plan.tuned.folder / "results.json", results)
+    write_cards_of_run(plan.tuned.folder)
     return results
 
 
@@ -370,6 +372,11 @@ def results_of(
         "best_update": best.get("step"),
         "updates": plan.tuned.updates,
         "weights": labeled.weights,
+        "images": {
+            "training": len(labeled.train),
+            "validation": None if labeled.validation is None else len(labeled.validation),
+            "test": len(labeled.test),
+        },
     }
 
 

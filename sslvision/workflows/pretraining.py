@@ -39,6 +39,7 @@ from sslvision.training.trainer import (
 )
 from sslvision.workflows.budget import Length, fill_budget, keep_budget, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
+from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.console import (
     classes_in_words,
     findings_of,
@@ -147,6 +148,7 @@ def conclude(
     readings = read_curves_of(settings, folder, method, validation_images=held_out)
     print_findings(console, read := [str(reading) for reading in readings])
     results |= {
+        "images": {"training": len(data.splits.train)},
         "findings": findings + results.get("findings", []) + read,
         **next_command(readings, words, command="pretrain", folder=folder),
         **waiting_of(trainer),
@@ -154,6 +156,7 @@ def conclude(
         "seconds": round(time.perf_counter() - started, 1),
     }
     run_files.write_json(folder / "results.json", results)
+    write_cards_of_run(folder)
     if unsent := close_loggers(trainer.loggers, folder):
         console.print(unsent)
     print_next(console, results)

@@ -27,6 +27,7 @@ def source(tmp_path_factory):
 def test_timm_is_the_default_and_the_deviation_is_told(source, tmp_path, capsys):
     record = sslvision.export(source, output_dir=tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        "README.md",
         "config.json",
         "export.json",
         "model.safetensors",
@@ -39,6 +40,18 @@ def test_timm_is_the_default_and_the_deviation_is_told(source, tmp_path, capsys)
     again = load_backbone(tmp_path / "out").backbone.state_dict()
     for name, value in load_backbone(source).backbone.state_dict().items():
         assert torch.equal(value, again[name])
+
+
+@pytest.mark.thorough
+def test_a_run_that_stopped_is_exported_from_its_newest_checkpoint(train_tiny, settings_of, tmp_path):
+    train_tiny(tmp_path / "run")
+    record = exporting.export_network(settings_of("export", f"run={tmp_path / 'run'}"), tmp_path / "out")
+    assert "update 8 in " in record["weights"]
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    exported_state = load_backbone(tmp_path / "out").backbone.model.state_dict()
+    for name, value in exported_state.items():
+        assert torch.equal(value, checkpoint[f"backbone.model.{name}"])
+    assert "The run had not ended" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
