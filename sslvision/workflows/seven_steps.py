@@ -14,7 +14,7 @@ What is done is recorded at once and not done again. The end is best.yaml.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ RECORD = "steps.jsonl"
 MAY_CHANGE = ("name", "output_dir", "resume", "overwrite", "about", "reference", "logger", "budget", "steps")
 HEART = 200  # updates in which a handful is learned
 SWEPT = 100  # updates of a run of the sweep of rates
-DECADES = [10 ** (place / 2) for place in range(-5, 6)]  # of the recipe's rate
+EXPONENTS = [place / 2 for place in range(-5, 6)]  # of ten: factors on the recipe's rate
+FEWEST_RATES = 7  # of the sweep, however short the budget
 DECAYS = (0.0, 1e-5, 1e-4)
 OF_TRANSFORMERS = 0.05
 SHORTEST = 20  # updates of a cell
@@ -168,9 +169,10 @@ class Steps:
         if self.kind == "dino":  # its loss is measured against itself
             base = self.bench.score(self.bench.ground.build(settings), at_most=self.settings.evaluate_images)[0]  # type: ignore[union-attr]
         until = self._until(0.25)
-        for number, factor in enumerate(sorted(DECADES, key=lambda one: abs(math.log(one)))):
-            if until is not None and number >= 5 and time.perf_counter() > until:
+        for number in range(len(EXPONENTS)):
+            if until is not None and number >= FEWEST_RATES and time.perf_counter() > until:
                 break
+            factor = 10 ** next_exponent({math.log10(one.rate / self.own_rate): one.gain for one in tried})
             value = float(f"{factor * self.own_rate:.3g}")
             changed = with_setting(settings, self.rate_name, value)
             curve = train_for(
@@ -347,9 +349,13 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         line = write_recipe(changed, verdicts, folder)
         console.print(f"\nThe recipe is in {folder / 'best.yaml'}, with this evidence. Run it:\n  {line}", markup=False)
     elif failed is not None:
-        console.print(
-            f"\nStopped by the step '{failed.step}'. Correct that, and start again with overwrite=true.", markup=False
+        over = deadline is not None and steps.left() <= 0
+        how = (
+            "The time is over: the same command goes on."
+            if over
+            else "Correct that, and start again with overwrite=true."
         )
+        console.print(f"\nStopped by the step '{failed.step}'. {how}", markup=False)
     run_files.write_json(folder / "results.json", results)
     return results
 
@@ -391,6 +397,21 @@ def run_steps(steps: Steps, numbers: Sequence[int]) -> tuple[list[Verdict], dict
             found = curves_verdict(steps.kind, steps.settings, best, round_ + 1)
             verdicts.append(steps.step(found.step, lambda found=found: found))  # type: ignore[misc]
     return verdicts, best
+
+
+def next_exponent(tried: Mapping[float, float]) -> float:
+    """Return the exponent of ten to try next: whole decades from the middle outwards, then what is near the best so far.
+
+    Args:
+        tried: The gain of each exponent that was tried; not finite where training diverged.
+    """
+    known = [round(2 * one) / 2 for one in tried]
+    whole = [one for one in (0.0, -1.0, 1.0, -2.0, 2.0) if one not in known]
+    if whole:
+        return whole[0]
+    finite = {one: gain for one, gain in tried.items() if math.isfinite(gain)}
+    best = max(finite, key=lambda one: finite[one], default=0.0)
+    return min((one for one in EXPONENTS if one not in known), key=lambda one: (abs(one - best), one))
 
 
 def asked(steps: Any) -> list[int]:

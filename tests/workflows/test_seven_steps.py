@@ -1,6 +1,7 @@
 """The seven steps through the workflow, on planted faults, with very short trainings."""
 
 import json
+import math
 from unittest import mock
 
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
 from sslvision.workflows import seven_steps
-from sslvision.workflows.seven_steps import asked, rate_name, tune_by_steps, with_decay
+from sslvision.workflows.seven_steps import asked, next_exponent, rate_name, tune_by_steps, with_decay
 from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
@@ -53,6 +54,15 @@ def test_rates_and_decays_are_changed_in_the_terms_of_the_recipe(settings_of):
     assert constant(1e-3, dino, warm=True).method["warmup_epochs"] == dino.method["warmup_epochs"]
     assert asked("all") == [1, 2, 3, 4, 5, 6, 7]
     assert asked([2, 3]) == [2, 3]
+
+
+def test_the_sweep_tries_decades_and_then_what_is_near_the_best():
+    tried = {}
+    while len(tried) < 7:
+        one = next_exponent(tried)
+        tried[one] = math.nan if one > 0 else -abs(one + 1.5)  # the recipe's rate is thirty times too high
+    assert list(tried) == [0, -1, 1, -2, 2, -1.5, -2.5]
+    assert len({next_exponent(tried), *tried}) == 8
 
 
 def run(folder, *words):
