@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
-from sslvision.workflows import seven_steps
-from sslvision.workflows.seven_steps import asked, next_exponent, rate_name, tune_by_steps, with_decay
+from sslvision.workflows import seven_steps, step_choices
+from sslvision.workflows.seven_steps import tune_by_steps
+from sslvision.workflows.step_choices import asked, coarse, next_exponent, rate_name, with_decay
 from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
@@ -52,6 +53,9 @@ def test_rates_and_decays_are_changed_in_the_terms_of_the_recipe(settings_of):
     assert constant(1e-3, dino).method["min_lr"] == 1e-3
     assert constant(1e-3, dino).method["warmup_epochs"] == 0
     assert constant(1e-3, dino, warm=True).method["warmup_epochs"] == dino.method["warmup_epochs"]
+    cells = coarse(mae, 1e-2)
+    assert cells[0] == (1e-2, 0.05)  # the recipe's own decay at the best rate comes first
+    assert len(cells) == len(set(cells)) == 12
     assert asked("all") == [1, 2, 3, 4, 5, 6, 7]
     assert asked([2, 3]) == [2, 3]
 
@@ -92,7 +96,8 @@ def test_steps_that_passed_are_not_done_again_and_end_in_a_recipe(tmp_path):
     assert (folder / "figures" / "rates.png").stat().st_size > 10_000
     with (
         mock.patch.object(seven_steps, "train_for", side_effect=RuntimeError("done again")),
-        mock.patch.multiple(seven_steps, DECAYS=(0.0,), OF_TRANSFORMERS=0.05, COARSE_EPOCHS=1, FINE_EPOCHS=2),
+        mock.patch.multiple(seven_steps, COARSE_EPOCHS=1, FINE_EPOCHS=2),
+        mock.patch.object(step_choices, "DECAYS", (0.0,)),
     ):
         results = run(folder, "steps=[1,3,4,5,6]")
     assert results["best"] is not None
