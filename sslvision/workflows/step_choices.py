@@ -50,7 +50,7 @@ def with_decay(settings: Any, decay: float, kind: str) -> Any:
 
 
 def coarse(settings: Tune | TuneFinetune, rate: float) -> list[tuple[float, float]]:
-    """Return the cells of step 4, rate and weight decay: those of the best rate first, the recipe's own decay the first of them."""
+    """Return the cells of step 4, rate and weight decay: those of the best rate first, and the recipe's own decay."""
     name = str(settings.backbone.get("name", "vit"))
     transformer = name.startswith(("vit", "swin", "deit", "beit", "eva"))
     own = float(settings.method.get("weight_decay", 0.05))
