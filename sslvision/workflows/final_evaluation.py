@@ -27,6 +27,7 @@ from sslvision.runs.metrics import read_metrics
 from sslvision.runs.weights import export_backbone, load_weights, record_value_range
 from sslvision.settings import Pretrain
 from sslvision.training.callbacks.continued import Continued
+from sslvision.training.callbacks.online_evaluation import ON_THE_WAY
 from sslvision.training.callbacks.pictures import draw_neighbors, draw_pictures
 from sslvision.training.trainer import compute_dtype
 from sslvision.workflows.console import print_findings, print_scores
@@ -103,8 +104,10 @@ def export_and_evaluate(
     }
     images = max([row.pop("held_out", 0) for row in rows.values()])
     scores = {f"{prefix}{name}": round(value, 2) for prefix, row in rows.items() for name, value in row.items()}
+    more = min(at_most, len(evaluated.train)) > ON_THE_WAY  # more neighbors: no point of the curve of k-NN accuracy
+    logged = {f"final_{name}" if more and name == "knn_top1" else name: value for name, value in scores.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(scores, step=trainer.global_step)
+        logger.log_metrics(logged, step=trainer.global_step)
     loss = draw_curves(settings, folder, untrained_knn=scores.get("untrained_knn_top1"))
     tested = {"held_out_images": images, "intervals": intervals} if images else {}
     return {"loss": loss, **scores, **tested, "findings": findings}
