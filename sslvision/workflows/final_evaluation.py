@@ -30,7 +30,9 @@ from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.pictures import draw_neighbors, draw_pictures
 from sslvision.training.trainer import compute_dtype
 from sslvision.workflows.console import print_findings, print_scores
+from sslvision.workflows.map_of_images import write_map
 from sslvision.workflows.method import method_from_settings
+from sslvision.workflows.reporting import without_cost
 
 RANKME_IMAGES = 10_000  # training images, as during training
 
@@ -68,6 +70,12 @@ def export_and_evaluate(
     how = Extraction(workers=data.workers, precision=precision)
     draw_neighbors(
         method, evaluated, folder / "figures", trainer.loggers, trainer.global_step, at_most=at_most, how=how
+    )
+    mapped = evaluated.test if evaluated.test is not None else evaluated.train
+    without_cost(
+        lambda: write_map(method.pretrained(), method.normalize, mapped, folder / "figures", at_most=at_most, how=how),
+        "The map of images",
+        console,
     )
     if has_labels(evaluated):
         rows = {

@@ -52,6 +52,7 @@ from sslvision.workflows.console import (
     waiting_of,
 )
 from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank_classes
+from sslvision.workflows.reporting import reported
 
 CONTENTS = """\
 # {name}
@@ -60,6 +61,7 @@ Made by `{command}`.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, confusion matrix, settings; opens in a browser without a network |
 | results.json | top-1, top-5 and per-class accuracy of the fine-tuned network, of its frozen features and from scratch |
 | export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
 | figures/ | confusion matrix, learning curves |
@@ -112,6 +114,23 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
         )
         print_findings(console, findings)
 
+    with reported(folder, console, here=trainer.is_global_zero):
+        return train_and_evaluate(plan, labeled, method, trainer, resume, findings, console, started=started)
+
+
+def train_and_evaluate(
+    plan: Plan,
+    labeled: LabeledData,
+    method: Supervised,
+    trainer: L.Trainer,
+    resume: Resume | None,
+    findings: list[str],
+    console: Console,
+    *,
+    started: float,
+) -> dict[str, Any]:
+    """Fine-tune, export and score, and then train from scratch; write results.json after either, and return its content."""
+    folder = plan.tuned.folder
     scores: dict[str, Scores] = {}
     if plan.tuned.head_first:
         scores["frozen features"] = start_from_fitted_head(plan.tuned, labeled, method)

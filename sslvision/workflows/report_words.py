@@ -78,7 +78,7 @@ def verdict_of_pretraining(results: Mapping[str, Any]) -> list[str]:
     """Return what k-NN and linear probe say of the features, beside the untrained network and pixels."""
     told = []
     for score, name in (("knn_top1", "k-NN"), ("linear_top1", "A linear probe")):
-        if not _is_number(value := results.get(score)):
+        if not _is_number(value := results.get(score, math.nan)):
             continue
         interval = interval_of(results, score)
         of = f" of {results['held_out_images']:,} held-out images" if results.get("held_out_images") else ""
@@ -90,10 +90,11 @@ def verdict_of_pretraining(results: Mapping[str, Any]) -> list[str]:
         told.append(f"{name} on the frozen features is right for {value:.1f} %{of}{_listed(beside)}.")
     if not told and _is_number(rank := results.get("rankme")):
         untrained = results.get("untrained_rankme")
-        beside = f", of the untrained network's {untrained:.1f}" if _is_number(untrained) else ""
+        of_untrained = f" (untrained: {untrained:.1f})" if _is_number(untrained) else ""
         told.append(
-            f"The images have no labels that accuracy could be measured by. RankMe, the effective number of dimensions of the "
-            f"features, is {rank:.1f}{beside}. Whether neighbors are alike is seen below; probe_data=FOLDER measures accuracy."
+            "The images have no labels that accuracy could be measured by. RankMe, the effective number of dimensions of the "
+            f"features, is {rank:.1f}{of_untrained}. Whether neighbors are alike is seen below; probe_data=FOLDER "
+            "measures accuracy."
         )
     return told
 
