@@ -7,7 +7,7 @@ from sslvision.figures.report_charts import SIDE, as_attribute
 
 COLORS = 10  # that have names in report.css; more classes get hues of their own
 MOST_NAMED = 40  # classes in the legend
-MARGIN = 30  # units of the drawing
+MARGIN, FLATTEST = 30, 300  # units of the drawing
 Points = Sequence[tuple[float, float]]
 
 
@@ -32,7 +32,8 @@ def map_figure(
         columns: Thumbnails in a row of it.
         caption: What the figure tells.
     """
-    placed = {name: _placed(points) for name, points in layouts.items()}
+    placed, height = _placed(layouts)
+    dot = max(8, min(18, round(300 / len(names) ** 0.5)))
     present = sorted(set(labels)) or [-1]
     groups = []
     for number, points in enumerate(placed.values()):
@@ -57,12 +58,14 @@ def map_figure(
         "labels": [*labels] or None,
         "classes": [*classes],
         "names": [*names],
+        "height": height,
         "columns": columns,
         "rows": -(-len(names) // columns),
     }
     return (
         f'<figure class="map" data-map="{as_attribute(data)}"><div class="controls">{choices}</div><div class="space">'
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="Map of {len(names)} images">{"".join(groups)}</svg>'
+        f'<svg viewBox="0 0 {SIDE} {height}" style="--dot:{dot}" role="img" aria-label="Map of {len(names)} images">'
+        f"{''.join(groups)}</svg>"
         '<div class="ring"></div><div class="tip" role="status">'
         f'<div class="thumb" style="background-image:url({sheet})"></div>'
         f'<div class="told"></div></div></div><ul class="legend">{legend}{more}</ul>'
@@ -70,15 +73,18 @@ def map_figure(
     )
 
 
-def _placed(points: Points) -> list[tuple[float, float]]:
-    """Return points in the square of the drawing, both axes at the same scale."""
-    xs, ys = zip(*points, strict=True)
-    reach = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
-    center = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
-    scale = (SIDE - 2 * MARGIN) / reach
-    return [
-        (round(SIDE / 2 + scale * (x - center[0]), 1), round(SIDE / 2 - scale * (y - center[1]), 1)) for x, y in points
-    ]
+def _placed(layouts: Mapping[str, Points]) -> tuple[dict[str, Points], int]:
+    """Return the points in units of the drawing, both axes at the same scale, and its height, the least that holds them all."""
+    scaled = {}
+    for name, points in layouts.items():
+        xs, ys = zip(*points, strict=True)
+        reach = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
+        center, scale = ((max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2), (SIDE - 2 * MARGIN) / reach
+        scaled[name] = [(scale * (x - center[0]), scale * (center[1] - y)) for x, y in points]
+    height = max(FLATTEST, *(round(2 * max(y for _, y in points)) + 2 * MARGIN for points in scaled.values()))
+    return {
+        name: [(round(SIDE / 2 + x, 1), round(height / 2 + y, 1)) for x, y in points] for name, points in scaled.items()
+    }, height
 
 
 def _dots(points: Points, labels: Sequence[int], label: int) -> str:

@@ -1,7 +1,6 @@
 """The section of a report that shows the map of a run's held-out images."""
 
 import base64
-import math
 import zipfile
 from typing import Any, Literal
 
@@ -50,12 +49,11 @@ def map_section(run: RunRecord, layout: Literal["tsne", "umap"] = "tsne") -> str
     classes = content["classes"].tolist() if "classes" in content else []
     told = [f"{len(names):,} held-out images by the features of the backbone; point at a dot to see its image."]
     told += [HOW[name] for name in layouts if name in HOW]
-    told += [
-        f"Of the {NEIGHBORS} nearest neighbors by features, {100 * share:.0f} % are among the {NEIGHBORS} nearest on the map "
-        f"of {name}."
-        for name, share in kept.items()
-        if math.isfinite(share)
-    ]
+    shares = " and ".join(f"{100 * share:.0f} % ({name})" for name, share in kept.items())
+    told.append(
+        f"Of the {NEIGHBORS} nearest neighbors by features, {shares} are among the {NEIGHBORS} nearest on the map: the rest is "
+        "lost in two dimensions."
+    )
     told += ["Colors are classes, which pretraining never saw: press a name to see one alone."] * bool(labels)
     return map_figure(
         layouts,

@@ -129,9 +129,8 @@ def scores_of_pretraining(run: RunRecord) -> str:
         if images
         else "Of frozen features. RankMe is the effective number of dimensions that they use."
     )
-    chart = f'<div class="panels">{charts}</div>' if charts else ""
     return (
-        chart
+        charts
         + table(["frozen features", *shown.values()], cells, first=True)
         + (paragraph(meaning, "about") if cells else "")
     )

@@ -79,8 +79,11 @@ def scored(run: RunRecord) -> dict[str, Scored]:
 
 def in_short(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     """Return which run is best by each score, whether that is told from noise, and what was found in each."""
-    told = []
-    for score in columns(runs):
+    told: list[str] = []
+    warned: list[str] = []
+    if len({_tested(run) for run in runs}) > 1:
+        warned.append("The runs are of different images, so that their scores cannot be compared.")
+    for score in columns(runs) if not warned else []:
         ranked = sorted(
             ((scored(run)[score], name) for run, name in zip(runs, names, strict=True) if score in scored(run)),
             key=lambda pair: -pair[0].value,
@@ -88,12 +91,6 @@ def in_short(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
         if len(ranked) > 1 and score.endswith("top-1 %"):
             (best, first), (second, other) = ranked[:2]
             told.append(f"{score}: {first} is best, {best.value:.1f}: {against(*best, *second, other)}.")
-    tested = {run.results.get("held_out_images") for run in runs if run.results.get("held_out_images")}
-    where = {str((run.settings.get("data") or {}).get(key)) for key in ("_target_",) for run in runs}
-    roots = {str((run.settings.get("data") or {}).get("root")) for run in runs}
-    warned = []
-    if len(tested) > 1 or len(where) > 1 or len(roots) > 1:
-        warned.append("The runs are of different images, so that their scores are not of the same test.")
     findings = [
         f"{name}: {finding}"
         for run, name in zip(runs, names, strict=True)
@@ -151,7 +148,7 @@ def curves_of_runs(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
             if methods[number] == method
         ]
         alone = "" if len(set(methods)) == 1 else f" of {method}"
-        caption = "Losses are only comparable where method and its settings are the same."
+        caption = "Losses are comparable where the settings of the method are the same." if len(lines) > 1 else ""
         charts += line_chart(lines, label=f"training loss{alone}", caption=caption, tall=True)
     for key, label in (
         ("knn_top1", "k-NN top-1 (%)"),
@@ -201,6 +198,13 @@ def _surroundings(run: RunRecord) -> dict[str, Any]:
     packages = {f"version of {name}": version for name, version in (environment.get("packages") or {}).items()}
     hardware = {key: environment[key] for key in ("processor", "cores", "threads", "gpus") if key in environment}
     return packages | hardware | {"git commit": environment.get("git_commit")}
+
+
+def _tested(run: RunRecord) -> tuple[str, ...]:
+    """Return what tells test images apart: data source, folder or name, and their number."""
+    data = run.settings.get("data") or {}
+    number = run.results.get("held_out_images") or run.results.get("test_images")
+    return (*(str(data.get(key)) for key in ("_target_", "root", "name")), str(number))
 
 
 def _method(run: RunRecord) -> str:

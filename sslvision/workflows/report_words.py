@@ -33,6 +33,11 @@ SCORES = {
     "rankme": "RankMe",
 }
 CLASSIFIERS = {"fine_tuned": "fine-tuned", "frozen_features": "frozen features", "from_scratch": "from scratch"}
+IN_PROSE = {
+    "fine-tuned": "fine-tuning",
+    "frozen features": "a linear head on frozen features",
+    "from scratch": "training from scratch",
+}
 Interval = tuple[float, float]
 
 
@@ -107,7 +112,7 @@ def verdict_of_classifiers(results: Mapping[str, Any]) -> list[str]:
     (name, first), *others = found.items()
     interval, pixels = _interval(first), results.get("pixels") or {}
     beside = [
-        against(first["top1"], interval, one["top1"], _interval(one), other)
+        against(first["top1"], interval, one["top1"], _interval(one), IN_PROSE[other])
         for other, one in others
         if other in CLASSIFIERS.values()
     ]
