@@ -58,7 +58,7 @@ def write_map(
     with written_whole(folder / SHEET) as file:
         sheet.save(file, "JPEG", quality=80, subsampling=0)  # no bleeding from one thumbnail into the next
     with written_whole(folder / MAP) as file:
-        np.savez(file, **content)
+        np.savez(file, **content)  # type: ignore[arg-type]
     return True
 
 

@@ -211,7 +211,7 @@ def test_a_failure_to_write_the_report_costs_nothing_and_is_told(run_folder, cap
     (folder / "config.yaml").write_text("not: [a run")
     with reported(folder, Console(soft_wrap=True)):
         pass
-    assert "The report could not be written" in capsys.readouterr().out
+    assert "report.html could not be written" in capsys.readouterr().out
     assert not (folder / REPORT).exists()
 
 
