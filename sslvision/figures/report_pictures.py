@@ -33,8 +33,8 @@ def encode_pictures(files: Mapping[str, Path], most_bytes: int = MOST_BYTES) -> 
 
 def _data_uri(file: Path, scale: float) -> str:
     content = file.read_bytes()
-    with Image.open(io.BytesIO(content)) as image:
-        kind = "png"
+    with Image.open(io.BytesIO(content)) as opened:
+        image, kind = opened.copy(), "png"
         if len(content) > SMALL or scale < 1:
             shown: Image.Image = image.convert("RGB")
             width = max(round(shown.width * scale), min(NARROWEST, shown.width))

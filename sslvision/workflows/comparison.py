@@ -59,13 +59,14 @@ from sslvision.workflows.labeled_data import (
     open_labeled_data,
     rank_classes,
 )
-from sslvision.workflows.reporting import reported
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.time_left import Training, estimate, in_words
 
 SCRATCH, FROZEN, PARTIAL, FULL = ARMS = ("from scratch", "frozen features", "partial", "full")
 VALIDATE_ON = 1_000  # images at most
 
 
+@reports
 def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list[Cell]:
     """Run the comparison, or the rest of it.
 
@@ -100,12 +101,11 @@ def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list
     }
     print_configuration(console, rows, title=settings.about or folder.name)
     print_findings(console, [*labeled.remarks, *comparison.small_classes()])
-    with reported(folder, console):
-        for labels in settings.labels_per_class:
-            cells += [comparison.cell(arm, labels) for arm in ARMS]
-            write(cells, folder, labeled, comparison.findings())
-            print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images per class")
-            console.print(f"{about_seeds(cells)[0].upper()}{about_seeds(cells)[1:]}; {about_test_images(cells)}.")
+    for labels in settings.labels_per_class:
+        cells += [comparison.cell(arm, labels) for arm in ARMS]
+        write(cells, folder, labeled, comparison.findings())
+        print_comparison(console, cells, title=f"Top-1 % on {labeled.test.name}, by labeled images per class")
+        console.print(f"{about_seeds(cells)[0].upper()}{about_seeds(cells)[1:]}; {about_test_images(cells)}.")
     print_findings(console, comparison.unreadable)
     spent = sum(entry["seconds"] for entry in comparison.done.values())
     console.print(

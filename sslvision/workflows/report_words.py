@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from sslvision.runs.run_record import RunRecord
 from sslvision.system.resuming import command_to_resume
@@ -88,7 +88,9 @@ def verdict_of_pretraining(results: Mapping[str, Any]) -> list[str]:
         interval = interval_of(results, score)
         of = f" of {results['held_out_images']:,} held-out images" if results.get("held_out_images") else ""
         beside = [
-            against(value, interval, results[f"{prefix}{score}"], interval_of(results, f"{prefix}{score}"), other)
+            against(
+                float(value), interval, results[f"{prefix}{score}"], interval_of(results, f"{prefix}{score}"), other
+            )
             for prefix, other in (("untrained_", "the same network untrained"), ("pixels_", "raw pixels"))
             if _is_number(results.get(f"{prefix}{score}"))
         ]
@@ -184,7 +186,9 @@ def path_of(folder: Path) -> str:
 
 def next_lines(run: RunRecord) -> list[tuple[str, str]]:
     """Return command lines that are of use after a run, each with what it does."""
-    where, lines = path_of(run.folder), []
+    where, lines = path_of(run.folder), list[tuple[str, str]]()
+    if following := run.results.get("next"):
+        lines.append((str(following), "By the learning curves (see the findings), try next:"))
     if run.status == "stopped" and run.kind in ("pretrain", "finetune") and any(run.folder.glob("checkpoints/*.ckpt")):
         lines.append((command_to_resume(run.folder), "Go on from the last checkpoint:"))
     elif run.status == "stopped" and (again := run.environment.get("command")):
@@ -221,5 +225,5 @@ def _interval(scores: Mapping[str, Any]) -> Interval | None:
     return (float(found[0]), float(found[1])) if found else None
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

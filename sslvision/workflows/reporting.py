@@ -4,12 +4,13 @@ Every command writes one into its run folder, however the run ends; `sslvision r
 goes on.
 """
 
+import functools
+import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +25,7 @@ from sslvision.workflows.report_of_runs import runs_page
 from sslvision.workflows.report_settings import Report
 
 REPORT = "report.html"
+Given, Result = ParamSpec("Given"), TypeVar("Result")
 
 
 def report(settings: Report) -> Path:
@@ -71,26 +73,43 @@ def write(runs: Sequence[RunRecord], file: Path, *, refresh: int = 0, layout: Li
         opened.write(text)
 
 
-@contextmanager
-def reported(folder: Path, console: Console, *, here: bool = True) -> Iterator[None]:
-    """Write the report of a run however the block ends; an error in doing so is told, and costs nothing else.
+def reports(
+    workflow: Callable[Concatenate[Any, Path, Given], Result],
+) -> Callable[Concatenate[Any, Path, Given], Result]:
+    """Let a workflow (settings, folder, ...) write the report of its run, however it ends; an error in doing so costs nothing.
 
-    Args:
-        folder: The run folder, claimed.
-        console: Where to print.
-        here: Whether this process writes it: only the first of a run.
+    A workflow that ends before it has written the folder's config.yaml, as when the folder is another run's, writes none.
     """
-    try:
-        yield
-    except BaseException as error:
-        if here:
-            reason = _reason(error)
-            without_cost(lambda: record_stop(folder, reason), STOPPED, console)
+
+    @functools.wraps(workflow)
+    def call(settings: Any, folder: Path, *arguments: Given.args, **options: Given.kwargs) -> Result:
+        before, console = _written_at(folder), Console(soft_wrap=True, highlight=False)
+        try:
+            result = workflow(settings, folder, *arguments, **options)
+        except BaseException as error:
+            if _is_first() and _written_at(folder) != before:
+                reason = _reason(error)
+                without_cost(lambda: record_stop(folder, reason), STOPPED, console)
+                without_cost(lambda: write([read_run(folder, own=True)], folder / REPORT), REPORT, console)
+            raise
+        if _is_first() and _written_at(folder) != before:
+            without_cost(lambda: (folder / STOPPED).unlink(missing_ok=True), STOPPED, console)
             without_cost(lambda: write([read_run(folder, own=True)], folder / REPORT), REPORT, console)
-        raise
-    if here:
-        without_cost(lambda: (folder / STOPPED).unlink(missing_ok=True), STOPPED, console)
-        without_cost(lambda: write([read_run(folder, own=True)], folder / REPORT), REPORT, console)
+        return result
+
+    return call
+
+
+def _written_at(folder: Path) -> int:
+    """Return when config.yaml was written, in nanoseconds; 0 if there is none."""
+    file = folder / "config.yaml"
+    return file.stat().st_mtime_ns if file.is_file() else 0
+
+
+def _is_first() -> bool:
+    """Return whether this is the first process of a run, as its launcher tells it."""
+    ranks = (os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ)
+    return next(ranks, "0") == "0"
 
 
 def _reason(error: BaseException) -> str:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from rich.console import Console
 
 from sslvision.cli.words import as_settings
 from sslvision.errors import UsageError
@@ -19,7 +18,7 @@ from sslvision.runs.run_record import STOPPED, read_run
 from sslvision.workflows.report_of_runs import names_of
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.report_words import against
-from sslvision.workflows.reporting import REPORT, report, reported
+from sslvision.workflows.reporting import REPORT, report, reports
 
 OLD_RUNS = Path(__file__).parents[1] / "golden" / "old_runs"
 HOSTILE = "<script>alert('1')</script> & \"quotes\" {x} ünïcode"
@@ -194,25 +193,51 @@ def test_a_run_that_stopped_says_where_why_and_how_it_goes_on(run_folder):
     folder = run_folder(results=None)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
-    with pytest.raises(KeyboardInterrupt), reported(folder, Console()):
+
+    @reports
+    def stopped(settings, folder):
+        (folder / "config.yaml").touch()
         raise KeyboardInterrupt("SIGINT: saved at step 12")
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped(None, folder)
     page = Page((folder / REPORT).read_text())
     assert "SIGINT: saved at step 12" in page.text
     assert "stopped at update 12" in page.text
     assert f"python -m sslvision.pretrain resume=auto output_dir={folder}" in page.text
-    with reported(folder, Console()):
+
+    @reports
+    def resumed(settings, folder):
+        (folder / "config.yaml").touch()
         (folder / "results.json").write_text(json.dumps(RESULTS))
+
+    resumed(None, folder)
     assert not (folder / STOPPED).exists()
-    assert "stopped" not in (folder / REPORT).read_text().split("<main>")[0].split("</style>")[1]
+    assert "finished" in Page((folder / REPORT).read_text()).text
 
 
 def test_a_failure_to_write_the_report_costs_nothing_and_is_told(run_folder, capsys):
+    @reports
+    def done(settings, folder):
+        (folder / "config.yaml").write_text("not: [a run")
+        return 7
+
     folder = run_folder()
-    (folder / "config.yaml").write_text("not: [a run")
-    with reported(folder, Console(soft_wrap=True)):
-        pass
+    assert done(None, folder) == 7
     assert "report.html could not be written" in capsys.readouterr().out
     assert not (folder / REPORT).exists()
+
+
+def test_the_folder_of_another_run_is_left_alone(run_folder):
+    @reports
+    def refused(settings, folder):
+        raise UsageError("in use")
+
+    folder = run_folder()
+    with pytest.raises(UsageError):
+        refused(None, folder)
+    assert not (folder / REPORT).exists()
+    assert not (folder / STOPPED).exists()
 
 
 def test_damaged_files_are_named_in_the_report_of_the_others(run_folder):
