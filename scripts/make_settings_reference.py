@@ -17,6 +17,7 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.list_file import open_list
 from sslvision.data.sources.torchvision_sets import open_torchvision
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
@@ -52,6 +53,7 @@ TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (
     ("data=embedded", open_embedded, SOURCE, ()),
     ("data=digits", open_digits, SOURCE, ()),
     ("data=folder", open_folder, SOURCE, ()),
+    ("data=list", open_list, SOURCE, ()),
     ("data=torchvision", open_torchvision, SOURCE, ()),
 )
 SOURCES = {  # of data sources, whose docstrings are prose

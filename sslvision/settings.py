@@ -360,7 +360,7 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if "_target_" not in settings.data:
         raise UsageError(
             f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
-            "data.root=..., or data=torchvision data.name=... data.root=..."
+            "data.root=..., data=list data.file=..., or data=torchvision data.name=... data.root=..."
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")

@@ -19,8 +19,9 @@ from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import available_workers
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
+from sslvision.data.encoded import PathTable
 from sslvision.data.loader import EvaluationImages
-from sslvision.data.sources.folder import FileSource, joined
+from sslvision.data.sources.folder import FileSource
 from sslvision.data.sources.list_images import scan
 from sslvision.data.value_range import look_at
 from sslvision.errors import DataError, StorageError, UsageError
@@ -187,7 +188,8 @@ def open_images(
         images = sorted(found.images)
         if remarks is not None:
             remarks += found.remarks()
-    return FileSource(str(path), channels, None, None, root, *joined(images), max_pixels=max_pixels)
+    paths = PathTable.of(images)
+    return FileSource(str(path), channels, None, None, max_pixels=max_pixels, root=root, paths=paths)
 
 
 def check_output(file: Path) -> None:

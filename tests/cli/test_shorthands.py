@@ -78,7 +78,7 @@ def test_a_folder_is_data_for_every_command_and_for_the_functions(tmp_path, caps
         ("data.size=16", "no setting data.size: give data=digits"),
         (
             "data=digits data.root=x",
-            "data=digits, .* has no setting data.root: give data=folder or data=torchvision instead",
+            "data=digits, .* has no setting data.root: give data=folder or data=list or data=torchvision instead",
         ),
         ("data.rot=x", "There is no setting data.rot"),
         ("data=folder data.root=${x}", r"data.root: .*'x' not found.*to mean the characters, write \\\$\{"),

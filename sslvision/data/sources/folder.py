@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvision.data.decode import MAX_PIXELS, read_image
-from sslvision.data.eight_bits import ValueRange, value_range_from
-from sslvision.data.source import SourceGone, Splits, UnreadableImage
+from sslvision.data.decode import MAX_PIXELS
+from sslvision.data.eight_bits import value_range_from
+from sslvision.data.encoded import EncodedSource, PathTable, file_stamp, is_gone
+from sslvision.data.source import Splits
 from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, scan, share, some
@@ -35,61 +36,32 @@ MOST_HELD_OUT = 5000
 Split = tuple[str, list[str], tuple[str, ...] | None]  # a folder, its images relative to it, its classes
 
 
-@dataclass(eq=False)
-class FileSource:
-    """A source of image files. Paths are one bytes object and one array, so that millions are cheap to send to a worker."""
+@dataclass(eq=False, kw_only=True)
+class FileSource(EncodedSource):
+    """A source of image files.
 
-    name: str
-    channels: int
-    classes: tuple[str, ...] | None
-    labels: Tensor | None
-    root: str  # folder of the images
-    paths: bytes  # relative to root, or absolute, each followed by a zero byte
-    ends: np.ndarray  # (N,) int64, offsets of the zero bytes
-    at_least: int | None = None  # see decode.read_image
-    max_pixels: int = MAX_PIXELS
-    images: Tensor | None = None
-    value_range: ValueRange | None = None  # of images of more than 8 bits
+    Attributes:
+        root: Folder of the images.
+        paths: Their paths, relative to `root` or absolute.
+    """
+
+    root: str
+    paths: PathTable
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
-        path = self.describe(index)
-        try:
-            return read_image(
-                path,
-                self.channels,
-                at_least=self.at_least,
-                max_pixels=self.max_pixels,
-                value_range=self.value_range,
-            )
-        except UnreadableImage as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
-                raise SourceGone(
-                    f"The folder of the images is gone or empty: {self.root} (while reading {path}). Is the disk still "
-                    "mounted? When it is, repeat the command with resume=auto."
-                ) from error
-            raise
+    def file(self, index: int) -> str:
+        return self.describe(index)
+
+    def stamp(self, index: int) -> str:
+        return file_stamp(self.describe(index))
 
     def describe(self, index: int) -> str:
-        start = self.ends[index - 1] + 1 if index else 0
-        return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[index]]))
+        return os.path.join(self.root, self.paths[index])
 
-
-def _is_gone(folder: str) -> bool:
-    """Return whether a folder cannot be listed or is empty, as the mount point of an unmounted disk is."""
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
-
-
-def joined(paths: Sequence[str]) -> tuple[bytes, np.ndarray]:
-    """Return FileSource's `paths` and `ends`."""
-    together = os.fsencode("".join(f"{path}\0" for path in paths))
-    return together, np.flatnonzero(np.frombuffer(together, np.uint8) == 0)
+    def gone(self) -> str | None:
+        return f"The folder of the images is gone or empty: {self.root}" if is_gone(self.root) else None
 
 
 def open_folder(
@@ -138,7 +110,7 @@ def open_folder(
     def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
         labels = _labels(images, classes) if classes else None
         where = os.path.join(root, folder) if folder else root
-        return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
+        return FileSource(name, channels, classes, labels, at_least, max_pixels, root=where, paths=PathTable.of(images))
 
     first, *held_sources = [source(*split) for split in splits]
     decided, of_values = look_at(first, given)
