@@ -19,6 +19,7 @@ _NAMED = {
 }
 
 FILES = {  # a source, its setting, and the endings of its files
+    "folder": ("data.root", (".zip", ".tar")),
     "list": ("data.file", (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")),
 }
 
@@ -28,7 +29,7 @@ class ExistingPath(str):
 
 
 def in_full(given: Mapping[str, Any], command: Command[Any]) -> dict[str, Any]:
-    """Return what is given, with data=/path as data=folder data.root=/path or data=list data.file=/path, and backbone=NAME as backbone.name=NAME.
+    """Return what is given, with data=/path as data=folder data.root=/path or the like, and backbone=NAME in full.
 
     Raises:
         UsageError: There is no such folder, the long form is given too, or a section is given a value.

@@ -89,6 +89,11 @@ class CachedSource:
         return self.source.describe(index)
 
     @property
+    def version(self) -> str:
+        """Return what changes when the images do; see EncodedSource."""
+        return self.source.version
+
+    @property
     def value_range(self) -> ValueRange | None:
         """Return the value range of the files."""
         return self.source.value_range

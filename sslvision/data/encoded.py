@@ -69,6 +69,7 @@ class EncodedSource:
     Attributes:
         name, channels, classes, labels: See `Source`.
         at_least, max_pixels, value_range: See `read_image`.
+        version: Sizes and times of change of the files that hold the images, as text, where those are not files each.
     """
 
     name: str
@@ -79,6 +80,7 @@ class EncodedSource:
     max_pixels: int = MAX_PIXELS
     images: Tensor | None = None
     value_range: ValueRange | None = None
+    version: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError

@@ -8,6 +8,7 @@
   are left out. With many outside, or fewer folders, the images have no labels.
 - Order: sorted by relative path.
 - Folders that belong to images, such as masks/ beside images/, are left out (see companions.py).
+- A zip file, or a tar file that is not compressed, is read as the folder that it holds, without unpacking it.
 - What is left out or guessed is said in the splits' `remarks`.
 """
 
@@ -24,10 +25,11 @@ from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.encoded import EncodedSource, PathTable, file_stamp, is_gone
 from sslvision.data.source import Splits
+from sslvision.data.sources.archive_folder import is_archive, open_archive
 from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, scan, share, some
-from sslvision.data.sources.overlaps import Image, tell_overlaps
+from sslvision.data.sources.overlaps import Image, same_files, tell_overlaps
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 
@@ -98,18 +100,21 @@ def open_folder(
         raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
     given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
-    found = scan(root, follow_symlinks=follow_symlinks)
+    archive = open_archive(root) if is_archive(root) else None
+    found = scan(root, follow_symlinks=follow_symlinks) if archive is None else archive.scan()
     remarks = found.remarks() + found.remark_on_labels()
     found = without_companions(found, remarks)
     top, found = unwrapped(found, remarks)
     title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
     splits = _splits(root, found, remarks, title=title, holdout=holdout)
-    tell_overlaps(root, _labeled(splits), remarks)
+    tell_overlaps(root, _labeled(splits), remarks, same_files if archive is None else archive.same_files)
     name = f"{title} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
 
-    def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
+    def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> EncodedSource:
         labels = _labels(images, classes) if classes else None
         where = os.path.join(root, folder) if folder else root
+        if archive is not None:
+            return archive.source(where, images, name, (channels, classes, labels, at_least, max_pixels))
         return FileSource(name, channels, classes, labels, at_least, max_pixels, root=where, paths=PathTable.of(images))
 
     first, *held_sources = [source(*split) for split in splits]

@@ -161,10 +161,10 @@ def _read(
             if len(labels) == begun:
                 raise DataError(f"{table.file} lists no images: it has a line of names and nothing else.")
 
-    table = PathTable.of(paths())
+    listed = PathTable.of(paths())
     names = list(of_label.names)
     check_single(names)
-    return Listed(table, np.array(labels, np.int64), names, np.array(splits, np.int8))
+    return Listed(listed, np.array(labels, np.int64), names, np.array(splits, np.int8))
 
 
 def _path_column(table: Table, column: str | None, suffix: str, remarks: list[str]) -> str:

@@ -89,8 +89,8 @@ def refuse_several(example: str) -> NoReturn:
     """Refuse labels that are several classes each."""
     raise DataError(
         f"Images have several labels each, such as {example}. An image has one label here: keep the label that matters most "
-        "in a column of its own and give it as data.label, or train a classifier for each question. Pretraining needs no labels: "
-        "data.label=none reads none."
+        "in a column of its own and give it as data.label, or train a classifier for each question. Pretraining needs no "
+        "labels: data.label=none reads none."
     )
 
 
