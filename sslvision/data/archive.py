@@ -19,6 +19,7 @@ from sslvision.data.source import UnreadableImage
 from sslvision.errors import DataError
 
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+BLOCK = 512  # bytes of a header of a tar file
 LOCAL_HEADER = 30  # bytes of a zip file's header before each member, without its name
 
 
@@ -94,10 +95,13 @@ def _of_tar(file: str) -> Members:
             if member.isreg():
                 names.append(member.name.removeprefix("./"))
                 places.append((member.offset_data, member.size))
-        end = os.path.getsize(file)
+        end = archive.offset  # where no header is: of a whole archive, a block of zeros
+    with open(file, "rb") as opened:
+        opened.seek(end)
+        if opened.read(BLOCK) != bytes(BLOCK):
+            after = f" after {names[-1]}" if names else ""
+            raise DataError(f"{file} is cut off or damaged{after}: the mark of its end is missing. Copy it again.")
     offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    if len(names) and offsets[-1] + sizes[-1] > end:
-        raise DataError(f"{file} ends in the middle of {names[-1]}: copy it again.")
     methods, checksums = np.full(len(names), STORED, np.uint8), np.full(len(names), -1, np.int64)
     return Members(PathTable.of(names), offsets, sizes, methods, checksums)
 
@@ -128,6 +132,11 @@ class ArchiveSource(EncodedSource):
 
     def describe(self, index: int) -> str:
         return os.path.join(self._path(index), self.members.names[index])
+
+    @property
+    def root(self) -> str:
+        """Return what names in messages begin with: the archive, or the folder of several."""
+        return self.archives[0] if len(self.archives) == 1 else os.path.commonpath(self.archives)
 
     def gone(self) -> str | None:
         missing = [path for path in self.archives if not os.path.exists(path)]

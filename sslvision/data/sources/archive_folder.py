@@ -72,8 +72,14 @@ class ArchiveFolder:
             about: Channels, classes, labels, at_least and max_pixels of the source.
         """
         rows = np.array([self.index[path] for path in self._inside(where, images)], np.int64)
+        channels, classes, labels, at_least, max_pixels = about
         return ArchiveSource(
-            *(name, *about[:5]),
+            name,
+            channels,
+            classes,
+            labels,
+            at_least,
+            max_pixels,
             archives=(self.path,),
             archive=np.zeros(len(rows), np.int32),
             members=self.members.take(rows),
