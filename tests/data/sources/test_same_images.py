@@ -1,6 +1,8 @@
 """The same images as folder, list, zip, tar, shards and table: the same bytes, labels and batches."""
 
+import csv
 import io
+import json
 import pickle
 import shutil
 import tarfile
@@ -137,3 +139,31 @@ def test_a_second_start_reads_the_index_and_a_changed_shard_is_indexed_again(fol
     assert [file.rpartition("/")[2] for file in read] == ["train-000075.tar"]
     assert len(more) == len(first) + 10
     (shards / "train-000075.tar").unlink()
+
+
+WORDS = {
+    "folder": ["data=folder", "data.root=photos"],
+    "as_list": ["data=list", "data.file=photos.csv", "data.root=photos"],
+    "as_zip": ["data=photos.zip"],
+    "as_shards": ["data=webdataset", "data.urls=shards", "data.index_dir=index"],
+    "as_table": ["data=hf", "data.path=table"],
+}
+
+
+@pytest.mark.thorough
+def test_every_source_trains_to_the_same_losses_and_scores_through_the_command_line(
+    folder, paths, tiny_settings, warm_command
+):
+    place, found = folder.parent, {}
+    tiny = [word for word in tiny_settings("mae") if not word.startswith(("data=", "batch_size"))]
+    tiny += ["backbone.image_size=16", "data.channels=3", "data.workers=1", "batch_size=20", "flip=true"]
+    for name, words in WORDS.items():
+        if name in WAYS:
+            WAYS[name](folder, paths)
+        done = warm_command("recipe=mae", *words, *tiny, f"output_dir=run-{name}", cwd=place)
+        assert done.returncode == 0, done.stderr
+        rows = list(csv.DictReader((place / f"run-{name}" / "metrics.csv").read_text().splitlines()))
+        scores = json.loads((place / f"run-{name}" / "results.json").read_text())
+        found[name] = ([row["loss"] for row in rows if row["loss"]], scores["knn_top1"])
+    assert len(found["folder"][0]) >= 6
+    assert all(one == found["folder"] for one in found.values()), found
