@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,12 @@ def check_start_method():
         assert L.strategies.StrategyRegistry.get(name)._start_method == method
 
 
+def check_timeout():
+    waits = timedelta(seconds=7)
+    assert L.strategies.DDPStrategy(timeout=waits)._timeout == waits
+    assert "self._timeout" in inspect.getsource(L.strategies.DDPStrategy.setup_distributed)
+
+
 def check_signal_connector():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert callable(trainer._signal_connector.register_signal_handlers)
@@ -259,6 +266,12 @@ TABLE = [
         "training/trainer.py",
         "in a notebook Lightning chooses processes that end with training, before export and evaluation",
         check_start_method,
+    ),
+    (
+        "pytorch_lightning.strategies.DDPStrategy._timeout",
+        "training/processes.py",
+        "the timeout of a strategy that Lightning chooses itself, which has no argument for it",
+        check_timeout,
     ),
     (
         "pytorch_lightning.loops._TrainingEpochLoop._broadcast_sigterm_tensor",

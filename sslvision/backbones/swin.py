@@ -38,6 +38,7 @@ class Swin(Backbone):
     """
 
     supports_masking = True
+    block_functions = ("_run_block",)
 
     # B images, L units, K of them visible, n tokens of a unit in a stage, C the stage's width, D the last one's, p patch side
 
@@ -152,6 +153,10 @@ class Swin(Backbone):
             checkpointed = stage.grad_checkpointing and self.training
             tokens = run_checkpointed(self._run_block, block, tokens, windows[partition], enabled=checkpointed)
         return tokens
+
+    def blocks(self) -> list[nn.Module]:
+        """See Backbone.blocks."""
+        return [block for stage in self.model.layers for block in stage.blocks]
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks. Shapes have to be static, so non-empty windows are not counted."""

@@ -27,6 +27,7 @@ class ViT(Backbone):
     """
 
     supports_masking = True
+    block_functions = ("_block_part", "_block_joined")
 
     # B images, L patches of an image, K of them visible, P class and register tokens, D width, p patch side
 
@@ -91,6 +92,10 @@ class ViT(Backbone):
         grid = (images.shape[2] // self.stride, images.shape[3] // self.stride)
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
         return to_autocast_dtype(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
+
+    def blocks(self) -> list[nn.Module]:
+        """See Backbone.blocks."""
+        return list(self.model.blocks)
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks."""

@@ -14,6 +14,10 @@ from sslvision.system.resuming import command_to_resume
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large")
 _WORKER_LOST = re.compile(r"DataLoader worker \(pid|DataLoader worker.*(shared memory|No space left)", re.DOTALL)
+PROCESS_KILLED = (
+    "error: Process {rank} of this run was killed by signal {signal}. Signal 9 without anybody's doing means most likely that "
+    "memory ran out. All processes of the run end now; the last checkpoint is intact, and resume=auto goes on from it."
+)
 _PROCESS_LOST = re.compile(
     r"Connection (closed|reset) by peer|gloo.*(Broken pipe|Timed out)|NCCL.*(remote process exited|unhandled system error)"
     r"|[Cc]ollective operation timeout",
