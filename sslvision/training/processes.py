@@ -23,8 +23,13 @@ REFUSED = {  # beginnings of the names of strategies that train something else t
 }
 
 
-def refuse_wrong(strategy: str) -> None:
-    """Raise UsageError for a strategy that would train something else, without a word."""
+def refuse_wrong(strategy: str, *, pretrains: bool) -> None:
+    """Raise UsageError for a strategy that would train something else, without a word, and for shards in fine-tuning."""
+    if strategy == SHARDED and not pretrains:
+        raise UsageError(
+            f"trainer.strategy={SHARDED} is for pretraining only: use trainer.strategy=ddp, and activation_checkpointing=true "
+            "or trainer.accumulate_grad_batches=2 if memory is short."
+        )
     for beginning, why in REFUSED.items():
         if strategy.startswith(beginning) and strategy != SHARDED:
             raise UsageError(

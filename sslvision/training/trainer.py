@@ -110,7 +110,7 @@ def build_trainer(
     return trainer
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], *, pretrains: bool = True) -> None:
     """Check the names of strategy and accelerator, before anything is loaded.
 
     Raises:
@@ -121,7 +121,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         "strategy": {"auto", SHARDED, *StrategyRegistry.available_strategies()},
         "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
     }
-    refuse_wrong(str(options.get("strategy", "auto")))
+    refuse_wrong(str(options.get("strategy", "auto")), pretrains=pretrains)
     for key, names in groups.items():
         name = options.get(key, "auto")
         if name not in names:

@@ -18,6 +18,8 @@ def test_a_strategy_that_would_train_something_else_is_refused_with_the_one_to_u
     with pytest.raises(UsageError, match=rf"trainer.strategy={strategy} .*use trainer.strategy=fsdp2.*strategy=ddp"):
         check_options({"strategy": strategy})
     check_options({"strategy": "fsdp2"})
+    with pytest.raises(UsageError, match=r"fsdp2 is for pretraining only: use trainer.strategy=ddp"):
+        check_options({"strategy": "fsdp2"}, pretrains=False)
 
 
 def test_strategies_that_are_refused_are_not_offered():
@@ -60,7 +62,12 @@ SRUN = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
         (SLURM, 8, 1, r"SLURM has started 16 processes.*counts 8: .*Set trainer.devices=8 trainer.num_nodes=2\."),
         (SLURM | SRUN, 1, 1, r"srun has started 2 processes on 1 node, .*counts 1: .*Set trainer.devices=2 "),
         ({**SLURM, "SLURM_NTASKS": "15"}, 8, 2, "equally many on each of the 2 nodes"),
-        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, 8, 1, r"started 1 process on 1 node, .*ntasks-per-node=8"),
+        (
+            {**SLURM, "SLURM_NTASKS": "1", "SLURM_NNODES": "1"},
+            8,
+            1,
+            r"started 1 process on 1 node, .*ntasks-per-node=8",
+        ),
     ],
 )
 def test_processes_that_the_trainer_does_not_count_are_named_with_what_to_set(environment, devices, nodes, told):
