@@ -63,15 +63,17 @@ def shard_module(
         blocks: Modules whose weights are gathered one module at a time.
         mesh: One-dimensional.
         forwards: Names of the root's methods that use its weights.
-        compute: dtype in which weights of blocks are gathered and multiplied; gradients are reduced in fp32. None: their own.
+        compute: dtype in which weights of blocks are gathered and multiplied; gradients are reduced in fp32. None, and
+            for blocks with `gathered_in_fp32`: their own.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     broadcast(root, torch.device(mesh.device_type))
-    low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for block in blocks:
         block.unsharded_class = type(block)  # type: ignore[assignment]  # `fully_shard` changes the class
-        fully_shard(block, mesh=mesh, **({} if compute is None else {"mp_policy": low}))
+        full = compute is None or getattr(block, "gathered_in_fp32", False)
+        fully_shard(block, mesh=mesh, **({} if full else {"mp_policy": low}))
         block.run = MethodType(_run, block)  # type: ignore[assignment]
         register_fsdp_forward_method(block, "run")
     root.unsharded_class = type(root)  # type: ignore[assignment]

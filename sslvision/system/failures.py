@@ -51,7 +51,7 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
         if found := _NEVER_CAME.search(text):
             return SSLVisionError(
                 f"{found[1]} of {found[2]} processes have come; the others did not within timeout= seconds. Look in the logs of "
-                "the other nodes: the command may have failed there, or the first node cannot be reached from them "
+                "the other nodes: the command may have failed there, or they cannot reach the first node "
                 f"(MASTER_ADDR, MASTER_PORT, firewall). ({_first_line(text)})"
             )
         if _TIMED_OUT.search(text):

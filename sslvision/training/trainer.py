@@ -342,6 +342,7 @@ def silence_lightning() -> None:
     """Silence Lightning's messages that the user can do nothing about, or that our printed configuration contains."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
+        ".*returned a view tensor.*",  # timm's Swin blocks do, and nothing changes these in place
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
         ".*The dirpath has changed.*",  # a run folder may be moved; we do not use what the callback forgets

@@ -40,7 +40,7 @@ def start_two(target, arguments, log):
         processes.append(CONTEXT.Process(target=target, args=(*arguments, streams[-1], environment)))
         processes[-1].start()
     for process in processes:
-        process.join(200)
+        process.join(400)
     said = ["".join(stream.read_text() for stream in of_rank) for of_rank in streams]
     for process in processes:
         process.kill()
