@@ -18,17 +18,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # without importing torch.distributed.tensor, which is slow
 
 
-def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Any]) -> list[Tensor]:
     """Return the parts of tensors that this process has, which share their memory; others as they are."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
 
 
-def whole_tensor(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Any) -> Any:
     """Return the whole tensor. All processes have to call this."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
     """Return a whole tensor in shards as `like` is; each process cuts its own one."""
     if not is_sharded(like) or is_sharded(tensor):
         return tensor
@@ -38,7 +38,7 @@ def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
 
 
-def norms_of(tensors: list[Tensor]) -> Sequence[Tensor]:
+def norms_of(tensors: Sequence[Any]) -> Sequence[Tensor]:
     """Return the norm of each tensor as a whole: scalars. All processes have to call this for tensors in shards."""
     norms = torch._foreach_norm(local_shards(tensors))
     if not tensors or not is_sharded(tensors[0]):
@@ -73,7 +73,7 @@ def shard_module(
     for block in blocks:
         block.unsharded_class = type(block)  # type: ignore[assignment]  # `fully_shard` changes the class
         full = compute is None or getattr(block, "gathered_in_fp32", False)
-        fully_shard(block, mesh=mesh, **({} if full else {"mp_policy": low}))
+        fully_shard(block, mesh=mesh, mp_policy=MixedPrecisionPolicy() if full else low)
         block.run = MethodType(_run, block)  # type: ignore[assignment]
         register_fsdp_forward_method(block, "run")
     root.unsharded_class = type(root)  # type: ignore[assignment]

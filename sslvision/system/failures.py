@@ -50,8 +50,8 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
             return _storage(found[0], folder, folder)
         if found := _NEVER_CAME.search(text):
             return SSLVisionError(
-                f"{found[1]} of {found[2]} processes have come; the others did not within timeout= seconds. Look in the logs of "
-                "the other nodes: the command may have failed there, or they cannot reach the first node "
+                f"{found[1]} of {found[2]} processes have come, and the others not within timeout= seconds. Look into the "
+                "logs of the other nodes: the command may have failed there, or they cannot reach the first node "
                 f"(MASTER_ADDR, MASTER_PORT, firewall). ({_first_line(text)})"
             )
         if _TIMED_OUT.search(text):
