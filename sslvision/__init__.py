@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import finetune, inspect, predict, pretrain, probe, scale
+    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -32,12 +32,14 @@ _HOMES = {
     "Splits": "data.source",
     "Supervised": "methods.supervised",
     "build_backbone": "backbones.build",
+    "export": "cli.functions",
     "finetune": "cli.functions",
     "inspect": "cli.functions",
     "load_backbone": "backbones.load",
     "predict": "cli.functions",
     "pretrain": "cli.functions",
     "probe": "cli.functions",
+    "report": "cli.functions",
     "scale": "cli.functions",
 }
 
@@ -50,12 +52,14 @@ __all__ = [
     "Splits",
     "Supervised",
     "build_backbone",
+    "export",
     "finetune",
     "inspect",
     "load_backbone",
     "predict",
     "pretrain",
     "probe",
+    "report",
     "scale",
 ]
 

@@ -5,13 +5,14 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py"}
+COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py", "export.py", "report.py"}
 # A folder imports those below it, and its own files.
 LAYERS = [
-    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale"},
+    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale", "export", "report"},
     {"cli"},
     {"workflows"},
     {"training"},
+    {"exports"},
     {"runs"},
     {"evaluation", "inspection"},
     {"methods"},

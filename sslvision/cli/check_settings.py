@@ -14,9 +14,11 @@ from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale)
+Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale, Export, Report)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {

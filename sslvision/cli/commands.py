@@ -12,6 +12,8 @@ from typing import Any
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
 
@@ -22,7 +24,11 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
-    if not isinstance(settings, Probe | Inspect):
+    if isinstance(settings, Report):
+        from sslvision.workflows.reporting import report
+
+        return functools.partial(report, settings)
+    if not isinstance(settings, Probe | Inspect | Export):
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
@@ -30,7 +36,9 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
 
-def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> tuple[Callable[..., Any], str, bool]:
+def _workflow(
+    settings: Pretrain | Probe | Finetune | Inspect | Export, recipe: str
+) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
     Without a date the same command finds the same folder, and continues or overwrites it.
@@ -47,6 +55,10 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
         from sslvision.workflows.inspecting import inspect_networks
 
         return inspect_networks, f"inspect-{_networks(settings)}", False
+    if isinstance(settings, Export):
+        from sslvision.workflows.exporting import export_network
+
+        return export_network, f"export-{_run(settings)}-{settings.format}", False
     name = _run_and_data(settings)
     if isinstance(settings, Probe):
         from sslvision.workflows.probing import probe
@@ -64,9 +76,13 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
 
 def _run_and_data(settings: Probe | Finetune) -> str:
     """Return the names of a run and its data as one word for folders: mae-digits."""
+    return f"{_run(settings)}-{_data(settings)}"
+
+
+def _run(settings: Probe | Finetune | Export) -> str:
+    """Return the name of a run as one word for folders."""
     run = Path(str(settings.run))
-    run = run.parent if run.name == "export" else run
-    return re.sub(r"[^\w.-]", "_", f"{run.name}-{_data(settings)}")
+    return re.sub(r"[^\w.-]", "_", (run.parent if run.name == "export" else run).name)
 
 
 def _data(settings: Pretrain | Probe | Finetune) -> str:

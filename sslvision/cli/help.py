@@ -16,8 +16,10 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
+    "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original, with a model card.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
+    "report": "Write the report of a run as one HTML file, or compare several runs.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -79,6 +81,17 @@ EXAMPLES = {
         ("run=outputs/a images=photos", "a CSV file of classes and probabilities for a folder of images"),
         ("run=outputs/a images=photo.jpg output=photo.csv", "one image"),
     ),
+    "export": (
+        (
+            "run=outputs/a format=onnx",
+            "model.onnx of any batch size, from uint8 pixels to features (of a classifier: logits)",
+        ),
+        ("run=outputs/a format=transformers output_dir=hub/a", "a folder that AutoModel and AutoImageProcessor load"),
+        ("run=outputs/a format=onnx outputs=features,tokens,attention", "patch tokens and attention maps too"),
+        ("run=outputs/a format=onnx normalize=beside", "the caller normalizes the pixels"),
+        ("run=outputs/a format=program", "a program of torch.export, which needs torch alone"),
+        ("run=outputs/a push=user/name license=mit", "timm's folder with its model card, to the Hugging Face hub"),
+    ),
     "inspect": (
         ("backbone.name=resnet50", "one network, layer by layer, at its own image size"),
         (
@@ -98,6 +111,14 @@ EXAMPLES = {
             "the laws of MAE's held-out loss; what is trained already is not trained again",
         ),
     ),
+    "report": (
+        ("outputs/a", "outputs/a/report.html: scores, curves, pictures; every run writes it at its end"),
+        ("outputs/a follow=true", "while the run goes on; the page loads itself again"),
+        (
+            "outputs/a outputs/b output=both.html",
+            "curves over one another, settings that differ, scores with intervals",
+        ),
+    ),
 }
 
 OPTIONS = (
@@ -115,7 +136,7 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... "}.get(
+    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... ", "report": "RUN_FOLDER ... "}.get(
         command.name, "" if command.pretrains else "run=... "
     )
     console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")

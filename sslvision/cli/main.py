@@ -20,7 +20,7 @@ from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.surroundings import surroundings_restored
-from sslvision.cli.words import split_words
+from sslvision.cli.words import as_settings, split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.runs.redaction import redact
 from sslvision.runs.run_folder import RUN_FOLDER
@@ -47,7 +47,8 @@ def main(name: str, words: Sequence[str] | None = None) -> None:
         name: Name of the command.
         words: Command line after the command's name; by default all of it.
     """
-    command, words = COMMANDS[name], list(sys.argv[1:] if words is None else words)
+    command = COMMANDS[name]
+    words = as_settings(list(sys.argv[1:] if words is None else words), command.words)
     # OpenMP reads this when torch is loaded. The threads of a step spin while they wait for one another; beside a second
     # program that does so too, a step takes ten times as long and more. So they spin briefly, and then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

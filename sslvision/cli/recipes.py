@@ -19,6 +19,8 @@ from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
@@ -36,12 +38,14 @@ class Command(Generic[Settings]):
         kind: Class of its settings.
         recipe: Default recipe; None if one must be named.
         folder: Folder of its recipes, if it is not the command's name.
+        words: Name of the setting, a list, that words without `=` are values of; None if there must be none.
     """
 
     name: str
     kind: type[Settings]
     recipe: str | None = None
     folder: str | None = None
+    words: str | None = None
 
     @property
     def pretrains(self) -> bool:
@@ -60,7 +64,11 @@ FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
 INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
-COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE)}
+EXPORT = Command("export", Export)
+REPORT = Command("report", Report, words="run")
+COMMANDS: dict[str, Command[Any]] = {
+    one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, EXPORT, REPORT)
+}
 
 
 @dataclass(frozen=True)

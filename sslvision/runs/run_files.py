@@ -34,6 +34,7 @@ Made by `{command}`.
 
 | file | content |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | final k-NN, linear probe and RankMe, pretrained and untrained; problems, if any |
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
