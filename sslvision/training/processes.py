@@ -119,8 +119,10 @@ def tell_of_lost_processes(trainer: L.Trainer) -> None:
 
 
 def _watch(launcher: Any) -> None:
-    while True:
+    ended = False
+    while not ended:
         time.sleep(0.5)
+        ended = bool(launcher.procs) and all(process.poll() is not None for process in launcher.procs)
         for rank, code in lost(launcher.procs):
             print(PROCESS_KILLED.format(rank=rank, signal=-code), file=sys.stderr, flush=True)
             return
