@@ -15,7 +15,7 @@ from sslvision.system.torch_files import load_verified
 pytestmark = [pytest.mark.faults, pytest.mark.e2e]
 
 HANGS = 400  # seconds after which a test gives up
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "--master-port=0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
 LONG = ["epochs=30", "checkpoint_every_steps=8", "knn_every_epochs=0", "optimizer=adamw", "resume=auto", "name=run"]
 TWO = ["trainer.devices=2", "trainer.strategy=fsdp2"]
 
