@@ -71,7 +71,7 @@ class LightningLoop(L.LightningModule):
         self.seed, self.freeze_backbone_epochs = seed, freeze_backbone_epochs
         self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
         self._captured: CapturedStep | None = None
-        self._whole: list[Self] = []  # under sharding, a copy for evaluation; in a list, so that it is no submodule
+        self._whole: list[Any] = []  # under sharding, a copy for evaluation; in a list, so that it is no submodule
         self._micro_batches: list[Tensor] = []  # metrics (M,) of the micro-batches of the coming update
         self._epoch: Tensor | None = None  # sums of the same over the finite updates of the epoch, and their number
         self._updates: list[Tensor] = []  # metrics and gradient norm (M + 1,) of each update since the log was written
