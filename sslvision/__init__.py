@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale
+    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale, tune
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -41,6 +41,7 @@ _HOMES = {
     "probe": "cli.functions",
     "report": "cli.functions",
     "scale": "cli.functions",
+    "tune": "cli.functions",
 }
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "probe",
     "report",
     "scale",
+    "tune",
 ]
 
 

@@ -138,8 +138,7 @@ class Pretrain:
     @property
     def budget_seconds(self) -> float | None:
         """Return the budget in seconds; None without one, or for what is no time."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget or "")
-        return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+        return seconds_of(self.budget)
 
 
 @dataclass
@@ -354,6 +353,12 @@ class Inspect:
         if not self.measure or (wrong := [one for one in self.measure if one not in MEASURES]):
             shown = wrong[0] if self.measure else self.measure
             raise UsageError(f"measure={shown} is unknown: it is one or more of {', '.join(MEASURES)}.")
+
+
+def seconds_of(budget: str | None) -> float | None:
+    """Return a time such as 30m in seconds; None without one, or for what is no time."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", budget or "")
+    return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 def _needs_run_and_data(settings: Probe | Finetune) -> None:

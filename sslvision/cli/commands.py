@@ -15,6 +15,7 @@ from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
 def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
@@ -47,6 +48,15 @@ def _workflow(
         from sslvision.workflows.scaling import scale
 
         return scale, f"scale-{recipe}-{_data(settings)}", False
+    if isinstance(settings, Tune | TuneFinetune):
+        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
+        if settings.search is None:
+            from sslvision.workflows.seven_steps import tune_by_steps
+
+            return tune_by_steps, f"tune-{name}-steps", False
+        from sslvision.workflows.tuning import tune
+
+        return tune, f"tune-{name}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import EXPORT, FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, REPORT, SCALE, Command
+from sslvision.cli.recipes import EXPORT, FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, REPORT, SCALE, TUNE, Command
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -122,6 +122,23 @@ def report(run: str | Path | Sequence[str | Path], **settings: Any) -> Path:
         UsageError, StorageError: See sslvision.errors.
     """
     return Path(_call(REPORT, {"run": _several(run), **settings}))
+
+
+def tune(recipe: str | Path | None = None, *, run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Search for good settings of pretraining, or, with run, of fine-tuning.
+
+    Args:
+        recipe: Name of an included recipe, or the path of a .yaml file.
+        run: Folder of a run, or any other weights, to fine-tune.
+        settings: Any settings of `python -m sslvision.tune --help`; ranges={"base_lr": "log(1e-4,1e-2)"}.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(TUNE, _with(settings, recipe=recipe, run=run)))
 
 
 def inspect(

@@ -116,7 +116,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     left = ""
-    if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
+    if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
         return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
     if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
@@ -137,8 +137,12 @@ def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: An
     if settings.dry_run:
         return "This was a dry run, which is not resumed: start it again."
     folder = Path(os.environ.get(RUN_FOLDER, ""))
-    record = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl")
-    ended = sum(line.endswith("}\n") for line in record.open()) if record.is_file() else 0
+    if hasattr(settings, "ranges"):
+        record, end = (folder / "steps.jsonl", "}\n") if settings.search is None else (folder / "trials.csv", "\n")
+    else:
+        record, end = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl"), "}\n"
+    ended = sum(line.endswith(end) for line in record.open()) if record.is_file() else 0
+    ended -= record.suffix == ".csv" and ended > 0  # its first line has the names of columns
     kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
     again = [word for word in words if word.split("=")[0] != "overwrite"]
     left_out = ""

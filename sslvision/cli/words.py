@@ -31,7 +31,8 @@ class Words:
     def points(self) -> Iterator[dict[str, str | None]]:
         """Yield the settings of each run of a sweep."""
         values: list[Sequence[str | None]] = [
-            [None] if text is None else sweep_values(key, text) for key, text in self.settings.items()
+            [text] if text is None or key.startswith("ranges.") else sweep_values(key, text)
+            for key, text in self.settings.items()
         ]
         for point in itertools.product(*values):
             yield dict(zip(self.settings, point, strict=True))

@@ -144,7 +144,7 @@ def conclude(
     print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
-    method, held_out = trainer.lightning_module, results.get("held_out_images")
+    method, held_out = trainer.lightning_module, len(evaluated.test) if evaluated.test is not None else None
     assert isinstance(method, Method)
     readings = read_curves_of(settings, folder, method, validation_images=held_out)
     print_findings(console, read := [str(reading) for reading in readings])
