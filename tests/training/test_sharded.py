@@ -53,11 +53,12 @@ def train(tiny_settings, warm_command, tmp_path):
     """Train a tiny recipe, in one process or two, and return its checkpoint: train("name", "mae", "key=value", ...)."""
 
     def call(name, recipe, *words, two=False):
-        given = {word.split("=")[0] for word in words}
-        tiny = [word for word in (*tiny_settings(recipe), *EXACT) if word.split("=")[0] not in given]
+        words = [*EXACT, *words]
+        later = {word.split("=")[0]: word for word in [*tiny_settings(recipe), *words]}  # the last one counts
+        given, tiny = {word.split("=")[0] for word in words}, list(later.values())
         if "backbone.name" in given:
-            tiny = [word for word in tiny if not word.startswith("backbone.")]
-        words = [f"recipe={recipe}", f"output_dir={tmp_path / name}", *tiny, *words]
+            tiny = [word for key, word in later.items() if not key.startswith("backbone.") or key in given]
+        words = [f"recipe={recipe}", f"output_dir={tmp_path / name}", *tiny]
         if two:
             start_two(_main, ("pretrain", [*words, *SHARDED], str(tmp_path)), tmp_path / f"log-{name}")
         else:
