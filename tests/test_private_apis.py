@@ -221,7 +221,7 @@ TABLE = [
         "sees every operation: the bytes that it makes, and what it reads",
         check_dispatch_mode,
     ),
-    ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
+    ("torch._foreach_norm", "nn/shards.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),
     ("torch._foreach_lerp", "optim/muon.py", "looks ahead along the momentum in one pass", check_foreach),
