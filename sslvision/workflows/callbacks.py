@@ -40,7 +40,12 @@ def pretraining_callbacks(
             every_epochs=settings.checkpoint_every_epochs,
             every_steps=settings.checkpoint_every_steps,
         ),
-        StopOnSignal(folder / "checkpoints" / "last.ckpt", folder, requeues=settings.resume == "auto"),
+        StopOnSignal(
+            folder / "checkpoints" / "last.ckpt",
+            folder,
+            requeues=settings.resume == "auto",
+            timeout=settings.timeout,
+        ),
         SkippedUpdates(folder, settings.max_skipped),
         Health(settings.health),
     ]

@@ -100,6 +100,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         loggers=build_loggers(settings.logger, folder, dataclasses.asdict(settings)),
         callbacks=[*keeping, *pretraining_callbacks(settings, folder, data, evaluated, steps)],
         options=settings.trainer,
+        timeout=settings.timeout,
         checkpoints=checkpoints,
     )
     configure_for(trainer, method, compile=settings.compile, cuda_graphs=settings.cuda_graphs)

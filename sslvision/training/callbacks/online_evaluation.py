@@ -71,9 +71,10 @@ class OnlineEvaluation(Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        for source, indices in self.evaluated:
-            where, features = extract_features(pl_module.pretrained(), pl_module.normalize, source, indices, how=how)
-            found += [features] if source.labels is None else [features, source.labels[where]]
+        with pl_module.whole() as method:
+            for source, indices in self.evaluated:
+                where, features = extract_features(method.pretrained(), method.normalize, source, indices, how=how)
+                found += [features] if source.labels is None else [features, source.labels[where]]
         if not all(tensor.isfinite().all() for tensor in found):
             return  # updates are being skipped (skipped_updates.py), which ends the run if it lasts; the evaluation does not
         place = place_for(
