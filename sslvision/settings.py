@@ -43,6 +43,7 @@ MEASURES = ("cost", "memory", "field", "speed", "filters")
 _COMPILE = "compile blocks and loss with torch.compile (default: only on CUDA); evaluation is never compiled"
 _GRAPHS = "launch a step's kernels as CUDA graphs (default: with ViT and Swin on one CUDA device)"
 _CHECKPOINTING = "recompute activations in the backward pass instead of storing them: same results, less memory, slower"
+_TIMEOUT = "seconds that a process waits for the others before the run ends: more than writing a checkpoint takes"
 _OPTIONS = "any option of pytorch_lightning.Trainer: devices, strategy, num_nodes, precision, ..."
 
 
@@ -108,13 +109,14 @@ class Pretrain:
     activation_checkpointing: bool = _option(False, _CHECKPOINTING)
     compile: bool | None = _option(None, _COMPILE)
     cuda_graphs: bool | None = _option(None, _GRAPHS)
+    timeout: int = _option(1800, _TIMEOUT)
     trainer: dict[str, Any] = _option({}, _OPTIONS)
     about: str = _option("", "description of the recipe, in one line")
     reference: str = _option("", "scores reported by others for this recipe")
 
     def __post_init__(self) -> None:
         _at_least(self, epochs=1, batch_size=1, knn_every_epochs=0, evaluate_images=1, seed=0)
-        _at_least(self, checkpoint_every_epochs=1, keep_checkpoints=1, max_skipped=0)
+        _at_least(self, checkpoint_every_epochs=1, keep_checkpoints=1, max_skipped=0, timeout=1)
         _positive(self, "base_lr", "lr", "checkpoint_every_steps")
         _folder_name(self.name)
         for section in ("method", "data"):
@@ -297,7 +299,9 @@ class Predict:
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
     run: str | None = _option(None, "folder of a fine-tuned run, or its export/")
-    images: str | None = _option(None, "a folder of images, with any subfolders, or one image")
+    images: str | None = _option(
+        None, "a folder of images, with any subfolders, a .zip, .tar or list (.csv, ...) of images, or one image"
+    )
     output: str | None = _option(
         None,
         "path of the CSV file (default: predictions.csv in the run folder; predictions-2.csv if there is one, ...)",
@@ -365,7 +369,8 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if "_target_" not in settings.data:
         raise UsageError(
             f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
-            "data.root=..., or data=torchvision data.name=... data.root=..."
+            "data.root=..., data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=..., or "
+            "data=torchvision data.name=... data.root=..."
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")

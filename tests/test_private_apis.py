@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,12 @@ def check_start_method():
         assert L.strategies.StrategyRegistry.get(name)._start_method == method
 
 
+def check_timeout():
+    waits = timedelta(seconds=7)
+    assert L.strategies.DDPStrategy(timeout=waits)._timeout == waits
+    assert "self._timeout" in inspect.getsource(L.strategies.DDPStrategy.setup_distributed)
+
+
 def check_signal_connector():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert callable(trainer._signal_connector.register_signal_handlers)
@@ -214,7 +221,7 @@ TABLE = [
         "sees every operation: the bytes that it makes, and what it reads",
         check_dispatch_mode,
     ),
-    ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
+    ("torch._foreach_norm", "nn/shards.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),
     ("torch._foreach_lerp", "optim/muon.py", "looks ahead along the momentum in one pass", check_foreach),
@@ -270,6 +277,12 @@ TABLE = [
         "training/trainer.py",
         "in a notebook Lightning chooses processes that end with training, before export and evaluation",
         check_start_method,
+    ),
+    (
+        "pytorch_lightning.strategies.DDPStrategy._timeout",
+        "training/processes.py",
+        "the timeout of a strategy that Lightning chooses itself, which has no argument for it",
+        check_timeout,
     ),
     (
         "pytorch_lightning.loops._TrainingEpochLoop._broadcast_sigterm_tensor",

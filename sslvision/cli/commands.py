@@ -32,7 +32,7 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     if not isinstance(settings, Probe | Inspect | Export):
         from sslvision.training.trainer import check_options
 
-        check_options(settings.trainer)
+        check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
     workflow, name, dated = _workflow(settings, run.recipe)
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 

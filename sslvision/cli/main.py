@@ -29,6 +29,7 @@ from sslvision.system.resuming import command_to_resume
 from sslvision.system.signals import (
     NOT_REQUEUED,
     Interrupted,
+    end_at_once,
     end_with_launcher,
     raise_interrupted,
     requeue,
@@ -61,6 +62,7 @@ def main(name: str, words: Sequence[str] | None = None) -> None:
         code = _run_all(command, words)
     except Interrupted as interrupted:
         code = _complain(_interrupted(interrupted.signum, command, words))
+    end_at_once()
     sys.exit(code)
 
 

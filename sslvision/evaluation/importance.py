@@ -32,9 +32,11 @@ def importance(values: Sequence[float] | Sequence[str], scores: Sequence[float],
     Returns:
         None where there are too few trials to tell.
     """
+    if len(scores) < FEWEST or len(set(values)) < 2:
+        return None
     y = ranks(scores)
     total = float(((y - y.mean()) ** 2).sum())
-    if len(y) < FEWEST or len(set(values)) < 2 or total == 0:
+    if total == 0:
         return None
     if any(isinstance(value, str) for value in values):
         names = np.asarray([str(value) for value in values])

@@ -65,9 +65,9 @@ def command_with(words: Sequence[str], changed: Sequence[str], *, command: str, 
         words: Arguments of the command line of the run.
         changed: Words of a reading.
         command: "pretrain" or "finetune".
-        folder: Folder of the run: if it was resumed in it by name, its settings stand there.
+        folder: Folder of the run. Its config.yaml is the recipe if the words name none, as when a run is resumed by its name.
     """
-    if any(_key(word) == "resume" for word in words) and not any(_key(word) in ("recipe", "run") for word in words):
+    if not any(_key(word) in ("recipe", "run") for word in words):
         words = [f"recipe={folder / 'config.yaml'}", *words]
     replaced = {_key(word) for word in changed} | set(OF_THE_RUN)
     if replaced & {"lr", "base_lr", "lr_ratio"}:

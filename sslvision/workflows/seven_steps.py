@@ -32,12 +32,12 @@ from sslvision.evaluation.step_verdicts import (
 )
 from sslvision.figures.rates import rate_figure
 from sslvision.runs import run_files
-from sslvision.settings import Finetune
 from sslvision.training.trainer import silence_lightning
 from sslvision.workflows import trainings_record
 from sslvision.workflows.console import print_configuration, print_findings
 from sslvision.workflows.ladder import Times
 from sslvision.workflows.search_space import with_setting
+from sslvision.workflows.step_choices import EXPONENTS, asked, coarse, finer, next_exponent, rate_name, with_decay
 from sslvision.workflows.step_trainings import constant, kind_of, plain, start_of, train_for
 from sslvision.workflows.steps_report import CONTENTS, curves_verdict, write_recipe
 from sslvision.workflows.trial_training import Finetuning, Pretraining, open_bench
@@ -47,9 +47,7 @@ RECORD = "steps.jsonl"
 MAY_CHANGE = ("name", "output_dir", "resume", "overwrite", "about", "reference", "logger", "budget", "steps")
 HEART = 200  # updates in which a handful is learned
 SWEPT = 100  # updates of a run of the sweep of rates
-DECADES = [10 ** (place / 2) for place in range(-5, 6)]  # of the recipe's rate
-DECAYS = (0.0, 1e-5, 1e-4)
-OF_TRANSFORMERS = 0.05
+FEWEST_RATES = 7  # of the sweep, however short the budget
 SHORTEST = 20  # updates of a cell
 COARSE, FINE, ROUNDS = 0.45, 0.8, 3  # shares of the time that is left; rounds of step 5 at most
 COARSE_EPOCHS, FINE_EPOCHS = 3, 15  # without a budget, and at most
@@ -168,9 +166,10 @@ class Steps:
         if self.kind == "dino":  # its loss is measured against itself
             base = self.bench.score(self.bench.ground.build(settings), at_most=self.settings.evaluate_images)[0]  # type: ignore[union-attr]
         until = self._until(0.25)
-        for number, factor in enumerate(sorted(DECADES, key=lambda one: abs(math.log(one)))):
-            if until is not None and number >= 5 and time.perf_counter() > until:
+        for number in range(len(EXPONENTS)):
+            if until is not None and number >= FEWEST_RATES and time.perf_counter() > until:
                 break
+            factor = 10 ** next_exponent({math.log10(one.rate / self.own_rate): one.gain for one in tried})
             value = float(f"{factor * self.own_rate:.3g}")
             changed = with_setting(settings, self.rate_name, value)
             curve = train_for(
@@ -286,25 +285,6 @@ class Steps:
         labels = self.bench.ground.evaluated.train.labels if self.bench.scores == "knn" else None
         return None if labels is None else 100 / (int(labels.max()) + 1)
 
-    def coarse(self, best: float) -> list[tuple[float, float]]:
-        """Return the cells of step 4: those of the best rate first."""
-        own = float(self.settings.method.get("weight_decay", 0.05))
-        decays = dict.fromkeys([own, *DECAYS, *([OF_TRANSFORMERS] if self.is_transformer() else [])])
-        return [(float(f"{factor * best:.3g}"), decay) for factor in (1.0, 1 / 3, 3.0) for decay in decays]
-
-    def is_transformer(self) -> bool:
-        """Return whether the backbone is a ViT or Swin."""
-        name = str(self.settings.backbone.get("name", "vit"))
-        return name.startswith(("vit", "swin", "deit", "beit", "eva"))
-
-    def finer(self, best: dict[str, Any], factor: float) -> list[tuple[float, float]]:
-        """Return the cells of step 5 about the best one."""
-        rate, decay = best["rate"], best["weight_decay"]
-        cells = [(rate, decay), (rate / factor, decay), (rate * factor, decay)]
-        if decay:
-            cells += [(rate, decay / 3), (rate, decay * 3)]
-        return [(float(f"{one:.3g}"), float(f"{other:.3g}")) for one, other in cells]
-
 
 def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Tune a recipe by the seven steps, or by the rest of them.
@@ -347,9 +327,13 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         line = write_recipe(changed, verdicts, folder)
         console.print(f"\nThe recipe is in {folder / 'best.yaml'}, with this evidence. Run it:\n  {line}", markup=False)
     elif failed is not None:
-        console.print(
-            f"\nStopped by the step '{failed.step}'. Correct that, and start again with overwrite=true.", markup=False
+        over = deadline is not None and steps.left() <= 0
+        how = (
+            "The time is over: the same command goes on."
+            if over
+            else "Correct that, and start again with overwrite=true."
         )
+        console.print(f"\nStopped by the step '{failed.step}'. {how}", markup=False)
     run_files.write_json(folder / "results.json", results)
     return results
 
@@ -367,7 +351,7 @@ def run_steps(steps: Steps, numbers: Sequence[int]) -> tuple[list[Verdict], dict
         verdicts.append(steps.step("rate", steps.rate))
         rate = verdicts[-1].numbers.get("best", rate)
     if 4 in numbers and all(one.passed for one in verdicts):
-        cells = steps.coarse(rate)
+        cells = coarse(steps.settings, rate)
         verdicts.append(steps.step("coarse grid", lambda: steps.grid("coarse grid", cells, COARSE, COARSE_EPOCHS)))
         best = verdicts[-1].numbers.get("best") if verdicts[-1].passed else None
     for round_ in range(ROUNDS if 7 in numbers and steps.deadline is not None else 1):
@@ -376,7 +360,7 @@ def run_steps(steps: Steps, numbers: Sequence[int]) -> tuple[list[Verdict], dict
         usual = [one["seconds"] for one in steps.done if one.get("grid")]
         if round_ and steps.left() < 2 * max(usual, default=0.0):
             break
-        name, cells = f"finer grid {round_ + 1}", steps.finer(best, 2.0 ** (1 / (round_ + 1)))
+        name, cells = f"finer grid {round_ + 1}", finer(best, 2.0 ** (1 / (round_ + 1)))
         share = FINE if round_ == 0 else 0.9
 
         def judge(name: str = name, cells: Any = cells, share: float = share) -> Verdict:
@@ -391,24 +375,3 @@ def run_steps(steps: Steps, numbers: Sequence[int]) -> tuple[list[Verdict], dict
             found = curves_verdict(steps.kind, steps.settings, best, round_ + 1)
             verdicts.append(steps.step(found.step, lambda found=found: found))  # type: ignore[misc]
     return verdicts, best
-
-
-def asked(steps: Any) -> list[int]:
-    """Return the numbers of the steps that were asked for."""
-    return [*range(1, 8)] if steps == "all" else [int(one) for one in (steps if isinstance(steps, list) else [steps])]
-
-
-def rate_name(settings: Tune | TuneFinetune) -> str:
-    """Return the setting that gives the rate."""
-    if settings.lr is not None:
-        return "lr"
-    return "base_lr" if not isinstance(settings, Finetune) or settings.base_lr is not None else "lr_ratio"
-
-
-def with_decay(settings: Any, decay: float, kind: str) -> Any:
-    """Return settings with another weight decay; that at the end keeps its ratio to it."""
-    method = dict(settings.method)
-    before = float(method.get("weight_decay", 0.04))
-    if kind == "dino":
-        method["weight_decay_end"] = decay * (float(method.get("weight_decay_end", 0.4)) / before if before else 10.0)
-    return dataclasses.replace(settings, method={**method, "weight_decay": decay})

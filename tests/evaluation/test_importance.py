@@ -23,6 +23,7 @@ def test_listed_values_count_by_their_means():
 
 def test_what_cannot_be_told_is_none_and_one_diverged_trial_does_not_hide_the_rest():
     assert importance([1.0, 2, 3, 4], [1.0, 2, 3, 4]) is None
+    assert importance([], []) is None
     assert importance([1.0] * 6, [1.0, 2, 3, 4, 5, 6]) is None
     assert importance([1.0, 2, 3, 4, 5, 6], [5.0] * 6) is None
     other = [0.1, 0.9, 0.2, 0.8, 0.3, 0.7, 0.4, 0.5]

@@ -1,6 +1,7 @@
 """The seven steps through the workflow, on planted faults, with very short trainings."""
 
 import json
+import math
 from unittest import mock
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
-from sslvision.workflows import seven_steps
-from sslvision.workflows.seven_steps import asked, rate_name, tune_by_steps, with_decay
+from sslvision.workflows import seven_steps, step_choices
+from sslvision.workflows.seven_steps import tune_by_steps
+from sslvision.workflows.step_choices import asked, coarse, next_exponent, rate_name, with_decay
 from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
@@ -51,8 +53,20 @@ def test_rates_and_decays_are_changed_in_the_terms_of_the_recipe(settings_of):
     assert constant(1e-3, dino).method["min_lr"] == 1e-3
     assert constant(1e-3, dino).method["warmup_epochs"] == 0
     assert constant(1e-3, dino, warm=True).method["warmup_epochs"] == dino.method["warmup_epochs"]
+    cells = coarse(mae, 1e-2)
+    assert cells[0] == (1e-2, 0.05)  # the recipe's own decay at the best rate comes first
+    assert len(cells) == len(set(cells)) == 12
     assert asked("all") == [1, 2, 3, 4, 5, 6, 7]
     assert asked([2, 3]) == [2, 3]
+
+
+def test_the_sweep_tries_decades_and_then_what_is_near_the_best():
+    tried = {}
+    while len(tried) < 7:
+        one = next_exponent(tried)
+        tried[one] = math.nan if one > 0 else -abs(one + 1.5)  # the recipe's rate is thirty times too high
+    assert list(tried) == [0, -1, 1, -2, 2, -1.5, -2.5]
+    assert len({next_exponent(tried), *tried}) == 8
 
 
 def run(folder, *words):
@@ -82,7 +96,8 @@ def test_steps_that_passed_are_not_done_again_and_end_in_a_recipe(tmp_path):
     assert (folder / "figures" / "rates.png").stat().st_size > 10_000
     with (
         mock.patch.object(seven_steps, "train_for", side_effect=RuntimeError("done again")),
-        mock.patch.multiple(seven_steps, DECAYS=(0.0,), OF_TRANSFORMERS=0.05, COARSE_EPOCHS=1, FINE_EPOCHS=2),
+        mock.patch.multiple(seven_steps, COARSE_EPOCHS=1, FINE_EPOCHS=2),
+        mock.patch.object(step_choices, "DECAYS", (0.0,)),
     ):
         results = run(folder, "steps=[1,3,4,5,6]")
     assert results["best"] is not None

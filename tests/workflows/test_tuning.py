@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
@@ -14,6 +15,8 @@ pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
 from sslvision.errors import UsageError
+from sslvision.training.callbacks.stop_at import StopAt
+from sslvision.workflows import trial_training
 
 SHORT = (
     "recipe=mae",
@@ -123,11 +126,13 @@ def test_a_rate_that_diverges_counts_as_nothing_and_is_told(tune, tmp_path):
 @pytest.mark.thorough
 def test_a_budget_ends_a_trial_that_is_queued_for_a_later_call(tune, tmp_path):
     words = ("search=random", "ranges.lr=log(1e-3,1e-2)", "trials=1", "trial_epochs=1000", "epochs=1000")
-    results = tune(tmp_path / "cut", *words, "budget=8s")
+    with mock.patch.object(trial_training, "StopAt", return_value=StopAt(0.0)):  # the time is over at once
+        results = tune(tmp_path / "cut", *words, "budget=1h")
     assert results["trials"] == {"trained": 0, "diverged": 0, "pruned": 0, "impossible": 0, "cut": 1}
     (row,) = rows_of(tmp_path / "cut")
-    assert 0 < int(row["stopped_at"]) < 4000
+    assert (row["stopped_at"], row["updates"]) == ("1", "4000")
     assert "no trial was completed" in (tmp_path / "cut" / "best.yaml").read_text()
+    assert any("was stopped at update 1" in finding for finding in results["findings"])
 
 
 @pytest.mark.thorough
