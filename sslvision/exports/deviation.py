@@ -110,8 +110,8 @@ def preprocessing_deviation(prepare: Callable[[Image.Image], Tensor], backbone: 
 
     Returns:
         "pixels", over images of several sizes; "long", over a very long one, of which we resize the center alone; "shifted",
-        over those whose crop begins at half a pixel, which libraries round in two ways. What no image is of is left out: all
-        of it for images that are neither gray nor RGB, which other libraries do not read.
+        over those whose crop begins at half a pixel, which libraries round in two ways. A key without an image is left out:
+        all of them for images that are neither gray nor RGB, which other libraries do not read.
     """
     if backbone.channels not in (1, 3):
         return {}
