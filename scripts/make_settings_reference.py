@@ -24,8 +24,9 @@ from sslvision.data.sources.webdataset import open_webdataset
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune

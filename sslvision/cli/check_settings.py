@@ -13,8 +13,9 @@ from typing import Any, Literal, TypeVar
 from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune

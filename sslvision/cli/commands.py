@@ -11,8 +11,9 @@ from typing import Any
 
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune

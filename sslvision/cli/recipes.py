@@ -18,8 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune

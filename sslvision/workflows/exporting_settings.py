@@ -1,20 +1,14 @@
 """The settings of `export`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sslvision.errors import UsageError
-from sslvision.settings import Sections
+from sslvision.settings import Sections, check_folder_name, option
 
 OUTPUTS = ("features", "logits", "tokens", "attention")
 OPSET = 20  # of ONNX, if none is given
 OPSETS = (18, 23)  # what torch's exporter writes without converting
-
-
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -24,48 +18,47 @@ class Export:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    run: str | None = _option(
+    run: str | None = option(
         None,
         "what to export: a run folder, one that stopped, an export/, a fine-tuned classifier, or published weights",
     )
-    format: Literal["timm", "transformers", "onnx", "program"] = _option(
+    format: Literal["timm", "transformers", "onnx", "program"] = option(
         "timm",
         "timm | transformers (a folder that each loads) | onnx (model.onnx) | program (torch.export, model.pt2)",
     )
-    outputs: list[str] = _option(
+    outputs: list[str] = option(
         [],
         "onnx, program: what it returns, such as outputs=features,tokens,attention (default: features; of a classifier logits "
         "too)",
     )
-    normalize: Literal["inside", "beside"] = _option(
+    normalize: Literal["inside", "beside"] = option(
         "inside", "onnx, program: subtract mean and divide by deviation inside, or leave it to the caller (beside)"
     )
-    pixels: Literal["uint8", "float"] = _option(
+    pixels: Literal["uint8", "float"] = option(
         "uint8", "onnx, program with normalize=inside: pixels that it reads, uint8 of 0 to 255 or float of 0 to 1"
     )
-    opset: int | None = _option(
+    opset: int | None = option(
         None, f"onnx: version of the operator set, {OPSETS[0]} to {OPSETS[1]} (default: {OPSET})"
     )
-    image_size: Any = _option(None, "side of the images, or [height,width] (default: that of the weights)")
-    batch_sizes: list[int] = _option([1, 2, 7], "batch sizes at which the export is compared with the original")
-    tolerance: float = _option(
+    image_size: Any = option(None, "side of the images, or [height,width] (default: that of the weights)")
+    batch_sizes: list[int] = option([1, 2, 7], "batch sizes at which the export is compared with the original")
+    tolerance: float = option(
         1e-5, "largest deviation, relative to the root mean square of an output; an export beyond it is not written"
     )
-    license: str | None = _option(None, "license of the weights for the model card, such as mit or cc-by-nc-4.0")
-    push: str | None = _option(
+    license: str | None = option(None, "license of the weights for the model card, such as mit or cc-by-nc-4.0")
+    push: str | None = option(
         None, "user/name of a repository on the Hugging Face hub to upload to; without a token, files are only listed"
     )
-    push_dry_run: bool = _option(False, "list the files that push would upload, also where there is a token")
-    private: bool = _option(True, "push: make the repository private if it does not exist")
-    name: str | None = _option(None, "name of the folder in outputs/ (default: export, run and format)")
-    output_dir: str | None = _option(None, "path of the folder, instead of outputs/<name>")
-    overwrite: bool = _option(False, "replace an earlier export in the folder")
+    push_dry_run: bool = option(False, "list the files that push would upload, also where there is a token")
+    private: bool = option(True, "push: make the repository private if it does not exist")
+    name: str | None = option(None, "name of the folder in outputs/ (default: export, run and format)")
+    output_dir: str | None = option(None, "path of the folder, instead of outputs/<name>")
+    overwrite: bool = option(False, "replace an earlier export in the folder")
 
     def __post_init__(self) -> None:
         if self.run is None:
             raise UsageError("run is not given: say run=outputs/<name>, an export folder, or a timm model name.")
-        if self.name is not None and (self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|\0')):
-            raise UsageError(f"name={self.name} is not a plain folder name; output_dir=... sets a whole path.")
+        check_folder_name(self.name)
         self._check_outputs()
         if not self.batch_sizes or any(size < 1 for size in self.batch_sizes):
             raise UsageError(

@@ -1,16 +1,10 @@
 """The settings of `report`."""
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from sslvision.errors import UsageError
-from sslvision.settings import Sections
-
-
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+from sslvision.settings import Sections, option
 
 
 @dataclass
@@ -20,19 +14,19 @@ class Report:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    run: list[str] = _option(
+    run: list[str] = option(
         [], "run folders; words without = are run folders too: one is reported on, several are compared"
     )
-    output: str | None = _option(
+    output: str | None = option(
         None, "path of the HTML file (default: report.html in the run folder; of several runs, beside the first one)"
     )
-    follow: bool = _option(
+    follow: bool = option(
         False, "write it again and again while a run goes on; the page loads itself again in a browser"
     )
-    map: Literal["tsne", "umap"] = _option(
+    map: Literal["tsne", "umap"] = option(
         "tsne", "layout of the map of images of one run; umap needs umap-learn (pip install 'sslvision[report]')"
     )
-    every: int = _option(30, "follow: seconds between two reports")
+    every: int = option(30, "follow: seconds between two reports")
 
     def __post_init__(self) -> None:
         if not self.run:

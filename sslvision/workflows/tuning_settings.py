@@ -1,10 +1,10 @@
 """The settings of `tune`: those of pretraining or of fine-tuning, and of the search."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sslvision.errors import UsageError
-from sslvision.settings import Finetune, Pretrain, Sections, seconds_of
+from sslvision.settings import Finetune, Pretrain, Sections, option, seconds_of
 from sslvision.workflows.search_space import parse_space
 
 RANGES = "sslvision.workflows.tuning_settings.any_setting"
@@ -24,48 +24,42 @@ def any_setting(**ranges: str) -> None:
     """Stand for the keys of `ranges.`: any setting that a search may vary."""
 
 
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Search:
     """The settings of a search, whatever it trains."""
 
-    ranges: dict[str, Any] = _option(
+    ranges: dict[str, Any] = option(
         {},
         "what is searched, one word each, in quotes: 'ranges.base_lr=log(1e-4,1e-2)' 'ranges.mask_ratio=uniform(0.5,0.9)' "
         "'ranges.backbone.depth=int(2,6)' 'ranges.weight_decay=choice(0,1e-5,1e-4)'",
     )
-    search: Literal["random", "grid", "tpe"] | None = _option(
+    search: Literal["random", "grid", "tpe"] | None = option(
         None,
         "how: random, grid (points= values of each range), or tpe (Optuna's, which learns from the trials before); without it, "
         "the seven steps are done",
     )
-    steps: Any = _option(
+    steps: Any = option(
         "all",
         "without search=: which of the steps, such as [1,2,3]: 1 initial loss, 2 overfit a handful, 3 rate, 4 coarse grid, 5 "
         "finer grid, 6 learning curves, 7 step 5 again while there is budget",
     )
-    trials: int | None = _option(
+    trials: int | None = option(
         None, "number of trials, of all processes together (default: 20; of a grid, all of its cells)"
     )
-    points: int = _option(5, "grid: number of values of a range that has two ends")
-    trial_epochs: float | None = _option(
+    points: int = option(5, "grid: number of values of a range that has two ends")
+    trial_epochs: float | None = option(
         None, "passes over the images of each trial (default: epochs, or fewer, such that all trials fit the budget)"
     )
-    pruner: Literal["none", "median", "hyperband"] = _option(
+    pruner: Literal["none", "median", "hyperband"] = option(
         "none",
         "stop trials that do worse than others at a quarter, half and three quarters: median, hyperband (Optuna's)",
     )
-    storage: str | None = _option(
+    storage: str | None = option(
         None,
         "where the study is kept: any URL of Optuna's (sqlite:///..., postgresql://..., mysql://...), or journal:///path, a "
         "file on a shared disk (default: study.db in the folder); processes with the same storage and study work together",
     )
-    study: str | None = _option(None, "name of the study in the storage (default: the folder's)")
+    study: str | None = option(None, "name of the study in the storage (default: the folder's)")
 
     def check_search(self) -> None:
         """Check the settings of the search.
@@ -101,16 +95,16 @@ class Tune(Search, Pretrain):
 
     sections: ClassVar[Sections] = {**Pretrain.sections, "ranges": RANGES}
 
-    epochs: int = _option(100, _LENGTH)
-    budget: str | None = _option(None, _BUDGET)
-    name: str | None = _option(None, _NAME)
-    resume: str | None = _option(None, _RESUME)
-    knn_every_epochs: int = _option(10, _AT_THE_END)
-    checkpoint_every_epochs: int = _option(10, _UNSAVED)
-    checkpoint_every_steps: int | None = _option(None, _UNSAVED)
-    keep_checkpoints: int = _option(3, _UNSAVED)
-    dry_run: bool = _option(False, _DRY)
-    objective: Literal["auto", "knn", "rankme"] = _option(
+    epochs: int = option(100, _LENGTH)
+    budget: str | None = option(None, _BUDGET)
+    name: str | None = option(None, _NAME)
+    resume: str | None = option(None, _RESUME)
+    knn_every_epochs: int = option(10, _AT_THE_END)
+    checkpoint_every_epochs: int = option(10, _UNSAVED)
+    checkpoint_every_steps: int | None = option(None, _UNSAVED)
+    keep_checkpoints: int = option(3, _UNSAVED)
+    dry_run: bool = option(False, _DRY)
+    objective: Literal["auto", "knn", "rankme"] = option(
         "auto",
         "what is best: knn, the k-NN top-1 on held-out labeled images (probe_data= gives some to images without labels); "
         "rankme, the effective rank of the features; auto: knn with labels, else rankme",
@@ -127,13 +121,13 @@ class TuneFinetune(Search, Finetune):
 
     sections: ClassVar[Sections] = {**Finetune.sections, "ranges": RANGES}
 
-    epochs: int = _option(20, _LENGTH)
-    budget: str | None = _option(None, _BUDGET)
-    name: str | None = _option(None, _NAME)
-    resume: str | None = _option(None, _RESUME)
-    scratch: bool = _option(True, "whether the recipe that is found also trains from scratch; trials do not")
-    compare: bool = _option(False, "refused: a comparison has its own search of rates")
-    dry_run: bool = _option(False, _DRY)
+    epochs: int = option(20, _LENGTH)
+    budget: str | None = option(None, _BUDGET)
+    name: str | None = option(None, _NAME)
+    resume: str | None = option(None, _RESUME)
+    scratch: bool = option(True, "whether the recipe that is found also trains from scratch; trials do not")
+    compare: bool = option(False, "refused: a comparison has its own search of rates")
+    dry_run: bool = option(False, _DRY)
 
     @property
     def budget_seconds(self) -> float | None:
