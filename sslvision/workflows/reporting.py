@@ -25,7 +25,8 @@ from sslvision.workflows.report_of_runs import runs_page
 from sslvision.workflows.report_settings import Report
 
 REPORT = "report.html"
-Given, Result = ParamSpec("Given"), TypeVar("Result")
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
 
 
 def report(settings: Report) -> Path:
