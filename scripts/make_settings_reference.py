@@ -17,7 +17,10 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.hugging_face import open_hugging_face
+from sslvision.data.sources.list_file import open_list
 from sslvision.data.sources.torchvision_sets import open_torchvision
+from sslvision.data.sources.webdataset import open_webdataset
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
@@ -59,11 +62,14 @@ TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (
     ("data=embedded", open_embedded, SOURCE, ()),
     ("data=digits", open_digits, SOURCE, ()),
     ("data=folder", open_folder, SOURCE, ()),
+    ("data=list", open_list, SOURCE, ()),
+    ("data=hf", open_hugging_face, SOURCE, ()),
+    ("data=webdataset", open_webdataset, SOURCE, ()),
     ("data=torchvision", open_torchvision, SOURCE, ()),
 )
 SOURCES = {  # of data sources, whose docstrings are prose
-    "root": "Folder of the images; for torchvision, the folder in which it keeps its data sets.",
-    "channels": "Channels of an image: 1, 3, or for a folder as many as its files have.",
+    "root": "Folder of the images, or a .zip or .tar file of it; for torchvision, the folder in which it keeps its data sets.",
+    "channels": "Channels of an image: 1, 3, or for files as many as those have.",
     "holdout": "Fraction of the images held out for scores, where the data has no split for it.",
     "size": "Side of an image in pixels.",
     "name": "Class name of a data set in torchvision.datasets, such as CIFAR10.",

@@ -299,7 +299,9 @@ class Predict:
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
     run: str | None = _option(None, "folder of a fine-tuned run, or its export/")
-    images: str | None = _option(None, "a folder of images, with any subfolders, or one image")
+    images: str | None = _option(
+        None, "a folder of images, with any subfolders, a .zip, .tar or list (.csv, ...) of images, or one image"
+    )
     output: str | None = _option(
         None,
         "path of the CSV file (default: predictions.csv in the run folder; predictions-2.csv if there is one, ...)",
@@ -367,7 +369,8 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if "_target_" not in settings.data:
         raise UsageError(
             f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
-            "data.root=..., or data=torchvision data.name=... data.root=..."
+            "data.root=..., data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=..., or "
+            "data=torchvision data.name=... data.root=..."
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")

@@ -18,7 +18,7 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 
 from sslvision.cli.check_settings import Settings, checked, known_keys, parameters
 from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
-from sslvision.cli.shorthands import ExistingFolder, implied_source, in_full, recipe_to_resume
+from sslvision.cli.shorthands import ExistingPath, implied_source, in_full, recipe_to_resume
 from sslvision.cli.values import is_text, is_text_list, value_of
 from sslvision.cli.words import Words, join_words, split_words
 from sslvision.errors import UsageError
@@ -219,7 +219,7 @@ def _set_all(
             continue
         section, _, name = key.rpartition(".")
         kind = known.get(section, {}).get(name, str if key.split(".")[0] == "ranges" else Any)
-        value = _plain(key, str(value)) if isinstance(value, ExistingFolder) else read(key, value, kind)
+        value = _plain(key, str(value)) if isinstance(value, ExistingPath) else read(key, value, kind)
         OmegaConf.update(tree, key, value, merge=True, force_add=True)
 
 

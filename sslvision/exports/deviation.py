@@ -1,5 +1,6 @@
 """How far an export is from the network it was made of: outputs for the same pixels, and pixels for the same images."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,12 +9,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sslvision.augment.crops import center_crop
+from sslvision.augment.crops import CROP_PCT, center_crop
 from sslvision.backbones.backbone import Backbone
 from sslvision.errors import SSLVisionError
 
 HOW = "largest absolute difference, divided by the root mean square of the output"
-SIZES = ((1.0, 1.0), (1.9, 1.4), (1.1, 2.3), (0.6, 0.8), (4.1, 3.0))  # of images for preprocessing, in image sizes
+# Height and width of images for preprocessing, in image sizes.
+SIZES = ((1.0, 1.0), (1.9, 1.4), (1.1, 2.3), (0.6, 0.8), (4.1, 3.0), (1.37, 1.0), (1.0, 1.61), (2.2, 1.7), (1.3, 1.9))
 LONG = (7.0, 1.2)  # an image that we do not resize as a whole
 
 
@@ -107,20 +109,34 @@ def preprocessing_deviation(prepare: Callable[[Image.Image], Tensor], backbone: 
         backbone: Whose image size and crop are evaluated.
 
     Returns:
-        "pixels", over images of several sizes; "long", over a very long one, of which we resize the center alone. Nothing for
-        images that are neither gray nor RGB, which other libraries do not read.
+        "pixels", over images of several sizes; "long", over a very long one, of which we resize the center alone; "shifted",
+        over those whose crop begins at half a pixel, which libraries round in two ways. What no image is of is left out: all
+        of it for images that are neither gray nor RGB, which other libraries do not read.
     """
     if backbone.channels not in (1, 3):
         return {}
     size = backbone.image_size
-    found = {"pixels": 0.0, "long": 0.0}
+    found = dict[str, float]()
     for number, (rows, columns) in enumerate((*SIZES, LONG)):
         picture = _photograph(round(rows * size[0]), round(columns * size[1]), backbone.channels, seed=number)
         ours = center_crop(picture, size, backbone.crop_pct).float()
         theirs = prepare(Image.fromarray(picture.permute(1, 2, 0).squeeze(2).contiguous().numpy()))
-        key = "long" if (rows, columns) == LONG else "pixels"
-        found[key] = max(found[key], (theirs - ours).abs().max().item())
+        shifted = begins_at_half_a_pixel((picture.shape[1], picture.shape[2]), backbone)
+        key = "long" if (rows, columns) == LONG else "shifted" if shifted else "pixels"
+        found[key] = max(found.get(key, 0.0), (theirs - ours).abs().max().item())
     return found
+
+
+def begins_at_half_a_pixel(image: tuple[int, int], backbone: Backbone) -> bool:
+    """Return whether rounding up or down decides where the crop of an image of this height and width begins.
+
+    We round to the even neighbor, as timm and torchvision do: where 4n + 3 pixels are cut off, that is up.
+    """
+    size, crop_pct = backbone.image_size, backbone.crop_pct or CROP_PCT
+    covered = math.floor(size[0] / crop_pct)
+    if size[0] != size[1]:
+        return False
+    return any((int(covered * side / min(image)) - size[0]) % 4 == 3 for side in image)
 
 
 def _photograph(height: int, width: int, channels: int, *, seed: int) -> Tensor:

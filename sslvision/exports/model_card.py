@@ -4,6 +4,7 @@ Scores, settings, versions and hardware are those in the files of the run. What 
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,9 +167,9 @@ def training(loaded: Loaded, known: Mapping[str, Any]) -> str:
     """Return how it was trained: recipe, length, hardware and versions."""
     config, environment, results = known["config"], known["environment"], known["results"]
     if not config:
-        return f"The weights are: {loaded.weights}. Nothing else is recorded about their training."
+        return f"The weights are: {without_folders(loaded.weights)}. Nothing else is recorded about their training."
     rows = {
-        "command": f"`{environment['command']}`" if environment.get("command") else None,
+        "command": f"`{without_folders(environment['command'])}`" if environment.get("command") else None,
         "recipe": config.get("about") or None,
         "method": _settings(config.get("method", {})),
         "epochs": config.get("epochs"),
@@ -254,6 +255,11 @@ def data_name(known: Mapping[str, Any]) -> str:
         return Path(str(named)).name
     target = str(section.get("_target_", "")).rpartition(".")[2].removeprefix("open_")
     return target or "unknown images"
+
+
+def without_folders(text: str) -> str:
+    """Return text with the last part alone of each absolute path: an export is given away, and folders name people."""
+    return re.sub(r"(?<![\w./:])(?:~?/[^\s'\"=,]+/)([^\s'\"=,/]+)", r"\1", text)
 
 
 def _settings(section: Mapping[str, Any]) -> str:

@@ -46,7 +46,7 @@
     let layout = 0, only = null;
     const show = event => {
       const box = space.getBoundingClientRect();
-      const x = 1000 * (event.clientX - box.left) / box.width, y = 1000 * (event.clientY - box.top) / box.height;
+      const x = 1000 * (event.clientX - box.left) / box.width, y = data.height * (event.clientY - box.top) / box.height;
       let best = -1, distance = 60 * 60;
       data.layouts[layout].forEach(([a, b], i) => {
         if (only !== null && data.labels[i] !== only) return;
@@ -56,7 +56,7 @@
       tip.style.display = ring.style.display = best < 0 ? "none" : "block";
       if (best < 0) return;
       const [a, b] = data.layouts[layout][best];
-      ring.style.left = `${a / 10}%`; ring.style.top = `${b / 10}%`;
+      ring.style.left = `${a / 10}%`; ring.style.top = `${100 * b / data.height}%`;
       const column = best % data.columns, row = Math.floor(best / data.columns);
       thumb.style.backgroundSize = `${100 * data.columns}% ${100 * data.rows}%`;
       thumb.style.backgroundPosition = `${data.columns > 1 ? 100 * column / (data.columns - 1) : 0}% ${data.rows > 1 ? 100 * row / (data.rows - 1) : 0}%`;
@@ -64,8 +64,8 @@
       told.textContent = (label >= 0 ? `${data.classes[label]} · ` : "") + data.names[best];
       tip.style.left = a < 500 ? `calc(${a / 10}% + 14px)` : "auto";
       tip.style.right = a < 500 ? "auto" : `calc(${100 - a / 10}% + 14px)`;
-      tip.style.top = b < 500 ? `${b / 10}%` : "auto";
-      tip.style.bottom = b < 500 ? "auto" : `${100 - b / 10}%`;
+      tip.style.top = 2 * b < data.height ? `${100 * b / data.height}%` : "auto";
+      tip.style.bottom = 2 * b < data.height ? "auto" : `${100 - 100 * b / data.height}%`;
     };
     const hide = () => { tip.style.display = ring.style.display = "none"; };
     space.addEventListener("pointermove", show);

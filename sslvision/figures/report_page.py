@@ -54,14 +54,19 @@ def page(title: str, *, about: str, facts: Sequence[str], sections: Sequence[Sec
 
 def paragraph(text: str, kind: str = "") -> str:
     """Return a paragraph."""
-    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
+    return f'<p class="{kind}">{_prose(text)}</p>' if kind else f"<p>{_prose(text)}</p>"
+
+
+def _prose(text: str) -> str:
+    """Return a text escaped, with numbers and their percent signs on one line."""
+    return escape(text.replace(" %", "\u00a0%"))
 
 
 def listed(texts: Sequence[str], kind: str = "") -> str:
     """Return a list of sentences; nothing if there are none."""
     if not texts:
         return ""
-    return f'<ul class="{kind}">' + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>"
+    return f'<ul class="{kind}">' + "".join(f"<li>{_prose(text)}</li>" for text in texts) + "</ul>"
 
 
 def table(

@@ -36,14 +36,14 @@ def _data_uri(file: Path, scale: float) -> str:
     with Image.open(io.BytesIO(content)) as opened:
         image, kind = opened.copy(), "png"
         if len(content) > SMALL or scale < 1:
-            image = image.convert("RGB")
-            width = max(round(image.width * scale), min(NARROWEST, image.width))
-            if width < image.width:
-                image = image.resize(
-                    (width, max(1, round(image.height * width / image.width))), Image.Resampling.LANCZOS
+            shown: Image.Image = image.convert("RGB")
+            width = max(round(shown.width * scale), min(NARROWEST, shown.width))
+            if width < shown.width:
+                shown = shown.resize(
+                    (width, max(1, round(shown.height * width / shown.width))), Image.Resampling.LANCZOS
                 )
             written = io.BytesIO()
-            image.save(written, "WEBP", quality=88, method=4)
+            shown.save(written, "WEBP", quality=88, method=4)
             if written.tell() < len(content):
                 content, kind = written.getvalue(), "webp"
         else:

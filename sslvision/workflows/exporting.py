@@ -22,7 +22,7 @@ from sslvision.errors import UsageError
 from sslvision.exports.deviation import Deviation, deviation, preprocessing_deviation, require_close
 from sslvision.exports.graphs import read_onnx, read_program, write_onnx, write_program
 from sslvision.exports.hub import hub_token, push_to_hub, require_hub, uploaded_files
-from sslvision.exports.model_card import write_card
+from sslvision.exports.model_card import without_folders, write_card
 from sslvision.exports.network import ExportedNetwork, Interface, our_outputs, outputs_of, preprocessing, statistics_of
 from sslvision.exports.optional import require_packages
 from sslvision.exports.timm_folder import read_timm, timm_pixels, write_timm
@@ -42,6 +42,7 @@ from sslvision.workflows.console import print_findings
 from sslvision.workflows.exporting_settings import OPSET, Export
 
 RECORD = "export.json"
+SHIFT = 3.0  # gray levels, more than any rounding
 ROUNDING = 1e-3  # gray levels: of normalizing and back
 
 
@@ -92,8 +93,8 @@ def export_network(settings: Export, folder: Path, words: Sequence[str] = ()) ->
         done = WRITERS[settings.format](loaded, unfinished, settings)
         record = {
             "format": settings.format,
-            "source": settings.run,
-            "weights": loaded.weights,
+            "source": without_folders(settings.run or ""),
+            "weights": without_folders(loaded.weights),
             "deviation": done.deviation.record(),
             **done.facts,
             "environment": run_files.environment(shlex.join(["python", "-m", "sslvision.export", *redact([*words])])),
@@ -257,7 +258,9 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
         return (
             "Preprocessing was not compared: images of this number of channels are no files that other libraries read."
         )
-    usual, long = pixels["pixels"], pixels["long"]
+    usual, long, shifted = (pixels.get(key, 0.0) for key in ("pixels", "long", "shifted"))
+    if "pixels" not in pixels:  # of this image size, all crops begin at half a pixel
+        usual, shifted = (shifted, 0.0) if shifted < SHIFT else (0.0, shifted)
     told = (
         f"differs from ours by at most {usual:.3g} of 255 gray levels"
         if usual > ROUNDING
@@ -266,6 +269,11 @@ def in_words(pixels: Mapping[str, float], whose: str) -> str:
     end = (
         f" ({long:.3g} in very long images, of which we resize the center alone)" if long > max(usual, ROUNDING) else ""
     )
+    if shifted >= max(usual + 1, SHIFT):
+        often = "one size of images in four" if "pixels" in pixels else "every image of this image_size"
+        end += (
+            f", but where 4n + 3 pixels are cut off a side after resizing, its crop begins one pixel earlier: {often}"
+        )
     return f"Preprocessing: {whose} {told}{end}."
 
 

@@ -54,6 +54,7 @@ from sslvision.workflows.console import (
 )
 from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank_classes
 from sslvision.workflows.readings import next_command, print_next, read_curves_of
+from sslvision.workflows.reporting import reports
 
 CONTENTS = """\
 # {name}
@@ -62,6 +63,7 @@ Made by `{command}`.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | top-1, top-5 and per-class accuracy of the fine-tuned network, of its frozen features and from scratch |
 | export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
 | figures/ | confusion matrix, learning curves |
@@ -85,6 +87,7 @@ class Plan:
     scratch: TrainingPlan | None
 
 
+@reports
 def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Fine-tune, and train from scratch for comparison; export the classifier and evaluate both.
 

@@ -50,11 +50,12 @@ from sslvision.workflows.console import (
 from sslvision.workflows.final_evaluation import export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
 from sslvision.workflows.readings import next_command, print_next, read_curves_of
-from sslvision.workflows.reporting import reported
+from sslvision.workflows.reporting import reports
 
 SMALL = 40  # pixels: the side of images that recipes for small images have
 
 
+@reports
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Pretrain a backbone, export it, and evaluate its features.
 
@@ -118,12 +119,11 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         }
         print_configuration(console, rows, title=settings.about or folder.name)
         print_findings(console, findings)
-    with reported(folder, console, here=trainer.is_global_zero):
-        fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
-        if not trainer.is_global_zero:
-            return {}
-        return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
+    fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
+    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    if not trainer.is_global_zero:
+        return {}
+    return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
 
 
 def conclude(

@@ -41,6 +41,7 @@ from sslvision.training.trainer import configure_torch, select_device
 from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
+from sslvision.workflows.reporting import reports
 
 KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # names in the table
 PIXELS_OF = 10_000  # images at most, whose pixels are compared
@@ -52,6 +53,7 @@ Made by `{command}`. The same command overwrites it.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | top-1 with its 95 % interval, top-5 and per-class accuracy; the protocol and how it differs from the paper's |
 | confusion.png | confusion matrix of the linear probe |
 | config.yaml, environment.json | all settings; versions, git commit and hardware |
@@ -84,6 +86,7 @@ class LabeledFeatures:
     labels: Tensor
 
 
+@reports
 def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate frozen features, and write the results.
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -10,6 +10,7 @@ from sslvision.figures.report_charts import SMOOTHED_FROM, Bar, Line, interval_c
 from sslvision.figures.report_page import Section, command, facts_table, folded, listed, page, paragraph, table
 from sslvision.figures.report_pictures import encode_pictures, pictures
 from sslvision.runs.run_record import RunRecord
+from sslvision.workflows.report_of_map import map_section
 from sslvision.workflows.report_words import (
     KINDS,
     ROWS,
@@ -51,7 +52,7 @@ HEALTH = {
 NOT_HEALTH = ("step", "epoch", "loss", "lr", "weight_decay", "val_loss")
 
 
-def run_page(run: RunRecord, *, refresh: int = 0) -> str:
+def run_page(run: RunRecord, *, refresh: int = 0, layout: Literal["tsne", "umap"] = "tsne") -> str:
     """Return the report of a run as one HTML page, which a browser loads again every `refresh` seconds, if any."""
     encoded, told = encode_pictures({name: file for name, file in run.pictures.items() if name not in DRAWN})
     heads = ("reconstructions", "attention", "patch_features", "neighbors")
@@ -60,6 +61,7 @@ def run_page(run: RunRecord, *, refresh: int = 0) -> str:
         Section("In short", in_short(run)),
         Section("Scores", scores(run)),
         Section("Learning curves", curves(run) + speed(run)),
+        Section("Map of images", map_section(run, layout)),
         Section("What it sees", pictures(encoded, CAPTIONS, [*heads, *others])),
         Section("Classes", per_class(run) + pictures(encoded, CAPTIONS, ["confusion"])),
         Section("Health", health(run)),
@@ -127,9 +129,8 @@ def scores_of_pretraining(run: RunRecord) -> str:
         if images
         else "Of frozen features. RankMe is the effective number of dimensions that they use."
     )
-    chart = f'<div class="panels">{charts}</div>' if charts else ""
     return (
-        chart
+        charts
         + table(["frozen features", *shown.values()], cells, first=True)
         + (paragraph(meaning, "about") if cells else "")
     )
@@ -310,7 +311,7 @@ def what_was_done(run: RunRecord) -> str:
         "begun": str(environment.get("date") or ""),
         "folder": str(run.folder),
     }
-    flat = [[key, _shown(value)] for key, value in flattened(settings).items()]
+    flat = [[key, shown_setting(value)] for key, value in flattened(settings).items()]
     return facts_table(rows) + folded("All settings", table(["setting", "value"], flat, kind="settings", numbers=False))
 
 
@@ -331,7 +332,8 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _shown(value: Any) -> str:
+def shown_setting(value: Any) -> str:
+    """Return the value of a setting as it is written."""
     if isinstance(value, str):
         return value
     return (

@@ -1,7 +1,7 @@
 """The settings of `report`."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from sslvision.errors import UsageError
 from sslvision.settings import Sections
@@ -28,6 +28,9 @@ class Report:
     )
     follow: bool = _option(
         False, "write it again and again while a run goes on; the page loads itself again in a browser"
+    )
+    map: Literal["tsne", "umap"] = _option(
+        "tsne", "layout of the map of images of one run; umap needs umap-learn (pip install 'sslvision[report]')"
     )
     every: int = _option(30, "follow: seconds between two reports")
 

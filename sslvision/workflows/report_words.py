@@ -33,6 +33,11 @@ SCORES = {
     "rankme": "RankMe",
 }
 CLASSIFIERS = {"fine_tuned": "fine-tuned", "frozen_features": "frozen features", "from_scratch": "from scratch"}
+IN_PROSE = {
+    "fine-tuned": "fine-tuning",
+    "frozen features": "a linear head on frozen features",
+    "from scratch": "training from scratch",
+}
 Interval = tuple[float, float]
 
 
@@ -78,7 +83,7 @@ def verdict_of_pretraining(results: Mapping[str, Any]) -> list[str]:
     """Return what k-NN and linear probe say of the features, beside the untrained network and pixels."""
     told = []
     for score, name in (("knn_top1", "k-NN"), ("linear_top1", "A linear probe")):
-        if not _is_number(value := results.get(score)):
+        if not _is_number(value := results.get(score, math.nan)):
             continue
         interval = interval_of(results, score)
         of = f" of {results['held_out_images']:,} held-out images" if results.get("held_out_images") else ""
@@ -92,10 +97,11 @@ def verdict_of_pretraining(results: Mapping[str, Any]) -> list[str]:
         told.append(f"{name} on the frozen features is right for {value:.1f} %{of}{_listed(beside)}.")
     if not told and _is_number(rank := results.get("rankme")):
         untrained = results.get("untrained_rankme")
-        other = f", of the untrained network's {untrained:.1f}" if _is_number(untrained) else ""
+        of_untrained = f" (untrained: {untrained:.1f})" if _is_number(untrained) else ""
         told.append(
-            f"The images have no labels that accuracy could be measured by. RankMe, the effective number of dimensions of the "
-            f"features, is {rank:.1f}{other}. Whether neighbors are alike is seen below; probe_data=FOLDER measures accuracy."
+            "The images have no labels that accuracy could be measured by. RankMe, the effective number of dimensions of the "
+            f"features, is {rank:.1f}{of_untrained}. Whether neighbors are alike is seen below; probe_data=FOLDER "
+            "measures accuracy."
         )
     return told
 
@@ -108,7 +114,7 @@ def verdict_of_classifiers(results: Mapping[str, Any]) -> list[str]:
     (name, first), *others = found.items()
     interval, pixels = _interval(first), results.get("pixels") or {}
     beside = [
-        against(first["top1"], interval, one["top1"], _interval(one), other)
+        against(first["top1"], interval, one["top1"], _interval(one), IN_PROSE[other])
         for other, one in others
         if other in CLASSIFIERS.values()
     ]

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from backbones.exports import build, exported
@@ -9,6 +10,7 @@ from timm.data import create_transform
 from torch import nn
 
 import sslvision
+from sslvision.augment.crops import resize
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.errors import SSLVisionError, UsageError
 from sslvision.exports import deviation as deviations
@@ -45,6 +47,7 @@ def test_timm_is_the_default_and_the_deviation_is_told(source, tmp_path, capsys)
 @pytest.mark.thorough
 def test_a_run_that_stopped_is_exported_from_its_newest_checkpoint(train_tiny, settings_of, tmp_path):
     train_tiny(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()  # as if it had not come so far
     record = exporting.export_network(settings_of("export", f"run={tmp_path / 'run'}"), tmp_path / "out")
     assert "update 8 in " in record["weights"]
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -164,6 +167,33 @@ def test_preprocessing_that_loses_a_border_is_seen_in_gray_levels():
     wrong = create_transform((3, 32, 32), interpolation="bicubic", crop_pct=0.875, normalize=False)
     assert deviations.preprocessing_deviation(lambda image: right(image).float(), backbone)["pixels"] <= 2
     assert deviations.preprocessing_deviation(lambda image: wrong(image).float(), backbone)["pixels"] > 10
+
+
+def test_a_crop_that_is_rounded_down_is_told_apart():
+    backbone = build("ViT", channels=3)
+    backbone.crop_pct = 1.0
+    assert [deviations.begins_at_half_a_pixel((32, 32 + cut), backbone) for cut in range(5)] == [False] * 3 + [
+        True,
+        False,
+    ]
+
+    def rounded_down(image):
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        short = min(pixels.shape[1:])
+        pixels = resize(pixels, tuple(int(32 * side / short) for side in pixels.shape[1:]))
+        top, left = ((side - 32) // 2 for side in pixels.shape[1:])
+        return pixels[:, top : top + 32, left : left + 32].float()
+
+    found = deviations.preprocessing_deviation(rounded_down, backbone)
+    assert found["pixels"] == 0
+    assert found["shifted"] > 10
+    assert "one size of images in four" in exporting.in_words(found, "it")
+    assert "every image of this image_size" in exporting.in_words({"long": 0.0, "shifted": found["shifted"]}, "it")
+    assert "at most 1 of 255" in exporting.in_words({"long": 0.0, "shifted": 1.0}, "it")
+    assert (
+        exporting.in_words({"pixels": 0, "long": 0, "shifted": 0}, "it")
+        == "Preprocessing: it gives our pixels exactly."
+    )
 
 
 @pytest.mark.parametrize("normalize", ["inside", "beside"])

@@ -11,7 +11,7 @@ from backbones.exports import exported
 from PIL import Image
 
 from sslvision.backbones.load import load_backbone
-from sslvision.exports.model_card import write_card
+from sslvision.exports.model_card import without_folders, write_card
 from sslvision.exports.network import our_outputs
 from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.exporting import export_network
@@ -112,6 +112,22 @@ def test_a_run_that_has_not_ended_says_so_and_claims_no_scores(tmp_path):
     assert "None are recorded" in text
     assert "model-index" not in head
     assert "/home/me" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("export of /home/ann/outputs/a", "export of a"),
+        (
+            "python -m sslvision.pretrain data.root=/data/ann/photos name=a",
+            "python -m sslvision.pretrain data.root=photos name=a",
+        ),
+        ("update 1,200 in /tmp/x/last.ckpt (it has not ended)", "update 1,200 in last.ckpt (it has not ended)"),
+        ("run=outputs/a at https://hub.co/me/a, 1/255", "run=outputs/a at https://hub.co/me/a, 1/255"),
+    ],
+)
+def test_what_is_given_away_names_no_folders_of_this_machine(text, shown):
+    assert without_folders(text) == shown
 
 
 def test_weights_of_which_nothing_is_known_are_not_described_beyond_that(tmp_path):

@@ -2,20 +2,23 @@
 
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from rich.console import Console
 
 from sslvision.cli.words import as_settings
 from sslvision.errors import UsageError
 from sslvision.runs.run_record import STOPPED, read_run
+from sslvision.workflows.report_of_runs import names_of
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.report_words import against
-from sslvision.workflows.reporting import REPORT, report, reported
+from sslvision.workflows.reporting import REPORT, report, reports
 
 OLD_RUNS = Path(__file__).parents[1] / "golden" / "old_runs"
 HOSTILE = "<script>alert('1')</script> & \"quotes\" {x} ünïcode"
@@ -48,6 +51,7 @@ class Page(HTMLParser):
         super().__init__()
         self.tags, self.open, self.cells, self.text, self.unbalanced = [], [], [], "", []
         self.feed(text)
+        self.text = self.text.replace("\u00a0", " ")
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -189,25 +193,51 @@ def test_a_run_that_stopped_says_where_why_and_how_it_goes_on(run_folder):
     folder = run_folder(results=None)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.ckpt").touch()
-    with pytest.raises(KeyboardInterrupt), reported(folder, Console()):
+
+    @reports
+    def stopped(settings, folder):
+        (folder / "config.yaml").touch()
         raise KeyboardInterrupt("SIGINT: saved at step 12")
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped(None, folder)
     page = Page((folder / REPORT).read_text())
     assert "SIGINT: saved at step 12" in page.text
     assert "stopped at update 12" in page.text
     assert f"python -m sslvision.pretrain resume=auto output_dir={folder}" in page.text
-    with reported(folder, Console()):
+
+    @reports
+    def resumed(settings, folder):
+        (folder / "config.yaml").touch()
         (folder / "results.json").write_text(json.dumps(RESULTS))
+
+    resumed(None, folder)
     assert not (folder / STOPPED).exists()
-    assert "stopped" not in (folder / REPORT).read_text().split("<main>")[0].split("</style>")[1]
+    assert "finished" in Page((folder / REPORT).read_text()).text
 
 
 def test_a_failure_to_write_the_report_costs_nothing_and_is_told(run_folder, capsys):
+    @reports
+    def done(settings, folder):
+        (folder / "config.yaml").write_text("not: [a run")
+        return 7
+
     folder = run_folder()
-    (folder / "config.yaml").write_text("not: [a run")
-    with reported(folder, Console(soft_wrap=True)):
-        pass
-    assert "The report could not be written" in capsys.readouterr().out
+    assert done(None, folder) == 7
+    assert "report.html could not be written" in capsys.readouterr().out
     assert not (folder / REPORT).exists()
+
+
+def test_the_folder_of_another_run_is_left_alone(run_folder):
+    @reports
+    def refused(settings, folder):
+        raise UsageError("in use")
+
+    folder = run_folder()
+    with pytest.raises(UsageError):
+        refused(None, folder)
+    assert not (folder / REPORT).exists()
+    assert not (folder / STOPPED).exists()
 
 
 def test_damaged_files_are_named_in_the_report_of_the_others(run_folder):
@@ -261,9 +291,92 @@ def test_words_without_an_equals_sign_are_run_folders(tmp_path, monkeypatch):
     assert as_settings(["a", "b=1"], None) == ["a", "b=1"]
 
 
+def test_runs_beside_one_another_show_their_curves_their_intervals_and_what_differs(run_folder, tmp_path):
+    better = RESULTS | {"knn_top1": 87.1, "intervals": {"knn_top1": [85.5, 88.5]}, "findings": []}
+    page = page_of(run_folder("a"), run_folder("b", results=better, batch_size=128), output=str(tmp_path / "both.html"))
+    assert "k-NN top-1 %: b is best, 87.1: 3.3 points above a." in page.text
+    assert {"83.84 (82.2 to 85.4)", "87.10 (85.5 to 88.5)", "batch_size", "64", "128"} <= set(page.cells)
+    assert "method.mask_ratio" not in page.cells
+    loss = json.loads(page.all("figure", **{"class": "chart tall"})[0]["data-chart"])
+    assert [line["name"] for line in loss["lines"]] == ["a", "b"]
+    assert not page.unbalanced
+    assert is_self_contained(page)
+
+
+def test_scores_on_different_images_are_not_ranked(run_folder, tmp_path):
+    others = {"_target_": "sslvision.data.sources.digits.open_digits"}
+    page = page_of(run_folder("a"), run_folder("b", data=others), output=str(tmp_path / "both.html"))
+    assert "The runs are of different images, so that their scores cannot be compared." in page.text
+    assert "is best" not in page.text
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_folders(run_folder):
+    runs = [read_run(run_folder(name), own=True) for name in ("x/a", "y/a", "y/b")]
+    assert names_of(runs) == ["x/a", "y/a", "y/b"]
+    assert names_of(runs[1:]) == ["a", "b"]
+
+
+def test_a_followed_report_is_written_until_the_run_ends_and_loads_itself_again(run_folder, monkeypatch, tmp_path):
+    folder = run_folder(results=None)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            f"import fcntl; f = open({str(folder / '.lock')!r}, 'w'); fcntl.lockf(f, 2); print(flush=True); input()",
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    holder.stdout.readline()
+    seen = []
+
+    def sleep(seconds):
+        seen.append(((folder / REPORT).read_text(), seconds))
+        (folder / "results.json").write_text(json.dumps(RESULTS))
+        holder.communicate(b"\n")
+
+    monkeypatch.setattr("sslvision.workflows.reporting.time.sleep", sleep)
+    page = page_of(folder, follow=True, every=7)
+    first = Page(seen[0][0])
+    assert (len(seen), seen[0][1]) == (1, 7)
+    assert first.all("meta", **{"http-equiv": "refresh"})[0]["content"] == "7"
+    assert "running, update 12" in first.text
+    assert not page.all("meta", **{"http-equiv": "refresh"})
+    assert "83.84" in page.cells
+
+
+def test_the_map_shows_every_image_its_class_and_its_thumbnail(run_folder):
+    folder = run_folder()
+    labels = np.arange(12) % 3
+    np.savez(
+        folder / "figures" / "map.npz",
+        features=np.eye(12, dtype=np.float16),
+        names=np.array([f"{HOSTILE}/{number}.jpg" for number in range(12)]),
+        columns=np.array(4),
+        layouts=np.array(["t-SNE", "PCA"]),
+        points=np.random.default_rng(0).normal(size=(2, 12, 2)),
+        kept=np.array([0.5, 0.25]),
+        labels=labels,
+        classes=np.array(["ant", HOSTILE, "bee"]),
+    )
+    Image.new("RGB", (128, 96), "red").save(folder / "figures" / "map.jpg")
+    page = page_of(folder)
+    [data] = [json.loads(attrs["data-map"]) for attrs in page.all("figure") if "data-map" in attrs]
+    assert (data["labels"], data["columns"], data["rows"], len(data["names"])) == (labels.tolist(), 4, 3, 12)
+    assert all(0 <= x <= 1000 and 0 <= y <= data["height"] for points in data["layouts"] for x, y in points)
+    dots = [attrs for attrs in page.all("path") if "data-label" in attrs]
+    assert sum(attrs["d"].count("M") for attrs in dots) == 24
+    assert "50 % (t-SNE) and 25 % (PCA) are among the 10 nearest on the map" in page.text
+    assert not page.unbalanced
+
+
 def test_a_run_writes_its_report_at_its_end(tiny_run):
     page = Page((tiny_run / REPORT).read_text(encoding="utf-8"))
     assert page.all("figure", **{"class": "chart tall"})
     assert read_run(tiny_run, own=True).status == "finished"
     results = json.loads((tiny_run / "results.json").read_text())
     assert f"{results['knn_top1']:.2f}" in page.cells
+    [data] = [json.loads(attrs["data-map"]) for attrs in page.all("figure") if "data-map" in attrs]
+    assert len(data["names"]) == len(data["labels"]) == 50
+    assert np.load(tiny_run / "figures" / "map.npz")["features"].shape == (50, 32)
+    assert (Path(tiny_run) / "figures" / "map.jpg").is_file()
