@@ -168,6 +168,14 @@ class LightningLoop(L.LightningModule):
         low = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
         shard_module(self, self.sharded_modules(), processes, forwards=["training_step"], compute=low)
 
+    def on_fit_start(self) -> None:
+        """Refuse FSDP 1, under which a trainer of one's own would train something else."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UsageError(
+                "FSDPStrategy flattens parameters, so that weight decay spares all of them: use sslvision's strategy fsdp2 "
+                "(sslvision.training.sharding.FSDP2), or DDP."
+            )
+
     @contextmanager
     def whole(self) -> Iterator[Self]:
         """Yield the method with whole weights in this process, for evaluation: under sharding a copy, which all have to gather.
@@ -191,11 +199,6 @@ class LightningLoop(L.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Build the method's optimizer and check its parameter groups."""
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise UsageError(
-                "FSDPStrategy flattens parameters, so that weight decay spares all of them: use sslvision's strategy fsdp2 "
-                "(sslvision.training.sharding.FSDP2), or DDP."
-            )
         optimizer = self.optimizer()
         check_groups(optimizer)
         if hasattr(optimizer, "_step_supports_amp_scaling"):
