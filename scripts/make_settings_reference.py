@@ -25,7 +25,10 @@ from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\
@@ -33,7 +36,7 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/make_settings_reference.py: change docstrings and help texts, not this file. -->
 
-Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first six tables. Settings of a section
+Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first tables. Settings of a section
 are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6` is
 short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
 """
@@ -44,6 +47,10 @@ COMMANDS: dict[str, Any] = {
     "predict": Predict,
     "inspect": Inspect,
     "scale": Scale,
+    "export": Export,
+    "report": Report,
+    "tune": Tune,
+    "tune run=...": TuneFinetune,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

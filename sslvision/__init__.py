@@ -14,7 +14,7 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import finetune, inspect, predict, pretrain, probe, scale
+    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale, tune
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -32,13 +32,16 @@ _HOMES = {
     "Splits": "data.source",
     "Supervised": "methods.supervised",
     "build_backbone": "backbones.build",
+    "export": "cli.functions",
     "finetune": "cli.functions",
     "inspect": "cli.functions",
     "load_backbone": "backbones.load",
     "predict": "cli.functions",
     "pretrain": "cli.functions",
     "probe": "cli.functions",
+    "report": "cli.functions",
     "scale": "cli.functions",
+    "tune": "cli.functions",
 }
 
 __all__ = [
@@ -50,13 +53,16 @@ __all__ = [
     "Splits",
     "Supervised",
     "build_backbone",
+    "export",
     "finetune",
     "inspect",
     "load_backbone",
     "predict",
     "pretrain",
     "probe",
+    "report",
     "scale",
+    "tune",
 ]
 
 

@@ -136,8 +136,7 @@ class Pretrain:
     @property
     def budget_seconds(self) -> float | None:
         """Return the budget in seconds; None without one, or for what is no time."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", self.budget or "")
-        return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+        return seconds_of(self.budget)
 
 
 @dataclass
@@ -356,14 +355,19 @@ class Inspect:
             raise UsageError(f"measure={shown} is unknown: it is one or more of {', '.join(MEASURES)}.")
 
 
+def seconds_of(budget: str | None) -> float | None:
+    """Return a time such as 30m in seconds; None without one, or for what is no time."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", budget or "")
+    return None if found is None else float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
+
+
 def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if settings.run is None:
         raise UsageError(f"run is not given: say run=..., {_RUN}.")
     if "_target_" not in settings.data:
         raise UsageError(
-            f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
-            "data.root=..., data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=..., or "
-            "data=torchvision data.name=... data.root=..."
+            f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder data.root=..., "
+            "data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=..., or data=torchvision data.name=..."
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")

@@ -33,6 +33,17 @@ def check_foreach():
     assert torch._foreach_lerp([torch.zeros(1)], [torch.ones(1)], 0.25)[0].item() == 0.25
 
 
+def check_claims_of_optuna():
+    optuna = pytest.importorskip("optuna")
+    study, states = optuna.create_study(), optuna.trial.TrialState
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    study.add_trial(optuna.trial.create_trial(state=states.WAITING, params={"x": 0.5}, distributions=space))
+    number = study.trials[0]._trial_id
+    claims = [study._storage.set_trial_state_values(number, state=states.RUNNING) for _ in range(2)]
+    assert claims == [True, False]
+    assert optuna.trial.Trial(study, number).params == {"x": 0.5}
+
+
 def check_batch_norm():
     for kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
         assert issubclass(kind, nn.modules.batchnorm._BatchNorm)
@@ -289,6 +300,18 @@ TABLE = [
         "runs/loggers.py",
         "whether the W&B run has started",
         check_wandb_logger,
+    ),
+    (
+        "optuna.study.Study._storage",
+        "workflows/studies.py",
+        "claims a waiting trial: only one process succeeds",
+        check_claims_of_optuna,
+    ),
+    (
+        "optuna.trial.FrozenTrial._trial_id",
+        "workflows/studies.py",
+        "the storage's number of a trial",
+        check_claims_of_optuna,
     ),
 ]
 # Not private by name, but documented nowhere.

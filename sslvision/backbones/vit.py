@@ -137,6 +137,14 @@ class ViT(Backbone):
         tokens = self._attend(blocks, self._embed(images))
         return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
 
+    def encode_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of `encode` and the `attention_maps` of images, computed in one pass."""
+        assert self.has_attention_maps
+        *blocks, last = self.model.blocks
+        tokens = self._attend(blocks, self._embed(images))
+        maps = attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
+        return self.model.norm(self._attend([last], tokens)), maps
+
     def pool(self, tokens: Tensor) -> Tensor:
         """Pool as the timm model does (`global_pool` "token" or "avg"), so that exported models give the same features."""
         return self.model.forward_head(tokens, pre_logits=True)  # (B, D)

@@ -14,9 +14,12 @@ from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale)
+Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale, Export, Report, Tune, TuneFinetune)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
@@ -84,7 +87,7 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         backbone["image_size"] = shortest(height_and_width(backbone["image_size"], "backbone.image_size"))
     result = kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
     # Of a fine-tuning run, backbone.pretrained=false means the network of `run` with random weights.
-    taken = ("pretrained",) if kind is Finetune else ()
+    taken = ("pretrained",) if issubclass(kind, Finetune) else ()
     check_options_of_timm({key: value for key, value in backbone.items() if key not in taken})
     return result
 

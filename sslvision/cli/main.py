@@ -20,7 +20,7 @@ from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.surroundings import surroundings_restored
-from sslvision.cli.words import split_words
+from sslvision.cli.words import as_settings, split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.runs.redaction import redact
 from sslvision.runs.run_folder import RUN_FOLDER
@@ -47,7 +47,8 @@ def main(name: str, words: Sequence[str] | None = None) -> None:
         name: Name of the command.
         words: Command line after the command's name; by default all of it.
     """
-    command, words = COMMANDS[name], list(sys.argv[1:] if words is None else words)
+    command = COMMANDS[name]
+    words = as_settings(list(sys.argv[1:] if words is None else words), command.words)
     # OpenMP reads this when torch is loaded. The threads of a step spin while they wait for one another; beside a second
     # program that does so too, a step takes ten times as long and more. So they spin briefly, and then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -113,7 +114,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     left = ""
-    if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
+    if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
         return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
     if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
@@ -134,8 +135,12 @@ def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: An
     if settings.dry_run:
         return "This was a dry run, which is not resumed: start it again."
     folder = Path(os.environ.get(RUN_FOLDER, ""))
-    record = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl")
-    ended = sum(line.endswith("}\n") for line in record.open()) if record.is_file() else 0
+    if hasattr(settings, "ranges"):
+        record, end = (folder / "steps.jsonl", "}\n") if settings.search is None else (folder / "trials.csv", "\n")
+    else:
+        record, end = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl"), "}\n"
+    ended = sum(line.endswith(end) for line in record.open()) if record.is_file() else 0
+    ended -= record.suffix == ".csv" and ended > 0  # its first line has the names of columns
     kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
     again = [word for word in words if word.split("=")[0] != "overwrite"]
     left_out = ""
