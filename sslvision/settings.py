@@ -330,8 +330,7 @@ def _needs_run_and_data(settings: Probe | Finetune) -> None:
     if "_target_" not in settings.data:
         raise UsageError(
             f"No labeled images: {settings.run} has no data of its own. Give data=embedded, data=digits, data=folder "
-            "data.root=..., data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=..., or "
-            "data=torchvision data.name=... data.root=..."
+            "data.root=..., data=list data.file=..., data=hf data.path=..., data=webdataset data.urls=... or data=torchvision"
         )
     if "name" in settings.backbone:
         raise UsageError(f"backbone.name cannot be given: run={settings.run} determines the backbone.")
