@@ -130,7 +130,6 @@ class Steps:
                 updates=HEART,
                 folder=self.folder / "steps" / name,
                 handful=True,
-                deadline=self._until(0.1),
             )
             losses = curve.losses or [math.nan]
             fell = 1 - losses[-1] / losses[0] if losses[0] else 0.0
