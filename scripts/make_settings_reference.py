@@ -22,6 +22,7 @@ from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.scaling_settings import Scale
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -30,9 +31,9 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/make_settings_reference.py: change docstrings and help texts, not this file. -->
 
-Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first six tables. Settings of a section
-are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6` is
-short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
+Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first twelve tables. Settings of a
+section are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6`
+is short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
 """
 COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
@@ -41,6 +42,12 @@ COMMANDS: dict[str, Any] = {
     "predict": Predict,
     "inspect": Inspect,
     "scale": Scale,
+    "embed": Embed,
+    "search": Search,
+    "duplicates": Duplicates,
+    "outliers": Outliers,
+    "select": Select,
+    "cluster": Cluster,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

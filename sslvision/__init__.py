@@ -14,7 +14,20 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import finetune, inspect, predict, pretrain, probe, scale
+    from sslvision.cli.functions import (
+        cluster,
+        duplicates,
+        embed,
+        finetune,
+        inspect,
+        outliers,
+        predict,
+        pretrain,
+        probe,
+        scale,
+        search,
+        select,
+    )
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -32,6 +45,12 @@ _HOMES = {
     "Splits": "data.source",
     "Supervised": "methods.supervised",
     "build_backbone": "backbones.build",
+    "embed": "cli.functions",
+    "search": "cli.functions",
+    "duplicates": "cli.functions",
+    "outliers": "cli.functions",
+    "select": "cli.functions",
+    "cluster": "cli.functions",
     "finetune": "cli.functions",
     "inspect": "cli.functions",
     "load_backbone": "backbones.load",
@@ -50,13 +69,19 @@ __all__ = [
     "Splits",
     "Supervised",
     "build_backbone",
+    "cluster",
+    "duplicates",
+    "embed",
     "finetune",
     "inspect",
     "load_backbone",
+    "outliers",
     "predict",
     "pretrain",
     "probe",
     "scale",
+    "search",
+    "select",
 ]
 
 

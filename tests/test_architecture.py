@@ -5,15 +5,17 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"pretrain.py", "probe.py", "finetune.py", "predict.py", "inspect.py", "scale.py"}
+NAMES = {"pretrain", "probe", "finetune", "predict", "inspect", "scale"}
+NAMES |= {"embed", "search", "duplicates", "outliers", "select", "cluster"}
+COMMANDS = {f"{name}.py" for name in NAMES}
 # A folder imports those below it, and its own files.
 LAYERS = [
-    {"__init__", "__main__", "pretrain", "probe", "finetune", "predict", "inspect", "scale"},
+    {"__init__", "__main__", *NAMES},
     {"cli"},
     {"workflows"},
     {"training"},
     {"runs"},
-    {"evaluation", "inspection"},
+    {"evaluation", "inspection", "embeddings"},
     {"methods"},
     {"backbones"},
     {"data"},

@@ -14,9 +14,24 @@ from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.scaling_settings import Scale
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale)
+Settings = TypeVar(
+    "Settings",
+    Pretrain,
+    Probe,
+    Finetune,
+    Predict,
+    Inspect,
+    Scale,
+    Embed,
+    Search,
+    Duplicates,
+    Outliers,
+    Select,
+    Cluster,
+)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {

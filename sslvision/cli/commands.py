@@ -12,6 +12,7 @@ from typing import Any
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.scaling_settings import Scale
 
 
@@ -22,7 +23,9 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
-    if not isinstance(settings, Probe | Inspect):
+    if isinstance(settings, Search | Duplicates | Outliers | Select | Cluster):
+        return functools.partial(_on_embeddings(settings), settings)
+    if not isinstance(settings, Probe | Inspect | Embed):
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer)
@@ -30,7 +33,32 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
 
-def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> tuple[Callable[..., Any], str, bool]:
+def _on_embeddings(settings: Search | Duplicates | Outliers | Select | Cluster) -> Callable[..., Path]:
+    """Return the workflow of a command that works with embeddings."""
+    if isinstance(settings, Search):
+        from sslvision.workflows.searching import search
+
+        return search
+    if isinstance(settings, Duplicates):
+        from sslvision.workflows.finding_duplicates import find_duplicates
+
+        return find_duplicates
+    if isinstance(settings, Outliers):
+        from sslvision.workflows.finding_outliers import find_outliers
+
+        return find_outliers
+    if isinstance(settings, Select):
+        from sslvision.workflows.selecting import select
+
+        return select
+    from sslvision.workflows.clustering import cluster
+
+    return cluster
+
+
+def _workflow(
+    settings: Pretrain | Probe | Finetune | Inspect | Embed, recipe: str
+) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
     Without a date the same command finds the same folder, and continues or overwrites it.
@@ -48,6 +76,10 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
 
         return inspect_networks, f"inspect-{_networks(settings)}", False
     name = _run_and_data(settings)
+    if isinstance(settings, Embed):
+        from sslvision.workflows.embedding import embed
+
+        return embed, f"embed-{name}{'' if settings.pretrained else '-untrained'}", False
     if isinstance(settings, Probe):
         from sslvision.workflows.probing import probe
 
@@ -62,14 +94,14 @@ def _workflow(settings: Pretrain | Probe | Finetune | Inspect, recipe: str) -> t
     return finetune, f"finetune-{name}", True
 
 
-def _run_and_data(settings: Probe | Finetune) -> str:
+def _run_and_data(settings: Probe | Finetune | Embed) -> str:
     """Return the names of a run and its data as one word for folders: mae-digits."""
     run = Path(str(settings.run))
     run = run.parent if run.name == "export" else run
     return re.sub(r"[^\w.-]", "_", f"{run.name}-{_data(settings)}")
 
 
-def _data(settings: Pretrain | Probe | Finetune) -> str:
+def _data(settings: Pretrain | Probe | Finetune | Embed) -> str:
     """Return the name of the data as one word for folders."""
     target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
     return re.sub(r"[^\w.-]", "_", settings.data.get("name") or Path(settings.data.get("root") or target).name)

@@ -18,6 +18,12 @@ ABOUT = {
     "predict": "Label new images with a fine-tuned run.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
+    "embed": "Write the embeddings of images to files, with their paths, labels and predicted classes.",
+    "search": "Find the images that are nearest to an image, by their embeddings.",
+    "duplicates": "Find images that are copies of one another: resized, recompressed or changed a little.",
+    "outliers": "Find the images that are least like any others.",
+    "select": "Choose a diverse subset of the images, to label first.",
+    "cluster": "Group images that are alike.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -98,6 +104,27 @@ EXAMPLES = {
             "the laws of MAE's held-out loss; what is trained already is not trained again",
         ),
     ),
+    "embed": (
+        ("run=outputs/a", "the images of a run by its backbone, in outputs/embed-a-...; the same command goes on"),
+        ("run=outputs/a data=photos dtype=float16", "a folder of images; half the size"),
+        ("backbone=vit_small_patch16_224.dino data=photos", "a pretrained timm model, downloaded"),
+        ("run=outputs/a data=photos format=npz", "files that numpy reads, where pyarrow is not installed"),
+    ),
+    "search": (
+        ("embeddings=outputs/embed-a-photos image=photo.jpg", "the ten nearest images, as a CSV file and a picture"),
+        ("embeddings=outputs/embed-a-photos image=a.jpg,b.jpg k=20", "of two images, a row of the picture for each"),
+    ),
+    "duplicates": (
+        ("embeddings=outputs/embed-a-photos", "groups of copies, as a CSV file and a picture"),
+        ("embeddings=outputs/embed-a-photos threshold=0.9", "images that are less alike, too"),
+    ),
+    "outliers": (("embeddings=outputs/embed-a-photos n=50", "the fifty images farthest from their neighbors"),),
+    "select": (
+        ("embeddings=outputs/embed-a-photos n=100", "a hundred images that cover all others, to label first"),
+        ("embeddings=outputs/embed-a-photos n=100 by=clusters", "the most typical image of each of a hundred clusters"),
+        ("embeddings=outputs/embed-a-photos n=100 labeled=labels.csv", "a hundred more, unlike those that have labels"),
+    ),
+    "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
 }
 
 OPTIONS = (
@@ -115,10 +142,11 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... "}.get(
-        command.name, "" if command.pretrains else "run=... "
+    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... ", "search": "embeddings=... image=... "}
+    of_others = "" if command.pretrains else "run=... " if hasattr(command.kind, "run") else "embeddings=... "
+    console.print(
+        f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed.get(command.name, of_others)}\\[key=value ...]\n"
     )
-    console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")
     console.print(_table("options", list(OPTIONS)))
     about = [
         (name, str(OmegaConf.select(OmegaConf.load(file), "about", default="")))

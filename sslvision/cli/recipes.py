@@ -19,6 +19,7 @@ from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
 from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.scaling_settings import Scale
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
@@ -60,7 +61,16 @@ FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
 INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
-COMMANDS: dict[str, Command[Any]] = {one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE)}
+EMBED = Command("embed", Embed)
+SEARCH, DUPLICATES = Command("search", Search), Command("duplicates", Duplicates)
+OUTLIERS, SELECT, CLUSTER = Command("outliers", Outliers), Command("select", Select), Command("cluster", Cluster)
+COMMANDS: dict[str, Command[Any]] = {
+    one.name: one
+    for one in (
+        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE),
+        *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER),
+    )
+}
 
 
 @dataclass(frozen=True)

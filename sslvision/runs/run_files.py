@@ -46,8 +46,8 @@ Made by `{command}`.
 """
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
-    """Claim an empty or new folder for a run; a used one only to resume in it or to empty it.
+def claim(folder: Path, *, overwrite: bool, resume: bool, figures: bool = True) -> None:
+    """Claim an empty or new folder for a run, with a folder for figures; a used one only to resume in it or to empty it.
 
     Raises:
         UsageError: The folder is in use, another process works in it, or it would be emptied but is not a run folder.
@@ -64,7 +64,7 @@ def claim(folder: Path, *, overwrite: bool, resume: bool) -> None:
                 f"{folder} is not a run folder (it has no config.yaml), so it is not emptied; choose another one."
             )
         shutil.rmtree(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "figures" if figures else folder).mkdir(parents=True, exist_ok=True)
     _hold(folder)
 
 
