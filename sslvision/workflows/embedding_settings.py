@@ -117,7 +117,7 @@ class Duplicates:
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
     embeddings: str | None = option(None, _EMBEDDINGS)
-    threshold: float = option(0.97, "cosine similarity from which two images are duplicates; lower finds more")
+    threshold: float = option(0.99, "cosine similarity from which two images are duplicates; lower finds more")
     center: bool | None = option(None, _CENTER)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
     output_dir: str | None = option(None, "folder of the results (default: duplicates in that of the embeddings)")
@@ -127,7 +127,7 @@ class Duplicates:
         _needs_embeddings(self)
         if not -1 < self.threshold <= 1:
             raise UsageError(
-                f"threshold={self.threshold} is a cosine similarity: at most 1, and near it, such as 0.97."
+                f"threshold={self.threshold} is a cosine similarity: at most 1, and near it, such as 0.99."
             )
 
 
