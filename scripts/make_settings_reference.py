@@ -25,6 +25,7 @@ from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
 from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
@@ -52,6 +53,12 @@ COMMANDS: dict[str, Any] = {
     "report": Report,
     "tune": Tune,
     "tune run=...": TuneFinetune,
+    "embed": Embed,
+    "search": Search,
+    "duplicates": Duplicates,
+    "outliers": Outliers,
+    "select": Select,
+    "cluster": Cluster,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

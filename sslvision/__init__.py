@@ -14,7 +14,23 @@ TYPE_CHECKING = False  # type checkers take it as true; importing it from typing
 if TYPE_CHECKING:
     from sslvision.backbones.build import build_backbone
     from sslvision.backbones.load import load_backbone
-    from sslvision.cli.functions import export, finetune, inspect, predict, pretrain, probe, report, scale, tune
+    from sslvision.cli.functions import (
+        cluster,
+        duplicates,
+        embed,
+        export,
+        finetune,
+        inspect,
+        outliers,
+        predict,
+        pretrain,
+        probe,
+        report,
+        scale,
+        search,
+        select,
+        tune,
+    )
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
     from sslvision.methods.dino import DINO
@@ -33,6 +49,12 @@ _HOMES = {
     "Supervised": "methods.supervised",
     "build_backbone": "backbones.build",
     "export": "cli.functions",
+    "embed": "cli.functions",
+    "search": "cli.functions",
+    "duplicates": "cli.functions",
+    "outliers": "cli.functions",
+    "select": "cli.functions",
+    "cluster": "cli.functions",
     "finetune": "cli.functions",
     "inspect": "cli.functions",
     "load_backbone": "backbones.load",
@@ -53,15 +75,21 @@ __all__ = [
     "Splits",
     "Supervised",
     "build_backbone",
+    "cluster",
+    "duplicates",
+    "embed",
     "export",
     "finetune",
     "inspect",
     "load_backbone",
+    "outliers",
     "predict",
     "pretrain",
     "probe",
     "report",
     "scale",
+    "search",
+    "select",
     "tune",
 ]
 

@@ -8,7 +8,7 @@ from sslvision.cli.main import main
 
 def run() -> None:
     """Run the command that the first word names."""
-    known = "\n".join(f"  sslvision {name:<10}{text}" for name, text in ABOUT.items())
+    known = "\n".join(f"  sslvision {name:<12}{text}" for name, text in ABOUT.items())
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in ("", "--help", "-h"):
         print(f"usage: sslvision COMMAND [key=value ...]\n\n{known}\n\nsslvision COMMAND --help lists its settings.")

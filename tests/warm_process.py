@@ -11,7 +11,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("sslvision.cli.main", "sslvision.workflows.comparison", "sslvision.workflows.inspecting"),
-        "sslvision.workflows.predicting",
+        *("sslvision.workflows.predicting", "sslvision.workflows.embedding"),
         *("sslvision.workflows.pretraining", "matplotlib.backends.backend_agg", "matplotlib.figure", "wandb"),
     ]
 )

@@ -14,13 +14,32 @@ from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
-Settings = TypeVar("Settings", Pretrain, Probe, Finetune, Predict, Inspect, Scale, Export, Report, Tune, TuneFinetune)
+Settings = TypeVar(
+    "Settings",
+    Pretrain,
+    Probe,
+    Finetune,
+    Predict,
+    Inspect,
+    Scale,
+    Export,
+    Report,
+    Tune,
+    TuneFinetune,
+    Embed,
+    Search,
+    Duplicates,
+    Outliers,
+    Select,
+    Cluster,
+)
 
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {

@@ -12,6 +12,7 @@ from typing import Any
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
 from sslvision.settings import Finetune, Predict, Pretrain, Probe
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
@@ -30,7 +31,9 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.reporting import report
 
         return functools.partial(report, settings)
-    if not isinstance(settings, Probe | Inspect | Export):
+    if isinstance(settings, Search | Duplicates | Outliers | Select | Cluster):
+        return functools.partial(_on_embeddings(settings), settings)
+    if not isinstance(settings, Probe | Inspect | Export | Embed):
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
@@ -38,8 +41,31 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
 
+def _on_embeddings(settings: Search | Duplicates | Outliers | Select | Cluster) -> Callable[..., Path]:
+    """Return the workflow of a command that works with embeddings."""
+    if isinstance(settings, Search):
+        from sslvision.workflows.searching import search
+
+        return search
+    if isinstance(settings, Duplicates):
+        from sslvision.workflows.finding_duplicates import find_duplicates
+
+        return find_duplicates
+    if isinstance(settings, Outliers):
+        from sslvision.workflows.finding_outliers import find_outliers
+
+        return find_outliers
+    if isinstance(settings, Select):
+        from sslvision.workflows.selecting import select
+
+        return select
+    from sslvision.workflows.clustering import cluster
+
+    return cluster
+
+
 def _workflow(
-    settings: Pretrain | Probe | Finetune | Inspect | Export, recipe: str
+    settings: Pretrain | Probe | Finetune | Inspect | Export | Embed, recipe: str
 ) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
@@ -71,6 +97,10 @@ def _workflow(
 
         return export_network, f"export-{_run(settings)}-{settings.format}", False
     name = _run_and_data(settings)
+    if isinstance(settings, Embed):
+        from sslvision.workflows.embedding import embed
+
+        return embed, f"embed-{name}{'' if settings.pretrained else '-untrained'}", False
     if isinstance(settings, Probe):
         from sslvision.workflows.probing import probe
 
@@ -85,18 +115,18 @@ def _workflow(
     return finetune, f"finetune-{name}", True
 
 
-def _run_and_data(settings: Probe | Finetune) -> str:
+def _run_and_data(settings: Probe | Finetune | Embed) -> str:
     """Return the names of a run and its data as one word for folders: mae-digits."""
     return f"{_run(settings)}-{_data(settings)}"
 
 
-def _run(settings: Probe | Finetune | Export) -> str:
+def _run(settings: Probe | Finetune | Export | Embed) -> str:
     """Return the name of a run as one word for folders."""
     run = Path(str(settings.run))
     return re.sub(r"[^\w.-]", "_", (run.parent if run.name == "export" else run).name)
 
 
-def _data(settings: Pretrain | Probe | Finetune) -> str:
+def _data(settings: Pretrain | Probe | Finetune | Embed) -> str:
     """Return the name of the data as one word for folders."""
     target = str(settings.data["_target_"]).rsplit(".", 1)[-1].removeprefix("open_")
     return re.sub(r"[^\w.-]", "_", settings.data.get("name") or Path(settings.data.get("root") or target).name)

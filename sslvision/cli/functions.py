@@ -19,7 +19,19 @@ from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import EXPORT, FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, REPORT, SCALE, TUNE, Command
+from sslvision.cli.recipes import (
+    COMMANDS,
+    EXPORT,
+    FINETUNE,
+    INSPECT,
+    PREDICT,
+    PRETRAIN,
+    PROBE,
+    REPORT,
+    SCALE,
+    TUNE,
+    Command,
+)
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -139,6 +151,59 @@ def tune(recipe: str | Path | None = None, *, run: str | Path | None = None, **s
         UsageError, DataError, StorageError: See sslvision.errors.
     """
     return dict(_call(TUNE, _with(settings, recipe=recipe, run=run)))
+
+
+def embed(run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Write the embeddings of images to files.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.embed run=...` takes.
+        settings: Any settings of `python -m sslvision.embed --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(COMMANDS["embed"], _with(settings, run=run)))
+
+
+def search(embeddings: str | Path, image: str | Path | Sequence[str | Path], **settings: Any) -> Path:
+    """Find the images that are nearest to an image.
+
+    Args:
+        embeddings: A folder that `embed` wrote.
+        image: Path of an image, or several.
+        settings: Any settings of `python -m sslvision.search --help`.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return Path(_call(COMMANDS["search"], {"embeddings": embeddings, "image": _several(image), **settings}))
+
+
+def duplicates(embeddings: str | Path, **settings: Any) -> Path:
+    """Find images that are copies of one another; arguments, result and errors as of `search`, without `image`."""
+    return Path(_call(COMMANDS["duplicates"], {"embeddings": embeddings, **settings}))
+
+
+def outliers(embeddings: str | Path, **settings: Any) -> Path:
+    """Find the images that are least like any others; arguments, result and errors as of `search`, without `image`."""
+    return Path(_call(COMMANDS["outliers"], {"embeddings": embeddings, **settings}))
+
+
+def select(embeddings: str | Path, n: int = 100, **settings: Any) -> Path:
+    """Choose n images to label first; other arguments, result and errors as of `search`, without `image`."""
+    return Path(_call(COMMANDS["select"], {"embeddings": embeddings, "n": n, **settings}))
+
+
+def cluster(embeddings: str | Path, k: int = 10, **settings: Any) -> Path:
+    """Group images that are alike into k clusters; other arguments, result and errors as of `search`, without `image`."""
+    return Path(_call(COMMANDS["cluster"], {"embeddings": embeddings, "k": k, **settings}))
 
 
 def inspect(

@@ -21,6 +21,12 @@ ABOUT = {
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
     "report": "Write the report of a run as one HTML file, or compare several runs.",
     "tune": "Tune pretraining, or with run=... fine-tuning, by seven steps or a search, in a given time.",
+    "embed": "Write the embeddings of images to files, with their paths, labels and predicted classes.",
+    "search": "Find the images that are nearest to an image, by their embeddings.",
+    "duplicates": "Find images that are copies of one another: resized, recompressed or changed a little.",
+    "outliers": "Find the images that are least like any others.",
+    "select": "Choose a diverse subset of the images, to label first.",
+    "cluster": "Group images that are alike.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -140,6 +146,27 @@ EXAMPLES = {
             "bad trials are stopped early, and machines with the same storage= work together",
         ),
     ),
+    "embed": (
+        ("run=outputs/a", "the images of a run by its backbone, in outputs/embed-a-...; the same command goes on"),
+        ("run=outputs/a data=photos dtype=float16", "a folder of images; half the size"),
+        ("backbone=vit_small_patch16_224.dino data=photos", "a pretrained timm model, downloaded"),
+        ("run=outputs/a data=photos format=npz", "files that numpy reads, where pyarrow is not installed"),
+    ),
+    "search": (
+        ("embeddings=outputs/embed-a-photos image=photo.jpg", "the ten nearest images, as a CSV file and a picture"),
+        ("embeddings=outputs/embed-a-photos image=a.jpg,b.jpg k=20", "of two images, a row of the picture for each"),
+    ),
+    "duplicates": (
+        ("embeddings=outputs/embed-a-photos", "groups of copies, as a CSV file and a picture"),
+        ("embeddings=outputs/embed-a-photos threshold=0.9", "images that are less alike, too"),
+    ),
+    "outliers": (("embeddings=outputs/embed-a-photos n=50", "the fifty images farthest from their neighbors"),),
+    "select": (
+        ("embeddings=outputs/embed-a-photos n=100", "a hundred images that cover all others, to label first"),
+        ("embeddings=outputs/embed-a-photos n=100 by=clusters", "the most typical image of each of a hundred clusters"),
+        ("embeddings=outputs/embed-a-photos n=100 labeled=labels.csv", "a hundred more, unlike those that have labels"),
+    ),
+    "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
 }
 
 OPTIONS = (
@@ -157,10 +184,16 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... ", "report": "RUN_FOLDER ... "}.get(
-        command.name, "" if command.pretrains else "run=... "
+    needed = {
+        "predict": "run=... images=... ",
+        "inspect": "backbone.name=... ",
+        "report": "RUN_FOLDER ... ",
+        "search": "embeddings=... image=... ",
+    }
+    of_others = "" if command.pretrains else "run=... " if hasattr(command.kind, "run") else "embeddings=... "
+    console.print(
+        f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed.get(command.name, of_others)}\\[key=value ...]\n"
     )
-    console.print(f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed}\\[key=value ...]\n")
     console.print(_table("options", list(OPTIONS)))
     about = [
         (name, str(OmegaConf.select(OmegaConf.load(file), "about", default="")))

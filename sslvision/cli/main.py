@@ -35,6 +35,7 @@ from sslvision.system.signals import (
     requeue,
     started_by_lightning,
 )
+from sslvision.workflows.embedding_settings import Embed
 
 
 def main(name: str, words: Sequence[str] | None = None) -> None:
@@ -118,6 +119,12 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
     left = ""
     if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
         return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
+    if isinstance(settings, Embed):
+        return Stopped(
+            f"{signal.Signals(signum).name}. The files that are written are kept, and the same command goes on: "
+            f"{shlex.join(['python', '-m', 'sslvision.embed', *redact(_without_overwrite(words))])}",
+            signum,
+        )
     if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
         if any(Path(folder).glob("checkpoints/*.ckpt")):
             left = f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
@@ -144,13 +151,17 @@ def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: An
     ended = sum(line.endswith(end) for line in record.open()) if record.is_file() else 0
     ended -= record.suffix == ".csv" and ended > 0  # its first line has the names of columns
     kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
-    again = [word for word in words if word.split("=")[0] != "overwrite"]
+    again = _without_overwrite(words)
     left_out = ""
     if settings.overwrite:
         left_out = " (without overwrite=true, which would delete them)"
         again += ["overwrite=false"] if len(again) == len(words) else []  # it is the recipe's
     line = shlex.join(["python", "-m", f"sslvision.{command.name}", *redact(again)])
     return f"{kept} kept in {folder}; the one under way begins anew. The same command goes on{left_out}: {line}"
+
+
+def _without_overwrite(words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.split("=")[0] != "overwrite"]
 
 
 def _complain(error: SSLVisionError) -> int:

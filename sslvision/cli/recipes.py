@@ -19,6 +19,7 @@ from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
 from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
+from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.report_settings import Report
@@ -76,8 +77,15 @@ EXPORT = Command("export", Export)
 REPORT = Command("report", Report, words="run")
 TUNE_FINETUNE = Command("tune", TuneFinetune, recipe="default", folder="finetune")
 TUNE = Command("tune", Tune, folder="pretrain", with_run=TUNE_FINETUNE)
+EMBED = Command("embed", Embed)
+SEARCH, DUPLICATES = Command("search", Search), Command("duplicates", Duplicates)
+OUTLIERS, SELECT, CLUSTER = Command("outliers", Outliers), Command("select", Select), Command("cluster", Cluster)
 COMMANDS: dict[str, Command[Any]] = {
-    one.name: one for one in (PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT)
+    one.name: one
+    for one in (
+        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
+        *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER),
+    )
 }
 
 

@@ -48,7 +48,7 @@ Made by `{command}`.
 """
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool, shared: bool = False) -> None:
+def claim(folder: Path, *, overwrite: bool, resume: bool, shared: bool = False, figures: bool = True) -> None:
     """Claim an empty or new folder for a run; a used one only to resume in it or to empty it.
 
     Args:
@@ -56,6 +56,7 @@ def claim(folder: Path, *, overwrite: bool, resume: bool, shared: bool = False) 
         overwrite: Whether to empty it.
         resume: Whether it may be in use.
         shared: Whether other processes that claim it so may work in it at the same time.
+        figures: Whether it gets a folder for figures.
 
     Raises:
         UsageError: The folder is in use, another process works in it, or it would be emptied but is not a run folder.
@@ -72,7 +73,7 @@ def claim(folder: Path, *, overwrite: bool, resume: bool, shared: bool = False) 
                 f"{folder} is not a run folder (it has no config.yaml), so it is not emptied; choose another one."
             )
         shutil.rmtree(folder)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    (folder / "figures" if figures else folder).mkdir(parents=True, exist_ok=True)
     _hold(folder, shared=shared)
 
 

@@ -6,6 +6,7 @@ use several devices, start it with torchrun: each process computes its share of 
 
 import atexit
 import dataclasses
+import datetime
 import os
 import time
 from collections.abc import Sequence, Sized
@@ -39,6 +40,7 @@ from sslvision.runs import run_files
 from sslvision.settings import Probe
 from sslvision.training.trainer import configure_torch, select_device
 from sslvision.workflows.console import print_classifiers, print_configuration, print_findings
+from sslvision.workflows.embedding_settings import Embed
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
 from sslvision.workflows.reporting import reports
@@ -176,8 +178,13 @@ def open_labeled_splits(settings: Probe, *, channels: int) -> Splits:
     return splits
 
 
-def join_processes(settings: Probe) -> Process:
-    """Join the processes that torchrun started, if it did."""
+def join_processes(settings: Probe | Embed, *, timeout: datetime.timedelta | None = None) -> Process:
+    """Join the processes that torchrun started, if it did.
+
+    Args:
+        settings: All settings.
+        timeout: How long a process waits for the others; by default torch's half an hour.
+    """
     device, world_size = select_device(settings.device), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         return Process(0, 1, device)
@@ -185,15 +192,15 @@ def join_processes(settings: Probe) -> Process:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("gloo")  # features are exchanged through main memory
+        dist.init_process_group("gloo", timeout=timeout)  # features are exchanged through main memory
         atexit.register(dist.destroy_process_group)
     return Process(dist.get_rank(), world_size, device)
 
 
-def open_backbone(settings: Probe) -> Loaded:
+def open_backbone(settings: Probe | Embed) -> Loaded:
     """Return the backbone of `run`, pretrained or as it was before pretraining."""
     run, options = settings.run or "", settings.backbone
-    loaded = load_backbone(run, head=False, **{"pretrained": settings.pretrained, **options})
+    loaded = load_backbone(run, head=False, **{"pretrained": settings.pretrained, "seed": settings.seed, **options})
     untrained = None if settings.pretrained else untrained_backbone(run, seed=settings.seed, **options)
     if untrained is None:
         return loaded
