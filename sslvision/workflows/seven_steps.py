@@ -14,7 +14,7 @@ What is done is recorded at once and not done again. The end is best.yaml.
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,10 @@ class Steps:
 
     # Grids.
 
+    def of_cell(self, cell: Mapping[str, Any]) -> Any:
+        """Return the settings with the rate and the weight decay of a cell of a grid."""
+        return with_decay(with_setting(self.settings, self.rate_name, cell["rate"]), cell["weight_decay"], self.kind)
+
     def cell(self, grid: str, rate: float, decay: float, share: float) -> dict[str, Any] | None:
         """Return the record of a cell, after training it if it is not done; None if its time is over."""
         key = {"grid": grid, "rate": rate, "weight_decay": decay}
@@ -322,8 +326,7 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         "seconds": round(time.perf_counter() - started, 1),
     }
     if best is not None:
-        changed = with_decay(with_setting(settings, steps.rate_name, best["rate"]), best["weight_decay"], steps.kind)
-        line = write_recipe(changed, verdicts, folder)
+        line = write_recipe(steps.of_cell(best), verdicts, folder)
         console.print(f"\nThe recipe is in {folder / 'best.yaml'}, with this evidence. Run it:\n  {line}", markup=False)
     elif failed is not None:
         over = deadline is not None and steps.left() <= 0
@@ -371,6 +374,6 @@ def run_steps(steps: Steps, numbers: Sequence[int]) -> tuple[list[Verdict], dict
         verdicts.append(verdict)
         best = verdict.numbers.get("best", best)
         if 6 in numbers:
-            found = curves_verdict(steps.kind, steps.settings, best, round_ + 1)
+            found = curves_verdict(steps.kind, steps.of_cell(best), best, round_ + 1)
             verdicts.append(steps.step(found.step, lambda found=found: found))  # type: ignore[misc]
     return verdicts, best
