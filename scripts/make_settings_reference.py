@@ -17,13 +17,20 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.hugging_face import open_hugging_face
+from sslvision.data.sources.list_file import open_list
 from sslvision.data.sources.torchvision_sets import open_torchvision
+from sslvision.data.sources.webdataset import open_webdataset
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\
@@ -31,9 +38,9 @@ INTRODUCTION = """\
 
 <!-- Made by scripts/make_settings_reference.py: change docstrings and help texts, not this file. -->
 
-Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first twelve tables. Settings of a
-section are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6`
-is short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
+Settings are written `key=value` after a command; `sslvision COMMAND --help` prints the first tables. Settings of a section
+are written with its name: `backbone.depth=6`, `data.root=photos`. Those of a method need no prefix: `mask_ratio=0.6` is
+short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recipe may set other values.
 """
 COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
@@ -42,6 +49,10 @@ COMMANDS: dict[str, Any] = {
     "predict": Predict,
     "inspect": Inspect,
     "scale": Scale,
+    "export": Export,
+    "report": Report,
+    "tune": Tune,
+    "tune run=...": TuneFinetune,
     "embed": Embed,
     "search": Search,
     "duplicates": Duplicates,
@@ -59,11 +70,14 @@ TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (
     ("data=embedded", open_embedded, SOURCE, ()),
     ("data=digits", open_digits, SOURCE, ()),
     ("data=folder", open_folder, SOURCE, ()),
+    ("data=list", open_list, SOURCE, ()),
+    ("data=hf", open_hugging_face, SOURCE, ()),
+    ("data=webdataset", open_webdataset, SOURCE, ()),
     ("data=torchvision", open_torchvision, SOURCE, ()),
 )
 SOURCES = {  # of data sources, whose docstrings are prose
-    "root": "Folder of the images; for torchvision, the folder in which it keeps its data sets.",
-    "channels": "Channels of an image: 1, 3, or for a folder as many as its files have.",
+    "root": "Folder of the images, or a .zip or .tar file of it; for torchvision, the folder in which it keeps its data sets.",
+    "channels": "Channels of an image: 1, 3, or for files as many as those have.",
     "holdout": "Fraction of the images held out for scores, where the data has no split for it.",
     "size": "Side of an image in pixels.",
     "name": "Class name of a data set in torchvision.datasets, such as CIFAR10.",

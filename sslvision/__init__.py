@@ -18,15 +18,18 @@ if TYPE_CHECKING:
         cluster,
         duplicates,
         embed,
+        export,
         finetune,
         inspect,
         outliers,
         predict,
         pretrain,
         probe,
+        report,
         scale,
         search,
         select,
+        tune,
     )
     from sslvision.data.source import Source, Splits
     from sslvision.methods.base import Clock, Method
@@ -45,6 +48,7 @@ _HOMES = {
     "Splits": "data.source",
     "Supervised": "methods.supervised",
     "build_backbone": "backbones.build",
+    "export": "cli.functions",
     "embed": "cli.functions",
     "search": "cli.functions",
     "duplicates": "cli.functions",
@@ -57,7 +61,9 @@ _HOMES = {
     "predict": "cli.functions",
     "pretrain": "cli.functions",
     "probe": "cli.functions",
+    "report": "cli.functions",
     "scale": "cli.functions",
+    "tune": "cli.functions",
 }
 
 __all__ = [
@@ -72,6 +78,7 @@ __all__ = [
     "cluster",
     "duplicates",
     "embed",
+    "export",
     "finetune",
     "inspect",
     "load_backbone",
@@ -79,9 +86,11 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "report",
     "scale",
     "search",
     "select",
+    "tune",
 ]
 
 

@@ -8,6 +8,7 @@ import ast
 import inspect
 import re
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def check_foreach():
     torch._foreach_lerp_(tensors, [torch.zeros(2), torch.zeros(3)], 0.5)
     assert [tensor.tolist() for tensor in tensors] == [[1.5, 1.5], [3.5, 3.5, 3.5]]
     assert torch._foreach_lerp([torch.zeros(1)], [torch.ones(1)], 0.25)[0].item() == 0.25
+
+
+def check_claims_of_optuna():
+    optuna = pytest.importorskip("optuna")
+    study, states = optuna.create_study(), optuna.trial.TrialState
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    study.add_trial(optuna.trial.create_trial(state=states.WAITING, params={"x": 0.5}, distributions=space))
+    number = study.trials[0]._trial_id
+    claims = [study._storage.set_trial_state_values(number, state=states.RUNNING) for _ in range(2)]
+    assert claims == [True, False]
+    assert optuna.trial.Trial(study, number).params == {"x": 0.5}
 
 
 def check_batch_norm():
@@ -135,6 +147,12 @@ def check_start_method():
         assert L.strategies.StrategyRegistry.get(name)._start_method == method
 
 
+def check_timeout():
+    waits = timedelta(seconds=7)
+    assert L.strategies.DDPStrategy(timeout=waits)._timeout == waits
+    assert "self._timeout" in inspect.getsource(L.strategies.DDPStrategy.setup_distributed)
+
+
 def check_signal_connector():
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     assert callable(trainer._signal_connector.register_signal_handlers)
@@ -203,7 +221,7 @@ TABLE = [
         "sees every operation: the bytes that it makes, and what it reads",
         check_dispatch_mode,
     ),
-    ("torch._foreach_norm", "optim/nonfinite.py", "norms of all gradients in one pass", check_foreach),
+    ("torch._foreach_norm", "nn/shards.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),
     ("torch._foreach_lerp", "optim/muon.py", "looks ahead along the momentum in one pass", check_foreach),
@@ -261,6 +279,12 @@ TABLE = [
         check_start_method,
     ),
     (
+        "pytorch_lightning.strategies.DDPStrategy._timeout",
+        "training/processes.py",
+        "the timeout of a strategy that Lightning chooses itself, which has no argument for it",
+        check_timeout,
+    ),
+    (
         "pytorch_lightning.loops._TrainingEpochLoop._broadcast_sigterm_tensor",
         "training/callbacks/stop_on_signal.py",
         "waits for the device in every batch (Lightning issue 21487)",
@@ -289,6 +313,18 @@ TABLE = [
         "runs/loggers.py",
         "whether the W&B run has started",
         check_wandb_logger,
+    ),
+    (
+        "optuna.study.Study._storage",
+        "workflows/studies.py",
+        "claims a waiting trial: only one process succeeds",
+        check_claims_of_optuna,
+    ),
+    (
+        "optuna.trial.FrozenTrial._trial_id",
+        "workflows/studies.py",
+        "the storage's number of a trial",
+        check_claims_of_optuna,
     ),
 ]
 # Not private by name, but documented nowhere.

@@ -41,6 +41,7 @@ class Backbone(nn.Module, ABC):
     crop_pct: float | None = None
     activation_checkpointing: bool = False
     arguments: Mapping[str, Any] = MappingProxyType({})
+    block_functions: tuple[str, ...] = ()  # attributes: functions of a block that do not call its forward
 
     @abstractmethod
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
@@ -74,6 +75,10 @@ class Backbone(nn.Module, ABC):
             ) from error
         count_batches_once(self.model)
         self.activation_checkpointing = True
+
+    def blocks(self) -> list[nn.Module]:
+        """Return the repeated blocks, whose weights are gathered one block at a time where they are in shards."""
+        return []
 
     @abstractmethod
     def compile_blocks(self) -> None:

@@ -121,6 +121,11 @@ class Dense(Backbone):
                 tokens = tokens.permute(0, 3, 1, 2)  # (B, D, rows, columns)
         return self.model.forward_head(tokens, pre_logits=True)
 
+    @property
+    def pools_tokens(self) -> bool:
+        """Return whether `pool` makes the features of the tokens of `encode`."""
+        return self._layout != "apart"
+
     def supports_image_size(self, size: tuple[int, int]) -> bool:
         """Return whether the model supports images of this height and width in pixels, such as DINO's local crops."""
         try:

@@ -38,6 +38,7 @@ class Swin(Backbone):
     """
 
     supports_masking = True
+    block_functions = ("run_block",)
 
     # B images, L units, K of them visible, n tokens of a unit in a stage, C the stage's width, D the last one's, p patch side
 
@@ -64,7 +65,7 @@ class Swin(Backbone):
         self.stride = patch[0] * 2**self.levels
         self.grid = self.units_of(*self.image_size)
         self.num_prefix = 0
-        self._run_block, self._counts = run_block, True
+        self.run_block, self._counts = run_block, True
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encode all units of images (B, C, H, W), of any size, or only the visible units `keep`. See Backbone.encode.
@@ -150,8 +151,12 @@ class Swin(Backbone):
                 count = self._counts and keep.device.type == "cpu"
                 windows[partition] = build_windows(keep, unit, partition, B // len(keep), count=count)
             checkpointed = stage.grad_checkpointing and self.training
-            tokens = run_checkpointed(self._run_block, block, tokens, windows[partition], enabled=checkpointed)
+            tokens = run_checkpointed(self.run_block, block, tokens, windows[partition], enabled=checkpointed)
         return tokens
+
+    def blocks(self) -> list[nn.Module]:
+        """See Backbone.blocks."""
+        return [block for stage in self.model.layers for block in stage.blocks]
 
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks. Shapes have to be static, so non-empty windows are not counted."""
@@ -159,7 +164,7 @@ class Swin(Backbone):
         for stage in self.model.layers:
             for block in stage.blocks:
                 compile_module(block)
-        self._run_block, self._counts = compiled(run_block), False
+        self.run_block, self._counts = compiled(run_block), False
 
     def init_weights(self) -> None:
         """Initialize as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices, attention biases near 0."""

@@ -27,6 +27,7 @@ class ViT(Backbone):
     """
 
     supports_masking = True
+    block_functions = ("block_part", "block_joined")
 
     # B images, L patches of an image, K of them visible, P class and register tokens, D width, p patch side
 
@@ -38,7 +39,7 @@ class ViT(Backbone):
         self.channels, self.embed_dim = model.in_chans, model.embed_dim
         self.stride = embed.patch_size[0]
         self.num_prefix = model.num_prefix_tokens
-        self._block_part, self._block_joined = block_part, block_joined
+        self.block_part, self.block_joined = block_part, block_joined
         wrong = indivisible(self.image_size, self.stride)
         if embed.patch_size[0] != embed.patch_size[1] or wrong:
             raise UsageError(
@@ -64,11 +65,11 @@ class ViT(Backbone):
         checkpointed = self.activation_checkpointing and self.training
         joined = torch.cat([tokens.flatten(0, 1) for tokens in embedded])  # (T, D)
         for block in blocks:
-            joined = run_checkpointed(self._block_joined, block, joined, sizes, enabled=checkpointed)
+            joined = run_checkpointed(self.block_joined, block, joined, sizes, enabled=checkpointed)
         of_size = joined.split([B * N for B, N in sizes])
         features = [
             run_checkpointed(
-                self._block_part,
+                self.block_part,
                 last,
                 tokens.view(B, N, -1),
                 slice(0, 1),
@@ -92,12 +93,16 @@ class ViT(Backbone):
         tokens = self._add_prefix(model.patch_embed.norm(tokens), keep, grid)  # (B, P+L or P+K, D)
         return to_autocast_dtype(model.norm_pre(model.patch_drop(model.pos_drop(tokens))))
 
+    def blocks(self) -> list[nn.Module]:
+        """See Backbone.blocks."""
+        return list(self.model.blocks)
+
     def compile_blocks(self) -> None:
         """See Backbone.compile_blocks."""
         share_graphs(self.model)
         for block in self.model.blocks:
             compile_module(block)
-        self._block_part, self._block_joined = compiled(block_part), compiled(block_joined)
+        self.block_part, self.block_joined = compiled(block_part), compiled(block_joined)
 
     def _attend(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
         """Run blocks on tokens (B, N, D), with activation checkpointing if enabled."""
@@ -136,6 +141,14 @@ class ViT(Backbone):
         *blocks, last = self.model.blocks
         tokens = self._attend(blocks, self._embed(images))
         return attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
+
+    def encode_with_attention(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens of `encode` and the `attention_maps` of images, computed in one pass."""
+        assert self.has_attention_maps
+        *blocks, last = self.model.blocks
+        tokens = self._attend(blocks, self._embed(images))
+        maps = attention_weights(last, tokens, slice(0, 1))[:, :, 0, self.num_prefix :].unflatten(2, self.grid)
+        return self.model.norm(self._attend([last], tokens)), maps
 
     def pool(self, tokens: Tensor) -> Tensor:
         """Pool as the timm model does (`global_pool` "token" or "avg"), so that exported models give the same features."""

@@ -13,9 +13,13 @@ from typing import Any, Literal, TypeVar
 from sslvision.backbones.timm_options import check_options_of_timm
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 Settings = TypeVar(
     "Settings",
@@ -25,6 +29,10 @@ Settings = TypeVar(
     Predict,
     Inspect,
     Scale,
+    Export,
+    Report,
+    Tune,
+    TuneFinetune,
     Embed,
     Search,
     Duplicates,
@@ -99,7 +107,7 @@ def checked(settings: dict[str, Any], kind: type[Settings]) -> Settings:
         backbone["image_size"] = shortest(height_and_width(backbone["image_size"], "backbone.image_size"))
     result = kind(**{key: {} if value is None and key in kind.sections else value for key, value in settings.items()})
     # Of a fine-tuning run, backbone.pretrained=false means the network of `run` with random weights.
-    taken = ("pretrained",) if kind is Finetune else ()
+    taken = ("pretrained",) if issubclass(kind, Finetune) else ()
     check_options_of_timm({key: value for key, value in backbone.items() if key not in taken})
     return result
 

@@ -11,9 +11,13 @@ from typing import Any
 
 from sslvision.cli.compose import Run
 from sslvision.runs.run_folder import choose_run_folder
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe
+from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
 def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
@@ -23,12 +27,16 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.predicting import predict_to_csv
 
         return functools.partial(predict_to_csv, settings)
+    if isinstance(settings, Report):
+        from sslvision.workflows.reporting import report
+
+        return functools.partial(report, settings)
     if isinstance(settings, Search | Duplicates | Outliers | Select | Cluster):
         return functools.partial(_on_embeddings(settings), settings)
-    if not isinstance(settings, Probe | Inspect | Embed):
+    if not isinstance(settings, Probe | Inspect | Export | Embed):
         from sslvision.training.trainer import check_options
 
-        check_options(settings.trainer)
+        check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
     workflow, name, dated = _workflow(settings, run.recipe)
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 
@@ -57,7 +65,7 @@ def _on_embeddings(settings: Search | Duplicates | Outliers | Select | Cluster) 
 
 
 def _workflow(
-    settings: Pretrain | Probe | Finetune | Inspect | Embed, recipe: str
+    settings: Pretrain | Probe | Finetune | Inspect | Export | Embed, recipe: str
 ) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
@@ -67,6 +75,15 @@ def _workflow(
         from sslvision.workflows.scaling import scale
 
         return scale, f"scale-{recipe}-{_data(settings)}", False
+    if isinstance(settings, Tune | TuneFinetune):
+        name = _run_and_data(settings) if isinstance(settings, TuneFinetune) else f"{recipe}-{_data(settings)}"
+        if settings.search is None:
+            from sslvision.workflows.seven_steps import tune_by_steps
+
+            return tune_by_steps, f"tune-{name}-steps", False
+        from sslvision.workflows.tuning import tune
+
+        return tune, f"tune-{name}", False
     if isinstance(settings, Pretrain):
         from sslvision.workflows.pretraining import pretrain
 
@@ -75,6 +92,10 @@ def _workflow(
         from sslvision.workflows.inspecting import inspect_networks
 
         return inspect_networks, f"inspect-{_networks(settings)}", False
+    if isinstance(settings, Export):
+        from sslvision.workflows.exporting import export_network
+
+        return export_network, f"export-{_run(settings)}-{settings.format}", False
     name = _run_and_data(settings)
     if isinstance(settings, Embed):
         from sslvision.workflows.embedding import embed
@@ -96,9 +117,13 @@ def _workflow(
 
 def _run_and_data(settings: Probe | Finetune | Embed) -> str:
     """Return the names of a run and its data as one word for folders: mae-digits."""
+    return f"{_run(settings)}-{_data(settings)}"
+
+
+def _run(settings: Probe | Finetune | Export | Embed) -> str:
+    """Return the name of a run as one word for folders."""
     run = Path(str(settings.run))
-    run = run.parent if run.name == "export" else run
-    return re.sub(r"[^\w.-]", "_", f"{run.name}-{_data(settings)}")
+    return re.sub(r"[^\w.-]", "_", (run.parent if run.name == "export" else run).name)
 
 
 def _data(settings: Pretrain | Probe | Finetune | Embed) -> str:

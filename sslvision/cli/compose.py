@@ -18,7 +18,7 @@ from omegaconf.errors import GrammarParseError, InterpolationResolutionError, Om
 
 from sslvision.cli.check_settings import Settings, checked, known_keys, parameters
 from sslvision.cli.recipes import PRETRAIN, Command, compose_recipe
-from sslvision.cli.shorthands import ExistingFolder, implied_source, in_full, recipe_to_resume
+from sslvision.cli.shorthands import ExistingPath, implied_source, in_full, recipe_to_resume
 from sslvision.cli.values import is_text, is_text_list, value_of
 from sslvision.cli.words import Words, join_words, split_words
 from sslvision.errors import UsageError
@@ -26,6 +26,7 @@ from sslvision.runs.config import config_file, read_settings, refuse_foreign
 from sslvision.runs.redaction import REDACTED
 from sslvision.runs.renamed_settings import current_name, current_target, current_value, renamed, warn
 from sslvision.settings import locate
+from sslvision.workflows.search_space import flat_ranges, parse_space
 
 _REMOVED = object()  # the value of a key given as ~key
 Read = Callable[[str, Any, Any], Any]  # from a key, what was given for it, and its declared type, to its value
@@ -78,7 +79,7 @@ def compose_texts(texts: Mapping[str, str | None], command: Command[Settings], s
         return value_of(key, text, str if is_path else kind)
 
     given = {key: _REMOVED if text is None else text for key, text in texts.items()}
-    settings, recipe = _compose(given, command, read)
+    settings, recipe = _compose(given, command.given(given), read)
     return Run(settings, recipe, join_words(texts), suffix)
 
 
@@ -93,7 +94,7 @@ def compose_values(values: Mapping[str, Any], command: Command[Settings]) -> Run
             if name in given:
                 raise UsageError(f"{name} is given twice; give it once.")
             given[name] = _plain(name, one)
-    settings, recipe = _compose(given, command, lambda key, value, kind: value)
+    settings, recipe = _compose(given, command.given(given), lambda key, value, kind: value)
     return Run(settings, recipe, [f"{key}={_written(value)}" for key, value in given.items()])
 
 
@@ -130,13 +131,35 @@ def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -
         raise UsageError(_told(error)) from error
     for key in _redacted(settings):
         raise UsageError(f"{key} is not kept in the files of a run, as it is a secret: give it again, {key}=...")
+    if settings.get("ranges"):
+        settings["ranges"] = _ranges(settings, command)
     result = checked(settings, command.kind)
-    if "epochs" in given and getattr(result, "budget", None) is not None:
+    searches = hasattr(result, "ranges")
+    if "epochs" in given and getattr(result, "budget", None) is not None and not searches:
         raise UsageError(
             f"epochs={settings['epochs']} and budget={settings['budget']} are two lengths of one run: give one of them "
             "(~budget removes that of a recipe)."
         )
     return result, composed.name
+
+
+def _ranges(settings: dict[str, Any], command: Command[Any]) -> dict[str, Any]:
+    """Return the ranges of a search by their full keys, after checking that the settings of their ends are possible.
+
+    Raises:
+        UsageError: A range or its setting is unknown, or an end has the wrong type or range.
+    """
+    ranges = {_full_key(key, command): text for key, text in flat_ranges(settings["ranges"]).items()}
+    for key, one in parse_space(ranges).items():
+        for value in one.extremes():
+            tree = OmegaConf.create({name: part for name, part in settings.items() if name != "ranges"})
+            OmegaConf.update(tree, "ranges", ranges, force_add=True)
+            OmegaConf.update(tree, key, one.setting(value), force_add=True)
+            try:
+                checked(_plain_tree(tree, resolve=False), command.kind)
+            except UsageError as error:
+                raise UsageError(f"ranges.{key}, at {value}: {error}") from error
+    return ranges
 
 
 def _kind_of_word(key: str, command: Command[Any]) -> Any:
@@ -195,8 +218,8 @@ def _set_all(
             _remove(tree, key)
             continue
         section, _, name = key.rpartition(".")
-        kind = known.get(section, {}).get(name, Any)
-        value = _plain(key, str(value)) if isinstance(value, ExistingFolder) else read(key, value, kind)
+        kind = known.get(section, {}).get(name, str if key.split(".")[0] == "ranges" else Any)
+        value = _plain(key, str(value)) if isinstance(value, ExistingPath) else read(key, value, kind)
         OmegaConf.update(tree, key, value, merge=True, force_add=True)
 
 

@@ -19,7 +19,19 @@ from typing import Any
 
 from sslvision.cli.commands import work
 from sslvision.cli.compose import compose_values
-from sslvision.cli.recipes import COMMANDS, FINETUNE, INSPECT, PREDICT, PRETRAIN, PROBE, SCALE, Command
+from sslvision.cli.recipes import (
+    COMMANDS,
+    EXPORT,
+    FINETUNE,
+    INSPECT,
+    PREDICT,
+    PRETRAIN,
+    PROBE,
+    REPORT,
+    SCALE,
+    TUNE,
+    Command,
+)
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.runs.run_folder import RUN_FOLDER
 from sslvision.system.failures import explained
@@ -108,6 +120,39 @@ def scale(recipe: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     return dict(_call(SCALE, _with(settings, recipe=recipe)))
 
 
+def report(run: str | Path | Sequence[str | Path], **settings: Any) -> Path:
+    """Write the report of a run as one HTML file, or compare several runs.
+
+    Args:
+        run: Folder of a run, or several.
+        settings: Any settings of `python -m sslvision.report --help`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        UsageError, StorageError: See sslvision.errors.
+    """
+    return Path(_call(REPORT, {"run": _several(run), **settings}))
+
+
+def tune(recipe: str | Path | None = None, *, run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
+    """Search for good settings of pretraining, or, with run, of fine-tuning.
+
+    Args:
+        recipe: Name of an included recipe, or the path of a .yaml file.
+        run: Folder of a run, or any other weights, to fine-tune.
+        settings: Any settings of `python -m sslvision.tune --help`; ranges={"base_lr": "log(1e-4,1e-2)"}.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(TUNE, _with(settings, recipe=recipe, run=run)))
+
+
 def embed(run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Write the embeddings of images to files.
 
@@ -179,6 +224,22 @@ def inspect(
         UsageError, StorageError: See sslvision.errors.
     """
     return dict(_call(INSPECT, _with(settings, **{"backbone.name": _several(name), "run": _several(run)})))
+
+
+def export(run: str | Path, **settings: Any) -> dict[str, Any]:
+    """Export a network to a folder that timm or transformers loads, to ONNX, or to a program of torch.export.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.export run=...` takes.
+        settings: Any settings of `python -m sslvision.export --help`.
+
+    Returns:
+        The content of export.json: the deviation from the original, and how it was measured.
+
+    Raises:
+        UsageError, StorageError, SSLVisionError: See sslvision.errors.
+    """
+    return dict(_call(EXPORT, {"run": run, **settings}))
 
 
 def _several(value: str | Path | Sequence[str | Path] | None) -> list[str] | None:

@@ -16,8 +16,11 @@ ABOUT = {
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
+    "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original, with a model card.",
     "inspect": "Measure what networks cost and what they see: FLOPs, memory, receptive fields, speed, filters.",
     "scale": "Train a ladder of sizes and fit scaling laws: what ten times the images, parameters or updates would bring.",
+    "report": "Write the report of a run as one HTML file, or compare several runs.",
+    "tune": "Tune pretraining, or with run=... fine-tuning, by seven steps or a search, in a given time.",
     "embed": "Write the embeddings of images to files, with their paths, labels and predicted classes.",
     "search": "Find the images that are nearest to an image, by their embeddings.",
     "duplicates": "Find images that are copies of one another: resized, recompressed or changed a little.",
@@ -85,6 +88,17 @@ EXAMPLES = {
         ("run=outputs/a images=photos", "a CSV file of classes and probabilities for a folder of images"),
         ("run=outputs/a images=photo.jpg output=photo.csv", "one image"),
     ),
+    "export": (
+        (
+            "run=outputs/a format=onnx",
+            "model.onnx of any batch size, from uint8 pixels to features (of a classifier: logits)",
+        ),
+        ("run=outputs/a format=transformers output_dir=hub/a", "a folder that AutoModel and AutoImageProcessor load"),
+        ("run=outputs/a format=onnx outputs=features,tokens,attention", "patch tokens and attention maps too"),
+        ("run=outputs/a format=onnx normalize=beside", "the caller normalizes the pixels"),
+        ("run=outputs/a format=program", "a program of torch.export, which needs torch alone"),
+        ("run=outputs/a push=user/name license=mit", "timm's folder with its model card, to the Hugging Face hub"),
+    ),
     "inspect": (
         ("backbone.name=resnet50", "one network, layer by layer, at its own image size"),
         (
@@ -102,6 +116,34 @@ EXAMPLES = {
         (
             "recipe=mae budget=30m score=loss",
             "the laws of MAE's held-out loss; what is trained already is not trained again",
+        ),
+    ),
+    "report": (
+        ("outputs/a", "outputs/a/report.html: scores, curves, pictures; every run writes it at its end"),
+        ("outputs/a follow=true", "while the run goes on; the page loads itself again"),
+        (
+            "outputs/a outputs/b output=both.html",
+            "curves over one another, settings that differ, scores with intervals",
+        ),
+    ),
+    "tune": (
+        ("recipe=mae budget=15m", "the seven steps, from the initial loss to a recipe that is ready to run"),
+        ("run=outputs/a data=photos 'steps=[1,2,3]'", "fine-tuning: initial loss, a handful of images, and the rate"),
+        (
+            "recipe=mae search=random 'ranges.base_lr=log(1e-3,1e-1)' trials=20 budget=30m",
+            "twenty learning rates, drawn by their logarithms, in half an hour",
+        ),
+        (
+            "recipe=mae search=grid 'ranges.base_lr=log(1e-3,1e-1)' 'ranges.weight_decay=choice(0,0.05)' points=4",
+            "a grid of 4 x 2; the same command in a second terminal takes half of its cells",
+        ),
+        (
+            "run=outputs/a search=tpe 'ranges.lr_ratio=log(0.01,1)' 'ranges.mixup=uniform(0,0.8)' 'ranges.freeze=int(0,3)'",
+            "fine-tuning of a run, by its validation accuracy; ranges: log, uniform, int, choice",
+        ),
+        (
+            "recipe=dino search=tpe 'ranges.lr=log(1e-4,1e-2)' pruner=median storage=journal:///shared/study.log",
+            "bad trials are stopped early, and machines with the same storage= work together",
         ),
     ),
     "embed": (
@@ -142,7 +184,12 @@ def print_help(console: Console, command: Command[Any]) -> None:
     """Print usage, options, recipes, examples and all settings."""
     console.print(f"{ABOUT[command.name]}\n")
     recipe = "" if not command.recipes else "\\[recipe=NAME] " if command.recipe else "recipe=NAME "
-    needed = {"predict": "run=... images=... ", "inspect": "backbone.name=... ", "search": "embeddings=... image=... "}
+    needed = {
+        "predict": "run=... images=... ",
+        "inspect": "backbone.name=... ",
+        "report": "RUN_FOLDER ... ",
+        "search": "embeddings=... image=... ",
+    }
     of_others = "" if command.pretrains else "run=... " if hasattr(command.kind, "run") else "embeddings=... "
     console.print(
         f"[bold]usage:[/] python -m sslvision.{command.name} {recipe}{needed.get(command.name, of_others)}\\[key=value ...]\n"
@@ -158,6 +205,10 @@ def print_help(console: Console, command: Command[Any]) -> None:
         _table(f"examples (after python -m sslvision.{command.name})", list(EXAMPLES[command.name]), stacked=True)
     )
     console.print(_table("settings", [(f.name, _told(f)) for f in dataclasses.fields(command.kind)]))
+    if command.with_run is not None:
+        known = {f.name for f in dataclasses.fields(command.kind)}
+        rest = [f for f in dataclasses.fields(command.with_run.kind) if f.name not in known or f.name == "method"]
+        console.print(_table("settings with run=..., besides those of the search", [(f.name, _told(f)) for f in rest]))
     console.print(
         f"{SECTIONS if command.kind.sections else ''}"
         "Strings are taken literally (data.root=photos, name=2024_01); quote what the shell would change: 'photos (1)'.\n"

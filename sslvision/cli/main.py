@@ -20,7 +20,7 @@ from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
 from sslvision.cli.surroundings import surroundings_restored
-from sslvision.cli.words import split_words
+from sslvision.cli.words import as_settings, split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
 from sslvision.runs.redaction import redact
 from sslvision.runs.run_folder import RUN_FOLDER
@@ -29,6 +29,7 @@ from sslvision.system.resuming import command_to_resume
 from sslvision.system.signals import (
     NOT_REQUEUED,
     Interrupted,
+    end_at_once,
     end_with_launcher,
     raise_interrupted,
     requeue,
@@ -48,7 +49,8 @@ def main(name: str, words: Sequence[str] | None = None) -> None:
         name: Name of the command.
         words: Command line after the command's name; by default all of it.
     """
-    command, words = COMMANDS[name], list(sys.argv[1:] if words is None else words)
+    command = COMMANDS[name]
+    words = as_settings(list(sys.argv[1:] if words is None else words), command.words)
     # OpenMP reads this when torch is loaded. The threads of a step spin while they wait for one another; beside a second
     # program that does so too, a step takes ten times as long and more. So they spin briefly, and then sleep.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -61,6 +63,7 @@ def main(name: str, words: Sequence[str] | None = None) -> None:
         code = _run_all(command, words)
     except Interrupted as interrupted:
         code = _complain(_interrupted(interrupted.signum, command, words))
+    end_at_once()
     sys.exit(code)
 
 
@@ -114,7 +117,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     left = ""
-    if getattr(settings, "compare", False) or hasattr(settings, "rungs"):
+    if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
         return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
     if isinstance(settings, Embed):
         return Stopped(
@@ -141,8 +144,12 @@ def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: An
     if settings.dry_run:
         return "This was a dry run, which is not resumed: start it again."
     folder = Path(os.environ.get(RUN_FOLDER, ""))
-    record = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl")
-    ended = sum(line.endswith("}\n") for line in record.open()) if record.is_file() else 0
+    if hasattr(settings, "ranges"):
+        record, end = (folder / "steps.jsonl", "}\n") if settings.search is None else (folder / "trials.csv", "\n")
+    else:
+        record, end = folder / ("rungs.jsonl" if hasattr(settings, "rungs") else "cells.jsonl"), "}\n"
+    ended = sum(line.endswith(end) for line in record.open()) if record.is_file() else 0
+    ended -= record.suffix == ".csv" and ended > 0  # its first line has the names of columns
     kept = "1 training has ended and is" if ended == 1 else f"{ended} trainings have ended and are"
     again = _without_overwrite(words)
     left_out = ""

@@ -3,7 +3,7 @@
 import copy
 import difflib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -18,9 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from sslvision.cli.check_settings import Settings, parameters
 from sslvision.cli.recipe_file import OF_A_RUN, RecipeFile, read_recipe
 from sslvision.errors import UsageError
-from sslvision.settings import Finetune, Inspect, Predict, Pretrain, Probe, locate
+from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
+from sslvision.workflows.exporting_settings import Export
+from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
 RECIPES = _IN_WHEEL if _IN_WHEEL.is_dir() else Path(__file__).parents[2] / "recipes"  # the latter in a checkout
@@ -37,12 +41,20 @@ class Command(Generic[Settings]):
         kind: Class of its settings.
         recipe: Default recipe; None if one must be named.
         folder: Folder of its recipes, if it is not the command's name.
+        words: Name of the setting, a list, that words without `=` are values of; None if there must be none.
+        with_run: The same command where run=... is given: what it does to pretraining, it then does to fine-tuning.
     """
 
     name: str
     kind: type[Settings]
     recipe: str | None = None
     folder: str | None = None
+    words: str | None = None
+    with_run: "Command[Any] | None" = None
+
+    def given(self, keys: Iterable[str]) -> "Command[Any]":
+        """Return the command for a command line with these keys."""
+        return self if self.with_run is None or "run" not in keys else self.with_run
 
     @property
     def pretrains(self) -> bool:
@@ -61,13 +73,17 @@ FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
 INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
+EXPORT = Command("export", Export)
+REPORT = Command("report", Report, words="run")
+TUNE_FINETUNE = Command("tune", TuneFinetune, recipe="default", folder="finetune")
+TUNE = Command("tune", Tune, folder="pretrain", with_run=TUNE_FINETUNE)
 EMBED = Command("embed", Embed)
 SEARCH, DUPLICATES = Command("search", Search), Command("duplicates", Duplicates)
 OUTLIERS, SELECT, CLUSTER = Command("outliers", Outliers), Command("select", Select), Command("cluster", Cluster)
 COMMANDS: dict[str, Command[Any]] = {
     one.name: one
     for one in (
-        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE),
+        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
         *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER),
     )
 }

@@ -18,13 +18,18 @@ _NAMED = {
     "trainer": "options of the Lightning Trainer are given one by one: trainer.accelerator=..., trainer.devices=...",
 }
 
+FILES = {  # a source, its setting, and the endings of its files
+    "folder": ("data.root", (".zip", ".tar")),
+    "list": ("data.file", (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")),
+}
 
-class ExistingFolder(str):
+
+class ExistingPath(str):
     """A path that has been read: it is taken literally from here on."""
 
 
 def in_full(given: Mapping[str, Any], command: Command[Any]) -> dict[str, Any]:
-    """Return what is given, with data=/path as data=folder data.root=/path, and backbone=NAME as backbone.name=NAME.
+    """Return what is given, with data=/path as data=folder data.root=/path or the like, and backbone=NAME in full.
 
     Raises:
         UsageError: There is no such folder, the long form is given too, or a section is given a value.
@@ -42,8 +47,8 @@ def in_full(given: Mapping[str, Any], command: Command[Any]) -> dict[str, Any]:
             if os.path.isdir(data):
                 warn(f"data={data} is the source of that name; the folder of that name is data=./{data}.")
         else:
-            long["data.root"] = ExistingFolder(folder_of(data))
-            full["data"] = "folder"
+            full["data"], key, path = source_of(data)
+            long[key] = ExistingPath(path)
     for key, value in long.items():
         if key in full:
             raise UsageError(
@@ -57,17 +62,23 @@ def _is_word(value: Any) -> bool:
     return bool(several) or (isinstance(value, str) and value != "")
 
 
-def folder_of(data: str) -> str:
-    """Return the folder that data=... names, where it is not the name of a source.
+def source_of(data: str) -> tuple[str, str, str]:
+    """Return what data=... names where it is not the name of a source: the source, its setting, and the path.
+
+    A folder is a folder of images, and a file is a list of images, by its ending.
 
     Raises:
-        UsageError: There is no such folder.
+        UsageError: There is no such folder, or it is another file.
     """
-    folder = os.path.expanduser(data)
-    if os.path.isdir(folder):
-        return folder
-    known = f"It is one of {', '.join(SOURCES)}, or the path of a folder of images."
-    if os.path.exists(folder):
+    path = os.path.expanduser(data)
+    if os.path.isdir(path):
+        return "folder", "data.root", path
+    known = f"It is one of {', '.join(SOURCES)}, or the path of a folder or a list of images."
+    if os.path.exists(path):
+        ending = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+        for source, (key, endings) in FILES.items():
+            if ending in endings:
+                return source, key, path
         raise UsageError(f"data={data} is a file. {known}")
     if os.sep in data or data.startswith((".", "~")):
         raise UsageError(f"data={data}: there is no such folder. {known}")

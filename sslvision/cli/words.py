@@ -1,6 +1,7 @@
 """The words of a command line: options such as --help, and settings as key=value."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Words:
     def points(self) -> Iterator[dict[str, str | None]]:
         """Yield the settings of each run of a sweep."""
         values: list[Sequence[str | None]] = [
-            [None] if text is None else sweep_values(key, text) for key, text in self.settings.items()
+            [text] if text is None or key.startswith("ranges.") else sweep_values(key, text)
+            for key, text in self.settings.items()
         ]
         for point in itertools.product(*values):
             yield dict(zip(self.settings, point, strict=True))
@@ -62,6 +64,25 @@ def split_words(words: Sequence[str]) -> Words:
             raise UsageError(f"{key} is given twice; give it once.")
         settings[key] = found[3]
     return Words(settings, sweep="sweep" in options, show="show" in options, help="help" in options)
+
+
+def as_settings(words: Sequence[str], key: str | None) -> list[str]:
+    """Return a command line whose words without `=`, and those that are folders, are values of the list `key`.
+
+    Args:
+        words: The command line.
+        key: Name of the setting; None if there is none, and the words stay as they are.
+    """
+    if key is None:
+        return list(words)
+    folders = [word for word in words if not word.startswith(("-", "~")) and ("=" not in word or os.path.isdir(word))]
+    rest = [word for word in words if word not in folders]
+    quoted = ",".join(folder if re.fullmatch(r"[\w./=+@-]+", folder) else f'"{_escaped(folder)}"' for folder in folders)
+    return [f"{key}=[{quoted}]"] * bool(folders) + rest
+
+
+def _escaped(text: str) -> str:
+    return text.replace('"', '\\"')
 
 
 def join_words(settings: Mapping[str, str | None]) -> list[str]:

@@ -34,8 +34,8 @@ from torch import Tensor
 from sslvision.data.arrays import reads_deep_color
 from sslvision.data.cache_build import build, shrunk
 from sslvision.data.eight_bits import ValueRange
+from sslvision.data.encoded import EncodedSource
 from sslvision.data.source import Source, SourceGone, Splits, UnreadableImage
-from sslvision.data.sources.folder import FileSource
 from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.system.files import SHARED_MEMORY
 
@@ -61,7 +61,7 @@ class CachedSource:
     channels: int
     classes: tuple[str, ...] | None
     labels: Tensor | None
-    source: FileSource
+    source: EncodedSource
     side: int  # short side of the largest images
     folder: Path
     starts: np.ndarray  # (N,) int64, offsets in the file of pixels
@@ -87,6 +87,11 @@ class CachedSource:
 
     def describe(self, index: int) -> str:
         return self.source.describe(index)
+
+    @property
+    def version(self) -> str:
+        """Return what changes when the images do; see EncodedSource."""
+        return self.source.version
 
     @property
     def value_range(self) -> ValueRange | None:
@@ -126,7 +131,7 @@ def cached(
     def open_cached(source: Source) -> Source:
         if source.images is not None:
             return source
-        if not isinstance(source, FileSource):
+        if not isinstance(source, EncodedSource):
             raise UsageError(f"data.cache={kind} is for image files, and {source.name} has none: set data.cache=none.")
         return _cached(source, root / _key(source, side), side, workers, temporary=kind == "ram")
 
@@ -135,7 +140,7 @@ def cached(
     return Splits(train, test, validation, splits.remarks)
 
 
-def _cached(source: FileSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:
+def _cached(source: EncodedSource, where: Path, side: int, workers: int, *, temporary: bool) -> CachedSource:
     """Return the cache `where`, after building it if need be; a temporary one is deleted when its last user ends."""
     with ExitStack() as until_done:
         lock = until_done.enter_context(_lock(where))
@@ -159,7 +164,7 @@ def _cached(source: FileSource, where: Path, side: int, workers: int, *, tempora
     return found
 
 
-def _open(source: FileSource, where: Path, side: int) -> CachedSource:
+def _open(source: EncodedSource, where: Path, side: int) -> CachedSource:
     with np.load(where / INDEX, allow_pickle=False) as index:
         starts, sizes = index["starts"], index["sizes"]
         reasons = dict(zip(index["unreadable"].tolist(), index["reasons"].tolist(), strict=True))
@@ -210,20 +215,14 @@ def _mapped(file: Path) -> Tensor:
         return torch.from_numpy(mapped)
 
 
-def _key(source: FileSource, side: int) -> str:
+def _key(source: EncodedSource, side: int) -> str:
     """Return a hash of everything the pixels depend on, except the contents of the files."""
     settings: tuple[Any, ...] = (VERSION, source.channels, side, source.at_least, source.max_pixels, source.value_range)
     if source.value_range is not None and not reads_deep_color():
         settings += ("high bytes of color",)
     digest = blake2b(repr(settings).encode(), digest_size=12)
     for index in range(len(source)):
-        path = source.describe(index)
-        try:
-            status = os.stat(path)
-            stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
-        except OSError:
-            stamp = "\0gone\0"
-        digest.update(os.fsencode(path + stamp))
+        digest.update(os.fsencode(source.describe(index) + source.stamp(index)))
     return digest.hexdigest()
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from sslvision.augment.crops import resize
 from sslvision.data.decode import image_size
+from sslvision.data.encoded import EncodedSource
 from sslvision.data.source import UnreadableImage
-from sslvision.data.sources.folder import FileSource
 from sslvision.data.workers import begin_worker
 from sslvision.system.files import require_free
 
@@ -23,7 +23,7 @@ RESERVE = 0.1  # fraction of the free space that is left free
 Cached = tuple[int, int, str | None]  # height, width, and why an image is missing; "": read its file again
 
 
-def build(source: FileSource, where: Path, *, side: int, workers: int) -> None:
+def build(source: EncodedSource, where: Path, *, side: int, workers: int) -> None:
     """Decode all images of a source into the folder `where`, which appears when it is complete.
 
     Raises StorageError, before anything is decoded, if there is not enough free space.
@@ -88,7 +88,7 @@ def shrunk(image: Tensor, side: int) -> Tensor:
 class _Headers(Dataset[tuple[int, int]]):
     """Height and width of each image from the header of its file; 0 if it is unreadable."""
 
-    def __init__(self, source: FileSource):
+    def __init__(self, source: EncodedSource):
         self.source = source
 
     def __len__(self) -> int:
@@ -96,8 +96,7 @@ class _Headers(Dataset[tuple[int, int]]):
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         try:
-            path, channels = self.source.describe(index), self.source.channels
-            return image_size(path, channels, max_pixels=self.source.max_pixels)
+            return image_size(self.source.file(index), self.source.channels, max_pixels=self.source.max_pixels)
         except UnreadableImage:
             return 0, 0
 
@@ -105,7 +104,7 @@ class _Headers(Dataset[tuple[int, int]]):
 class _Images(Dataset[Cached]):
     """Writes each image to its offset in the file."""
 
-    def __init__(self, source: FileSource, file: Path, sizes: np.ndarray, starts: np.ndarray):
+    def __init__(self, source: EncodedSource, file: Path, sizes: np.ndarray, starts: np.ndarray):
         self.source, self.file, self.sizes, self.starts = source, file, sizes, starts
 
     def __len__(self) -> int:

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sslvision.data.encoded import EncodedSource
 from sslvision.data.source import Source, Splits, UnreadableImage
-from sslvision.data.sources.folder import FileSource
 from sslvision.errors import SSLVisionError, UsageError
 
 ATTRIBUTES = ("name", "channels", "classes", "labels", "images", "read", "describe", "__len__")
@@ -72,7 +72,7 @@ def check_contract(splits: Any) -> Splits:
         source = getattr(splits, name, None)
         if source is not None and not type(source).__module__.startswith("sslvision."):
             _check_source(source, name)
-            if source.images is None and not isinstance(source, FileSource):
+            if source.images is None and not isinstance(source, EncodedSource):
                 checked = checked._replace(**{name: CheckedSource(source, name)})
     return cast(Splits, checked)
 

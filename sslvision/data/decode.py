@@ -57,6 +57,7 @@ from sslvision.data.source import UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 Result = TypeVar("Result")
+File = str | os.PathLike[str] | Callable[[], IO[bytes]]  # a path, or a function that opens a file
 
 # Transient errors of network file systems and failing disks: the file is read again after WAITS seconds.
 PASSING = {
@@ -114,7 +115,7 @@ class Header(NamedTuple):
 
 
 def read_image(
-    path: str | os.PathLike[str],
+    path: File,
     channels: int,
     *,
     at_least: int | None = None,
@@ -122,6 +123,8 @@ def read_image(
     value_range: ValueRange | None = None,
 ) -> Tensor:
     """Return the image in a file as (C, H, W) uint8, decoded as described at the top of this module.
+
+    The file is given by its path, or by a function that opens it, as for a member of an archive.
 
     The tensor is a view of (H, W, C) memory, in which decoding and resizing is fastest.
 
@@ -147,13 +150,13 @@ def read_image(
     return _read(path, channels, at_least, max_pixels, scale)
 
 
-def image_size(path: str | os.PathLike[str], channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(path: File, channels: int = 3, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Return height and width of the upright image from the header of its file. Raises UnreadableImage, as `read_image`."""
     header = read_header(path, channels, max_pixels=max_pixels)
     return header.height, header.width
 
 
-def read_header(path: str | os.PathLike[str], channels: int, *, max_pixels: int = MAX_PIXELS) -> Header:
+def read_header(path: File, channels: int, *, max_pixels: int = MAX_PIXELS) -> Header:
     """Return what the header of a file says. Raises UnreadableImage, as `read_image`."""
 
     def of_image(image: ImageFile.ImageFile, file: IO[bytes]) -> Header:
@@ -199,7 +202,7 @@ def _is_deep_color(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
     return max(bits if isinstance(bits, tuple) else (bits,)) > 8
 
 
-def sampled_values(path: str | os.PathLike[str], channels: int, *, max_pixels: int = MAX_PIXELS) -> list[np.ndarray]:
+def sampled_values(path: File, channels: int, *, max_pixels: int = MAX_PIXELS) -> list[np.ndarray]:
     """Return the values of an image before they are scaled to 8 bits: one array per page; none if they have 8 bits.
 
     Raises UnreadableImage, as `read_image`.
@@ -214,7 +217,7 @@ def sampled_values(path: str | os.PathLike[str], channels: int, *, max_pixels: i
     return values
 
 
-def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max_pixels: int, scale: Scale) -> Tensor:
+def _read(path: File, channels: int, at_least: int | None, max_pixels: int, scale: Scale) -> Tensor:
     def of_image(image: ImageFile.ImageFile, file: IO[bytes]) -> Tensor:
         refuse_bomb(image.size, max_pixels)
         full = image.size
@@ -234,7 +237,7 @@ def _read(path: str | os.PathLike[str], channels: int, at_least: int | None, max
 
 
 def _with_image(
-    path: str | os.PathLike[str],
+    path: File,
     channels: int,
     of_image: Callable[[ImageFile.ImageFile, IO[bytes]], Result],
     of_array: Callable[[ArrayImage], Result],
@@ -250,9 +253,10 @@ def _with_image(
                 return of_array(array)
             return of_image(image, file)
 
-    with reasons_in_words(), _pils_limit_lifted(), open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
+    with reasons_in_words(), _pils_limit_lifted(), path() if callable(path) else open(path, "rb") as file:
+        if not file.seek(0, io.SEEK_END):
             raise UnreadableImage("the file is empty")
+        file.seek(0)
         if (array := open_numpy(file, channels) or open_tiff(file, channels)) is not None:
             return of_array(array)
         try:

@@ -22,6 +22,7 @@ class Subset:
     def __init__(self, source: Source, indices: Tensor):
         self.source, self.indices = source, indices
         self.name, self.channels, self.classes = source.name, source.channels, source.classes
+        self.version = getattr(source, "version", "")  # see EncodedSource
         self.labels = None if source.labels is None else source.labels[indices]  # (M,)
         self.images = None if source.images is None else source.images[indices]  # (M, C, H, W), a copy
 

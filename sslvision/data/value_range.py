@@ -43,20 +43,20 @@ def look_at(
     """Return the value range of a source of files, and what there is to say of its images, in sentences.
 
     Args:
-        source: A FileSource.
+        source: An EncodedSource.
         given: Its range, if it is given; None to decide. Without images of more than 8 bits there is nothing to decide.
         of_run: Whether the images are predicted, and a run has determined the channels.
     """
     headers, sampled, unreadable = list[Header](), list[Sampled](), list[str]()
     for index in permutation(len(source), seed=0, epoch=0)[:HEADERS].tolist():
-        path = source.describe(index)
         try:
+            path = source.file(index)
             header = read_header(path, source.channels, max_pixels=source.max_pixels)
             if header.wide:
                 sampled.append(_sample(sampled_values(path, source.channels, max_pixels=source.max_pixels)))
             headers.append(header)
         except UnreadableImage as error:
-            unreadable.append(f"{path} ({error})")
+            unreadable.append(f"{source.describe(index)} ({error})")
         if len(sampled) == IMAGES:
             break
     remarks = _of_headers(headers, of_run=of_run)

@@ -66,7 +66,7 @@ def pyarrow_parquet(*, why: str) -> ModuleType:
         import pyarrow.parquet as module
     except ImportError as error:
         raise UsageError(f'{why} needs pyarrow: pip install "sslvision[embed]".') from error
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def has_pyarrow() -> bool:
@@ -100,7 +100,7 @@ def write_part(file: Path, rows: Rows) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(file) as opened:
         if file.suffix == ".npz":
-            np.savez(opened, **_arrays(rows))
+            np.savez(opened, **_arrays(rows))  # type: ignore[arg-type]  # numpy takes it for allow_pickle
         else:
             _write_parquet(opened, rows)
 

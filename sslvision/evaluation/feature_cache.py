@@ -239,10 +239,12 @@ def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
                 stamp = " cannot be read\n"
             digest.update(os.fsencode(path + stamp))
         return digest.hexdigest(), "paths, sizes and times of change of the files, the pixels of nine"
-    digest.update(f"{source.name} {len(source)}\n".encode())
+    version = getattr(source, "version", "")
+    digest.update(os.fsencode(f"{source.name} {len(source)}\n{version}"))
     if source.labels is not None:
         digest.update(_bytes(source.labels))
-    return digest.hexdigest(), "name, length and labels of the data set, the pixels of nine images"
+    told = "name, length and labels of the data set, the pixels of nine images"
+    return digest.hexdigest(), f"{told}, sizes and times of change of its files" if version else told
 
 
 def _read(

@@ -58,6 +58,11 @@ class RandomCrops:
     def describe(self, index: int) -> str:
         return self.source.describe(index)
 
+    @property
+    def version(self) -> str:
+        """Return what changes when the images do; see EncodedSource."""
+        return getattr(self.source, "version", "")
+
 
 @dataclass(frozen=True)
 class FeatureKind:

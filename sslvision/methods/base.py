@@ -51,11 +51,14 @@ class Method(LightningLoop, ABC):
         compilable: Names of attributes that are functions of `views` or `losses` worth compiling. See `compile_blocks`.
         capturable: Whether `views` and `losses` can be captured as CUDA graphs: they never wait for the device, and depend
             on time only through the buffers that `set_clock` writes. Every class states this for itself; it is not inherited.
+        block_functions: Names of attributes that are functions of a module of `sharded_modules`, which use its weights without
+            calling its forward: f(block, ...).
     """
 
     shown: Mapping[str, str] = {"loss": "loss"}
     compilable: tuple[str, ...] = ()
     capturable: bool = False
+    block_functions: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -194,6 +197,15 @@ class Method(LightningLoop, ABC):
         By default the outermost modules with parameters that contain no backbone: heads, predictors, and a teacher's.
         """
         return _heads(self)
+
+    def sharded_modules(self) -> list[nn.Module]:
+        """Return the modules whose weights are gathered one module at a time under trainer.strategy=fsdp2.
+
+        By default the blocks of backbones and `compilable_modules`. All other weights are gathered for the whole step. A
+        module of this list is used by calling it, or through `block_functions`.
+        """
+        backbones = [module for module in self.modules() if isinstance(module, Backbone)]
+        return [*(block for backbone in backbones for block in backbone.blocks()), *self.compilable_modules()]
 
     def compile_blocks(self) -> None:
         """Compile backbones, `compilable_modules` and `compilable` functions on their first call. Call before DDP wraps."""

@@ -74,6 +74,8 @@ class DINOHead(nn.Module):
         norm_last_layer: Keep the norms of the prototypes at 1. See Prototypes.
     """
 
+    gathered_in_fp32 = True  # in bf16, norms of prototypes would be coarse
+
     def __init__(
         self,
         width: int,

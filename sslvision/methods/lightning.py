@@ -3,14 +3,17 @@
 `base.Method` derives from `LightningLoop` and documents the hooks that the loop calls. Authors of methods read base.py.
 """
 
+import copy
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import pytorch_lightning as L
 import torch
-from torch import Tensor
+from pytorch_lightning.strategies import FSDPStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslvision.augment.crops import Crop
@@ -18,10 +21,12 @@ from sslvision.augment.randomness import ImageRandom, derive_seed
 from sslvision.backbones.backbone import Backbone
 from sslvision.data.batch import Batch, whole_images
 from sslvision.data.loader import cut_crops
+from sslvision.errors import UsageError
 from sslvision.methods.clock import Clock
 from sslvision.methods.rebuild import describe_method
 from sslvision.nn.cuda_graphs import CapturedStep
 from sslvision.nn.normalize import Normalize
+from sslvision.nn.shards import local_shards, shard_module, through_block, whole_tensor
 from sslvision.optim.nonfinite import skip_nonfinite
 from sslvision.optim.param_groups import apply_schedule, check_groups
 
@@ -56,6 +61,8 @@ class LightningLoop(L.LightningModule):
     after_update: Callable[[Clock], None]
     set_clock: Callable[[Clock], None]
     pretrained: Callable[[], Backbone]
+    sharded_modules: Callable[[], list[nn.Module]]
+    block_functions: tuple[str, ...]
     crops: tuple[Crop, ...]
     normalize: Normalize
 
@@ -64,6 +71,7 @@ class LightningLoop(L.LightningModule):
         self.seed, self.freeze_backbone_epochs = seed, freeze_backbone_epochs
         self.latest, self.logged, self.losses_logged, self.skipped = {}, {}, [], []
         self._captured: CapturedStep | None = None
+        self._whole: list[Any] = []  # under sharding, a copy for evaluation; in a list, so that it is no submodule
         self._micro_batches: list[Tensor] = []  # metrics (M,) of the micro-batches of the coming update
         self._epoch: Tensor | None = None  # sums of the same over the finite updates of the epoch, and their number
         self._updates: list[Tensor] = []  # metrics and gradient norm (M + 1,) of each update since the log was written
@@ -142,6 +150,51 @@ class LightningLoop(L.LightningModule):
         """Free the memory of CUDA graphs: evaluation does not use them."""
         self._captured = None
 
+    # Weights in shards.
+
+    def configure_model(self) -> None:
+        """Shard all weights if the trainer's strategy has a mesh of devices for it, as trainer.strategy=fsdp2 has."""
+        mesh = self.device_mesh
+        if mesh is None or self._whole:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+
+        self._whole = [copy.deepcopy(self, {id(self.trainer): None, id(mesh): None})]
+        for module in self.modules():
+            for name in getattr(module, "block_functions", ()):
+                setattr(module, name, through_block(getattr(module, name)))
+        # A mesh of one dimension takes the group of all processes, and so its timeout.
+        processes = init_device_mesh(mesh.device_type, (self.trainer.world_size,))
+        low = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+        shard_module(self, self.sharded_modules(), processes, forwards=["training_step"], compute=low)
+
+    def on_fit_start(self) -> None:
+        """Refuse FSDP 1, under which a trainer of one's own would train something else."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise UsageError(
+                "FSDPStrategy flattens parameters, so that weight decay spares all of them: use sslvision's strategy fsdp2 "
+                "(sslvision.training.sharding.FSDP2), or DDP."
+            )
+
+    @contextmanager
+    def whole(self) -> Iterator[Self]:
+        """Yield the method with whole weights in this process, for evaluation: under sharding a copy, which all have to gather.
+
+        All processes have to enter; what they do inside is theirs.
+        """
+        if not self._whole:
+            yield self
+            return
+        (whole,) = self._whole
+        own = self.state_dict()
+        with torch.no_grad():
+            for name, tensor in whole.state_dict().items():
+                tensor.copy_(whole_tensor(own[name]))
+        try:
+            yield whole.to(self.device)
+        finally:
+            whole.to("cpu")
+
     # An update: one optimizer step.
 
     def configure_optimizers(self) -> Optimizer:
@@ -192,7 +245,7 @@ class LightningLoop(L.LightningModule):
                     module.zero_grad(set_to_none=True)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm, norms = skip_nonfinite(optimizer, gradients)
-        self.before_update(clock, gradients, norms)
+        self.before_update(clock, local_shards(gradients), norms)
         return norm
 
     # The log.
@@ -241,7 +294,7 @@ class LightningLoop(L.LightningModule):
         good = finite[-1] if finite else self.trainer.global_step not in self.skipped
         epoch = None if self._epoch is None else self._epoch.tolist()
         checkpoint["log"] = {"updates": updates, "skipped": list(self.skipped), "good": good, "epoch": epoch}
-        describe_method(checkpoint, type(self), self.pretrained())
+        describe_method(checkpoint, getattr(self, "unsharded_class", type(self)), self.pretrained())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the metrics that are not yet in the log."""

@@ -66,6 +66,7 @@ class MAE(Method):
 
     decoder_pos_embed: Tensor
     compilable = ("error", "block_part", "block_with_mask_tokens")
+    block_functions = ("block_part", "block_with_mask_tokens")
     capturable = True
 
     # B images, L patches, K visible, H hidden, P class and register tokens, D encoder width, E decoder width, p patch side,

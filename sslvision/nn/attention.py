@@ -16,7 +16,7 @@ from sslvision.nn.packed_attention import PackedAttention, can_pack, packed_atte
 def divisible(block: Any) -> bool:
     """Return whether the functions below can run the block: a pre-norm timm Block with plain multi-head attention."""
     return (
-        type(block) is Block
+        getattr(block, "unsharded_class", type(block)) is Block
         and type(block.attn) in (Attention, CPUAttention, PackedAttention)
         and block.attn.gate is None
     )

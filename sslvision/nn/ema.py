@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslvision.nn.shards import local_shards
+
 
 @torch.no_grad()
 def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Set every parameter of the teacher to momentum * teacher + (1 - momentum) * student, and copy persistent buffers.
 
     The running statistics of batch norms are not copied: the teacher has its own, see `batch_statistics`. Non-persistent
-    buffers are constants. Source: DINO, section 3.1, "Teacher network".
+    buffers are constants. Parameters may be in shards, those of both networks in the same ones. Source: DINO, section 3.1,
+    "Teacher network".
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    torch._foreach_lerp_(local_shards(teacher.parameters()), local_shards(student.parameters()), 1 - momentum)
     for own, others in zip(teacher.modules(), student.modules(), strict=True):
         if not isinstance(own, _BatchNorm):
             for (name, buffer), other in zip(own._buffers.items(), others._buffers.values(), strict=True):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sslvision.nn.shards import local_shards, norms_of
 from sslvision.optim.muon import Muon
 
 
@@ -18,17 +19,18 @@ def skip_nonfinite(optimizer: Optimizer, gradients: list[Tensor]) -> tuple[Tenso
 
     Args:
         optimizer: The optimizer, before its step.
-        gradients: Gradients of all its parameters, averaged over processes, so that all processes decide alike.
+        gradients: Gradients of all its parameters, averaged over processes, so that all processes decide alike. They may be in
+            shards.
 
     Returns:
         The norm of all gradients, which is not finite if the update is skipped, and the norm of each: scalars on the device.
     """
-    norms = torch._foreach_norm(gradients)
-    norm = torch.linalg.vector_norm(torch.stack(norms))
+    norms = norms_of(gradients)
+    norm = torch.linalg.vector_norm(torch.stack([*norms]))
     broken = ~norm.isfinite()
     if optimizer.defaults.get("fused") or isinstance(optimizer, Muon):
         optimizer.found_inf = broken.float()  # type: ignore[attr-defined]  # what torch.amp.GradScaler sets
     else:
-        for gradient in gradients:
+        for gradient in local_shards(gradients):
             gradient.masked_fill_(broken, 0.0)
     return norm, norms

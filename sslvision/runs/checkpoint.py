@@ -65,6 +65,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; its micro-batch counts are converted if this run accumulates another number per update."""
         checkpoint = super().load_checkpoint(path, *args, **kwargs)
+        _complete_epoch(checkpoint["loops"]["fit_loop"])
         then, now = (record.get("accumulate", 1) for record in (checkpoint.get(RECORD, {}), self.record))
         if then != now:
             progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -74,6 +75,15 @@ class AtomicCheckpoints(TorchCheckpointIO):
                 counts |= dict.fromkeys(("ready", "started", "processed"), updates * now)
                 counts["completed"] = updates * now - unfinished
         return checkpoint
+
+
+def _complete_epoch(loop: dict[str, Any]) -> None:
+    """Complete the epoch at whose end a checkpoint was saved: in a run with `max_steps`, Lightning would continue with it."""
+    epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
+    if epoch["current"]["processed"] > epoch["current"]["completed"]:
+        for counts in (epoch["total"], epoch["current"]):
+            counts["completed"] = counts["processed"]
+        batch["current"], batch["is_last_batch"] = dict.fromkeys(batch["current"], 0), False
 
 
 @dataclass

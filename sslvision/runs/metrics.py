@@ -13,10 +13,9 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.utilities import rank_zero_only
 
-from sslvision.errors import DataError
+from sslvision.runs.metrics_file import Row, parse_metrics
+from sslvision.runs.metrics_file import read_metrics as read_metrics
 from sslvision.system.files import written_whole
-
-Row = dict[str, str]  # the cells as in the file
 
 
 class MetricsCSV(Logger):
@@ -86,7 +85,7 @@ class MetricsCSV(Logger):
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self._columns, self._rows = _parse(self.path)
+            self._columns, self._rows = parse_metrics(self.path)
         self._rewrite()
 
     def _write_last(self, *, over_the_last: bool) -> None:
@@ -110,25 +109,6 @@ class MetricsCSV(Logger):
         text = io.StringIO()
         csv.DictWriter(text, self._columns, restval="", lineterminator="\n").writerows(rows)
         return text.getvalue().encode()
-
-
-def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[float | None]]:
-    """Return the columns of a `metrics.csv`, in its order; None where a row has no value. Raises DataError."""
-    columns, rows = _parse(Path(path))
-    return {name: [float(row[name]) if row.get(name) else None for row in rows] for name in columns}
-
-
-def _parse(path: Path) -> tuple[list[str], list[Row]]:
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        raise DataError(f"There is no {path}: has this run logged anything yet?") from None
-    whole = text[: text.rfind("\n") + 1]  # without an incomplete last line
-    reader = csv.DictReader(io.StringIO(whole))
-    columns = list(reader.fieldnames or ["step", "epoch"])
-    if columns[:2] != ["step", "epoch"]:
-        raise DataError(f"{path} is not a metrics file of this program: its columns begin with {columns[:2]}.")
-    return columns, [{name: cell for name, cell in row.items() if cell} for row in reader]
 
 
 def _cell(value: Any) -> str:

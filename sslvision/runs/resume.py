@@ -22,6 +22,7 @@ MAY_DIFFER = {
     "where the run folder is, and how the run starts": ("name", "output_dir", "overwrite", "resume"),
     "how the same numbers are computed, up to rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
     "used before the first update only; the checkpoint contains the result": ("init_from",),
+    "how long processes wait for one another": ("timeout",),
     "descriptions and loggers": ("about", "reference", "logger"),
     "monitoring, checkpoints, and when to give up": (
         *("health", "max_skipped", "knn_every_epochs", "evaluate_images", "probe_data"),
@@ -85,6 +86,12 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
     if resume != "auto" and given.is_file():
         return _resume(given, read_head(given), {})
     checkpoints = (folder if resume == "auto" else given) / "checkpoints"
+    if shards := [*([given] if _is_shards(given) else []), *filter(_is_shards, checkpoints.glob("*.ckpt"))]:
+        raise UsageError(
+            f"resume={resume}: {shards[0]} is a folder of shards, which Lightning writes with strategies other than ours. "
+            f"python -m pytorch_lightning.utilities.consolidate_checkpoint {shards[0]} makes one file of it, whose weights a "
+            "new run can start from (init_from=FILE). Move the folder away to resume without it."
+        )
     found = newest_good(checkpoints)
     if found.path is not None:
         return _resume(found.path, found.head, found.damaged)
@@ -96,6 +103,11 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
     if resume == "auto":
         return None
     raise UsageError(f"resume={resume}: there is no checkpoint. Give a .ckpt file, a run folder, or auto.")
+
+
+def _is_shards(path: Path) -> bool:
+    """Return whether a path is a checkpoint of several files."""
+    return path.is_dir() and ((path / ".metadata").is_file() or path.suffix == ".ckpt")
 
 
 def _resume(file: Path, head: dict[str, Any], damaged: dict[Path, str]) -> Resume:

@@ -7,7 +7,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,7 @@ Made by `{command}`.
 
 | file | content |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | final k-NN, linear probe and RankMe, pretrained and untrained; problems, if any |
 | config.yaml | every setting of the run, in full |
 | environment.json | versions, git commit and hardware |
@@ -46,14 +48,21 @@ Made by `{command}`.
 """
 
 
-def claim(folder: Path, *, overwrite: bool, resume: bool, figures: bool = True) -> None:
-    """Claim an empty or new folder for a run, with a folder for figures; a used one only to resume in it or to empty it.
+def claim(folder: Path, *, overwrite: bool, resume: bool, shared: bool = False, figures: bool = True) -> None:
+    """Claim an empty or new folder for a run; a used one only to resume in it or to empty it.
+
+    Args:
+        folder: The folder.
+        overwrite: Whether to empty it.
+        resume: Whether it may be in use.
+        shared: Whether other processes that claim it so may work in it at the same time.
+        figures: Whether it gets a folder for figures.
 
     Raises:
         UsageError: The folder is in use, another process works in it, or it would be emptied but is not a run folder.
     """
     if (folder / LOCK).exists():
-        _hold(folder)
+        _hold(folder, shared=shared and not overwrite)
     if folder.exists() and any(folder.iterdir()) and not resume:
         if not overwrite:
             raise UsageError(
@@ -65,11 +74,23 @@ def claim(folder: Path, *, overwrite: bool, resume: bool, figures: bool = True) 
             )
         shutil.rmtree(folder)
     (folder / "figures" if figures else folder).mkdir(parents=True, exist_ok=True)
-    _hold(folder)
+    _hold(folder, shared=shared)
 
 
-def _hold(folder: Path) -> None:
-    """Keep other processes out of a folder until this one ends, however it ends."""
+@contextmanager
+def exclusive(file: Path) -> Iterator[None]:
+    """Let one process at a time do something: the others wait."""
+    if fcntl is None:
+        yield
+        return
+    with open(file, "w") as opened:
+        with suppress(OSError):  # a file system without locks
+            fcntl.lockf(opened, fcntl.LOCK_EX)
+        yield
+
+
+def _hold(folder: Path, *, shared: bool = False) -> None:
+    """Keep other processes out of a folder until this one ends, however it ends; those that share it may be in it, too."""
     if fcntl is None:
         return
     file = folder / LOCK
@@ -78,7 +99,7 @@ def _hold(folder: Path) -> None:
     held = os.open(file, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(
-            held, fcntl.LOCK_EX | fcntl.LOCK_NB
+            held, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         )  # per process: forked processes, which may outlive it, do not hold it
     except (BlockingIOError, PermissionError) as error:
         os.close(held)

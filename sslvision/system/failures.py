@@ -14,9 +14,14 @@ from sslvision.system.resuming import command_to_resume
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
 _DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|Read-only file system|File too large")
 _WORKER_LOST = re.compile(r"DataLoader worker \(pid|DataLoader worker.*(shared memory|No space left)", re.DOTALL)
+PROCESS_KILLED = (
+    "error: Process {rank} of this run was killed by signal {signal}. Signal 9 without anybody's doing means most likely that "
+    "memory ran out. All processes of the run end now; the last checkpoint is intact, and resume=auto goes on from it."
+)
+_NEVER_CAME = re.compile(r"[Tt]imed out.*waiting for clients\.? *(\d+)/(\d+) clients joined", re.DOTALL)
+_TIMED_OUT = re.compile(r"gloo.*Timed out|[Cc]ollective operation timeout", re.DOTALL)
 _PROCESS_LOST = re.compile(
-    r"Connection (closed|reset) by peer|gloo.*(Broken pipe|Timed out)|NCCL.*(remote process exited|unhandled system error)"
-    r"|[Cc]ollective operation timeout",
+    r"Connection (closed|reset) by peer|gloo.*Broken pipe|NCCL.*(remote process exited|unhandled system error)",
     re.DOTALL,
 )
 
@@ -43,6 +48,18 @@ def explained(error: BaseException, folder: str | None) -> SSLVisionError | None
             return _storage(str(one.strerror), one.filename or folder, folder)
         if found := _DISK_FULL.search(text):
             return _storage(found[0], folder, folder)
+        if found := _NEVER_CAME.search(text):
+            return SSLVisionError(
+                f"{found[1]} of {found[2]} processes have come, and the others not within timeout= seconds. Look into the "
+                "logs of the other nodes: the command may have failed there, or they cannot reach the first node "
+                f"(MASTER_ADDR, MASTER_PORT, firewall). ({_first_line(text)})"
+            )
+        if _TIMED_OUT.search(text):
+            return SSLVisionError(
+                "Another process of this run has not answered within timeout= seconds: it hangs, its machine is gone, or it "
+                "has ended; the reason may be in its log. If it was only slow, as in writing a large checkpoint, set a larger "
+                f"timeout=. The last checkpoint is intact: resume with {command_to_resume(folder)}. ({_first_line(text)})"
+            )
         if _PROCESS_LOST.search(text):
             return SSLVisionError(
                 "Another process of this run has ended, and this one cannot continue alone. The reason is above or in "

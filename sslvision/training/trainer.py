@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.accelerators import AcceleratorRegistry
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import DoublePrecision
 from pytorch_lightning.strategies import DDPStrategy, StrategyRegistry
 from pytorch_lightning.trainer.connectors.accelerator_connector import _AcceleratorConnector
 from timm.layers import set_fused_attn
@@ -28,6 +29,16 @@ from sslvision.nn.cpu import use_cpu_kernels
 from sslvision.nn.packed_attention import use_packed_attention
 from sslvision.runs.checkpoint import AtomicCheckpoints
 from sslvision.system.allocator import keep_freed_memory
+from sslvision.training.processes import (
+    REFUSED,
+    SHARDED,
+    check_processes,
+    refuse_wrong,
+    set_timeout,
+    strategy_for,
+    tell_of_lost_processes,
+)
+from sslvision.training.sharding import FSDP2
 
 ENDING = ("ddp_spawn", "ddp_fork", "ddp_notebook")  # strategies whose processes are gone after training
 
@@ -42,6 +53,7 @@ def build_trainer(
     callbacks: list[Callback],
     options: dict[str, Any],
     max_steps: int = -1,
+    timeout: int = 1800,
     checkpoints: AtomicCheckpoints | None = None,
 ) -> L.Trainer:
     """Build the Lightning trainer.
@@ -54,6 +66,7 @@ def build_trainer(
         loggers, callbacks: Passed on to Lightning.
         options: The user's `trainer.*` settings; they override the defaults below.
         max_steps: Stop after this many updates, even in mid-epoch; -1 for no limit but `epochs`.
+        timeout: Seconds that a process waits for the others.
         checkpoints: How checkpoints are written. The precision and the number of accumulated batches in effect are added
             to its record.
 
@@ -68,6 +81,14 @@ def build_trainer(
         "enable_checkpointing": True,
     }
     checkpoints = checkpoints or AtomicCheckpoints()
+    given = {**defaults, **{key: value for key, value in options.items() if key != "plugins"}}
+    plugins = [checkpoints, *(options.get("plugins") or [])]
+    if (
+        given.get("strategy") == SHARDED and given["precision"] == "64-true"
+    ):  # Lightning refuses the name, not the thing
+        plugins.append(DoublePrecision())
+        given["precision"] = None
+    given["strategy"] = strategy_for(given, timeout)
     with _rejections(options):
         trainer = L.Trainer(
             max_epochs=epochs,
@@ -75,10 +96,12 @@ def build_trainer(
             default_root_dir=folder,
             logger=loggers,
             callbacks=callbacks,
-            plugins=[checkpoints, *(options.get("plugins") or [])],
+            plugins=plugins,
             use_distributed_sampler=False,
-            **{**defaults, **{key: value for key, value in options.items() if key != "plugins"}},
+            **given,
         )
+        set_timeout(trainer.strategy, timeout)
+    check_processes(trainer.num_devices, trainer.num_nodes)
     if (
         isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._start_method != "popen"
     ):  # Lightning's in a notebook
@@ -87,7 +110,7 @@ def build_trainer(
     return trainer
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], *, pretrains: bool = True) -> None:
     """Check the names of strategy and accelerator, before anything is loaded.
 
     Raises:
@@ -95,14 +118,15 @@ def check_options(options: Mapping[str, Any]) -> None:
             while export and evaluation come after it.
     """
     groups = {
-        "strategy": {"auto", *StrategyRegistry.available_strategies()},
+        "strategy": {"auto", SHARDED, *StrategyRegistry.available_strategies()},
         "accelerator": {"auto", "gpu", *AcceleratorRegistry.available_accelerators()},
     }
+    refuse_wrong(str(options.get("strategy", "auto")), pretrains=pretrains)
     for key, names in groups.items():
         name = options.get(key, "auto")
         if name not in names:
             near = difflib.get_close_matches(str(name), names, n=1)
-            known = ", ".join(sorted(one for one in names if not one.startswith(ENDING)))
+            known = ", ".join(sorted(one for one in names if not one.startswith((*ENDING, *REFUSED)) or one == SHARDED))
             told = f" Did you mean trainer.{key}={near[0]}?" if near and not near[0].startswith(ENDING) else ""
             raise UsageError(f"trainer.{key}={name} is unknown to Lightning: it is one of {known}.{told}")
     _refuse_ending(str(options.get("strategy", "auto")))
@@ -140,6 +164,7 @@ def resolve_machine(options: dict[str, Any]) -> Machine:
     """
     names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
     given = {"precision": _default_precision(options.get("accelerator", "auto")), **options}
+    given["strategy"] = strategy_for(given, 1800)
     with _rejections(options):  # Lightning resolves them in this class only, a private one; Trainer calls it first
         connector = _AcceleratorConnector(**{name: given[name] for name in names if name in given})
     strategy = connector.strategy
@@ -171,6 +196,7 @@ def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, chec
     """Train, starting from a checkpoint if one is given."""
     # Lightning would load the checkpoint into a single-precision method, and convert that to double afterwards.
     trainer.precision_plugin.convert_module(method)
+    tell_of_lost_processes(trainer)
     trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
 
 
@@ -246,6 +272,7 @@ def configure_method(
     cuda_graphs: bool | None = None,
     world_size: int = 1,
     accumulate: int = 1,
+    sharded: bool = False,
 ) -> None:
     """Compile a method's blocks, capture its steps in CUDA graphs, or replace its layers by faster equivalents.
 
@@ -257,17 +284,18 @@ def configure_method(
             without activation checkpointing (a graph cannot rewind its random numbers).
         world_size: Number of training processes. Graphs leave gradients where DDP does not see them.
         accumulate: Batches per update. With more than one, graphs are used only on request: no GPU has proved them yet.
+        sharded: Its weights will be in shards, which layers of our own do not know.
 
     Raises:
         UsageError: `cuda_graphs` is true where graphs are not possible.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and not sharded:
         use_packed_attention(method)
     if should_compile(compile, device):
         method.compile_blocks()
-    elif device.type == "cpu":
+    elif device.type == "cpu" and not sharded:
         use_cpu_kernels(method)
-    obstacle = cuda_graph_obstacle(method, device, world_size)
+    obstacle = cuda_graph_obstacle(method, device, world_size) or "weights are in shards" * sharded
     if cuda_graphs and obstacle:
         raise UsageError(f"cuda_graphs=true is not possible: {obstacle}. Remove it.")
     backbones = [module for module in method.modules() if isinstance(module, Backbone)]
@@ -279,6 +307,12 @@ def configure_method(
 
 def configure_for(trainer: L.Trainer, method: Method, *, compile: bool | None, cuda_graphs: bool | None) -> None:
     """Configure a method for a trainer's device, processes and accumulated batches, see `configure_method`."""
+    sharded = isinstance(trainer.strategy, FSDP2)
+    if sharded and method.optimizer_name == "muon":
+        raise UsageError(
+            "trainer.strategy=fsdp2 and optimizer=muon do not go together: it needs whole matrices, and these are shards. Set "
+            "optimizer=adamw, or trainer.strategy=ddp."
+        )
     configure_method(
         method,
         trainer.strategy.root_device,
@@ -286,6 +320,7 @@ def configure_for(trainer: L.Trainer, method: Method, *, compile: bool | None, c
         cuda_graphs=cuda_graphs,
         world_size=trainer.world_size,
         accumulate=trainer.accumulate_grad_batches,
+        sharded=sharded,
     )
 
 
@@ -307,6 +342,7 @@ def silence_lightning() -> None:
     """Silence Lightning's messages that the user can do nothing about, or that our printed configuration contains."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (
+        ".*returned a view tensor.*",  # timm's Swin blocks do, and nothing changes these in place
         ".*LeafSpec.*",  # a call in Lightning 2.6 that torch 2.15 deprecates
         ".*Checkpoint directory .* exists and is not empty.*",  # it does when a run is resumed
         ".*The dirpath has changed.*",  # a run folder may be moved; we do not use what the callback forgets

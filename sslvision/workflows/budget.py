@@ -1,7 +1,10 @@
 """`budget=30m`: a run as long as a time, measured before training with the method, the images and the devices of the run.
 
+Updates take another time after minutes than in the first seconds, so the length is corrected twice on the way.
+
 The settings of a recipe that count epochs keep their share of the run: a warm-up of 3 of 60 epochs becomes 0.4 of 8. Those
-given on the command line stay as they are. A resumed run takes its length from the checkpoint and measures nothing.
+given on the command line stay as they are. A resumed run takes its length from the checkpoint and measures nothing before
+training.
 """
 
 import dataclasses
@@ -15,12 +18,15 @@ from typing import Any
 import pytorch_lightning as L
 import torch
 from pytorch_lightning.callbacks import Callback
+from rich.console import Console
 
 from sslvision.data.datamodule import ImageData
 from sslvision.errors import UsageError
 from sslvision.methods.base import Method
+from sslvision.runs import run_files
 from sslvision.runs.resume import Resume
 from sslvision.settings import Pretrain
+from sslvision.training.callbacks.keep_budget import KeepBudget
 from sslvision.training.trainer import build_trainer, configure_for, fit
 
 SHARE, LONGEST_S = 0.05, 60.0  # of the budget, for measuring; at most so long
@@ -35,18 +41,21 @@ class Length:
 
     Attributes:
         settings: The settings, with epochs and what counts them in accordance.
-        updates: Optimizer updates of the whole run; the last epoch ends with them.
+        record: What checkpoints keep, for `recorded_length`: "updates" of the whole run, with which its last epoch ends, the
+            "words" of `words`, and the "corrections" made on the way.
+        spent: Seconds that are over when training begins.
         words: What was measured and what follows, for the printed configuration.
     """
 
     settings: Pretrain
-    updates: int
+    record: dict[str, Any]
+    spent: float
     words: str
 
     @property
-    def record(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps, for `recorded_length`."""
-        return {"updates": self.updates, "words": self.words}
+    def updates(self) -> int:
+        """Return the optimizer updates of the whole run."""
+        return int(self.record["updates"])
 
 
 def fill_budget(settings: Pretrain, method: Method, data: ImageData, words: Sequence[str], *, started: float) -> Length:
@@ -65,17 +74,19 @@ def fill_budget(settings: Pretrain, method: Method, data: ImageData, words: Sequ
     seconds = settings.budget_seconds
     assert seconds is not None
     timed = time_updates(settings, method, data, seconds=min(SHARE * seconds, LONGEST_S))
-    left = seconds - (time.perf_counter() - started) - timed.startup
+    spent = time.perf_counter() - started + timed.startup
+    left = seconds - spent
     updates = timed.agreed(int(left / timed.each))
     if updates < FEWEST:
         raise UsageError(
-            f"budget={settings.budget} is over before training begins: preparing took {seconds - left:.0f} s, and an update "
-            f"takes {timed.each:.3g} s. Give at least budget={math.ceil(seconds - left + 100 * timed.each)}s."
+            f"budget={settings.budget} is over before training begins: preparing took {spent:.0f} s, and an update "
+            f"takes {timed.each:.3g} s. Give at least budget={math.ceil(spent + 100 * timed.each)}s."
         )
     per_epoch = len(data.splits.train) // settings.batch_size
     scaled, changes = scale_epochs(settings, updates / per_epoch, words)
     told = f"an update takes {1000 * timed.each:.0f} ms (mean of {timed.updates}): {updates:,} updates fill {settings.budget}"
-    return Length(scaled, updates, "; ".join([told, *changes]))
+    told = "; ".join([told, *changes])
+    return Length(scaled, {"updates": updates, "words": told, "corrections": []}, spent, told)
 
 
 def recorded_length(settings: Pretrain, resume: Resume) -> Length:
@@ -92,7 +103,42 @@ def recorded_length(settings: Pretrain, resume: Resume) -> Length:
     method = {key: then["method"].get(key, value) for key, value in settings.method.items() if counts_epochs(key)}
     whole = {key: then[key] for key in ("epochs", *WHOLE)}
     scaled = dataclasses.replace(settings, method={**settings.method, **method}, **whole)
-    return Length(scaled, found["updates"], found["words"])
+    corrected = [f"on the way {one['updates']:,}" for one in found.get("corrections", [])]
+    return Length(scaled, dict(found), 0.0, "; ".join([found["words"], *corrected]))
+
+
+def keep_budget(
+    length: Length, record: dict[str, Any], folder: Path, words: Sequence[str], console: Console
+) -> list[Callback]:
+    """Return the callback that corrects the length on the way; none for a run from before there were corrections.
+
+    Args:
+        length: The length, whose record is changed in place.
+        record: The record of checkpoints; the epochs in it are changed, too.
+        folder: The run folder, whose config.yaml has them as well.
+        words: The command line, for the record.
+        console: Where to print.
+    """
+    settings, seconds = length.settings, length.settings.budget_seconds
+    if "corrections" not in length.record:
+        return []
+    assert seconds is not None
+
+    def changed(epochs: int) -> None:
+        record["settings"]["epochs"] = epochs
+        run_files.describe(folder, dataclasses.asdict(dataclasses.replace(settings, epochs=epochs)), words)
+
+    return [
+        KeepBudget(
+            budget=str(settings.budget),
+            seconds=seconds,
+            spent=length.spent,
+            length=length.record,
+            checkpoint=folder / "checkpoints" / "last.ckpt",
+            changed=changed,
+            console=console,
+        )
+    ]
 
 
 def scale_epochs(settings: Pretrain, epochs: float, words: Sequence[str]) -> tuple[Pretrain, list[str]]:

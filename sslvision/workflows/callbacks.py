@@ -11,7 +11,7 @@ from sslvision.settings import Pretrain
 from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health
-from sslvision.training.callbacks.online_evaluation import OnlineEvaluation
+from sslvision.training.callbacks.online_evaluation import ON_THE_WAY, OnlineEvaluation
 from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoints
 from sslvision.training.callbacks.pictures import Pictures
 from sslvision.training.callbacks.progress import Progress
@@ -40,7 +40,12 @@ def pretraining_callbacks(
             every_epochs=settings.checkpoint_every_epochs,
             every_steps=settings.checkpoint_every_steps,
         ),
-        StopOnSignal(folder / "checkpoints" / "last.ckpt", folder, requeues=settings.resume == "auto"),
+        StopOnSignal(
+            folder / "checkpoints" / "last.ckpt",
+            folder,
+            requeues=settings.resume == "auto",
+            timeout=settings.timeout,
+        ),
         SkippedUpdates(folder, settings.max_skipped),
         Health(settings.health),
     ]
@@ -50,6 +55,7 @@ def pretraining_callbacks(
             evaluated,
             labeled=labeled,
             every_epochs=every,
+            at_most=min(ON_THE_WAY, settings.evaluate_images),
             workers=data.workers,
             from_start=settings.init_from is not None,
         )

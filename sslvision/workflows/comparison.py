@@ -59,12 +59,14 @@ from sslvision.workflows.labeled_data import (
     open_labeled_data,
     rank_classes,
 )
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.time_left import Training, estimate, in_words
 
 SCRATCH, FROZEN, PARTIAL, FULL = ARMS = ("from scratch", "frozen features", "partial", "full")
 VALIDATE_ON = 1_000  # images at most
 
 
+@reports
 def compare(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> list[Cell]:
     """Run the comparison, or the rest of it.
 

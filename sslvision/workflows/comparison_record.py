@@ -17,6 +17,7 @@ Made by `{command}`. The same command continues where it was stopped.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at; opens in a browser without a network |
 | comparison.csv | top-1 for each arm and number of labels: mean and standard deviation over the seeds; low, high: its 95 % \
 interval over test sets of this size |
 | comparison.png | the same as a figure |

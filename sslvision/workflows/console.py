@@ -17,6 +17,7 @@ from sslvision.figures.label_efficiency import Cell
 from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.data_waits import DataWaits
 from sslvision.training.callbacks.health import Health
+from sslvision.training.callbacks.progress import Progress
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
 from sslvision.training.callbacks.unreadable_images import UnreadableImages
 
@@ -55,11 +56,14 @@ def findings_of(trainer: L.Trainer) -> list[str]:
 
 
 def waiting_of(trainer: L.Trainer) -> dict[str, float]:
-    """Return the percentage of time spent waiting for images, if it was measured."""
+    """Return the percentage of time spent waiting for images, and images per second, as far as they were measured."""
+    measured: dict[str, float] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, DataWaits) and callback.share is not None:
-            return {"waiting_for_data_percent": round(callback.share, 1)}
-    return {}
+            measured["waiting_for_data_percent"] = round(callback.share, 1)
+        elif isinstance(callback, Progress) and callback.images_per_second:
+            measured["images_per_second"] = round(callback.images_per_second, 1)
+    return measured
 
 
 def print_scores(console: Console, rows: Mapping[str, Mapping[str, float]], title: str) -> None:

@@ -248,7 +248,7 @@ def finish(folder: Path, about: Mapping[str, Any], images: Images, *, seconds: f
     Raises:
         DataError: None of the images could be read.
     """
-    count, lost = 0, []
+    count, lost = 0, list[tuple[str, str]]()
     for number in range(part_files.number_of_parts(about)):
         rows = part_files.read_part(part_file(folder, number, about["format"]))
         count += len(rows.paths)

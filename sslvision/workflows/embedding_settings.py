@@ -1,12 +1,11 @@
 """The settings of `embed`, and of the commands that work with what it writes: search, duplicates, outliers, select, cluster."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from sslvision.errors import UsageError
-from sslvision.settings import Sections
+from sslvision.settings import RUN, Sections, at_least, option
 
-_RUN = "a run folder, an export/, an official MAE or DINO checkpoint, or a timm model (weights are downloaded)"
 _EMBEDDINGS = "a folder written by `sslvision embed`"
 _CENTER = (
     "subtract the mean of all embeddings before they are compared, so that similarities spread from -1 to 1 "
@@ -14,18 +13,6 @@ _CENTER = (
 )
 _OVERWRITE = "replace the results of an earlier call (default: they are kept, and the new ones get a number)"
 _DEVICE = "device that compares embeddings"
-
-
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
-def _at_least(settings: Any, **least: int) -> None:
-    for key, smallest in least.items():
-        if getattr(settings, key) < smallest:
-            raise UsageError(f"{key}={getattr(settings, key)} is too small: it must be {smallest} or more.")
 
 
 def _needs_embeddings(settings: Any) -> None:
@@ -42,40 +29,40 @@ class Embed:
     sections: ClassVar[Sections] = {"backbone": "sslvision.backbones.build.build_backbone", "data": None}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    run: str | None = _option(None, f"the backbone: {_RUN}")
-    data: dict[str, Any] = _option(
+    run: str | None = option(None, f"the backbone: {RUN}")
+    data: dict[str, Any] = option(
         {},
         "embedded | digits | folder | torchvision; data.root, ... (default: those of the run); data=photos is a folder",
     )
-    backbone: dict[str, Any] = _option(
+    backbone: dict[str, Any] = option(
         {},
         "image_size, pool (token | avg), and any timm option that shall differ from the run's; without run, backbone=NAME is "
         "a timm model",
     )
-    pretrained: bool = _option(True, "false: the same network with random weights")
-    split: Literal["all", "train", "validation", "test"] = _option(
+    pretrained: bool = option(True, "false: the same network with random weights")
+    split: Literal["all", "train", "validation", "test"] = option(
         "all", "which images of the data: all of them, or one split; the column `split` tells them apart"
     )
-    format: Literal["parquet", "npz"] | None = _option(
+    format: Literal["parquet", "npz"] | None = option(
         None, "files: parquet (needs pyarrow) or npz (of numpy) (default: parquet if pyarrow is installed, else npz)"
     )
-    dtype: Literal["float32", "float16"] = _option("float32", "numbers in the files")
-    precision: Literal["float32", "bfloat16"] = _option(
+    dtype: Literal["float32", "float16"] = option("float32", "numbers in the files")
+    precision: Literal["float32", "bfloat16"] = option(
         "float32", "matrix products of the backbone; bfloat16 is faster on a GPU, and differs in the third digit"
     )
-    batch_size: int = _option(256, "images per forward pass")
-    images_per_part: int = _option(
+    batch_size: int = option(256, "images per forward pass")
+    images_per_part: int = option(
         5000, "images in a file, at most; one that is interrupted is computed again, those before it are kept"
     )
-    seed: int = _option(0, "random seed of random weights")
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", "device that computes the embeddings")
-    name: str | None = _option(None, "name of the folder in outputs/ (default: embed, run and data)")
-    output_dir: str | None = _option(None, "path of the folder, instead of outputs/<name>")
-    overwrite: bool = _option(False, "delete what is in the folder first")
-    resume: str | None = _option(None, "auto, or nothing: files that are written are kept in any case")
+    seed: int = option(0, "random seed of random weights")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", "device that computes the embeddings")
+    name: str | None = option(None, "name of the folder in outputs/ (default: embed, run and data)")
+    output_dir: str | None = option(None, "path of the folder, instead of outputs/<name>")
+    overwrite: bool = option(False, "delete what is in the folder first")
+    resume: str | None = option(None, "auto, or nothing: files that are written are kept in any case")
 
     def __post_init__(self) -> None:
-        _at_least(self, batch_size=1, images_per_part=1, seed=0)
+        at_least(self, batch_size=1, images_per_part=1, seed=0)
         if self.name is not None and (self.name in ("", ".", "..") or set(self.name) & set('/\\:*?"<>|\0')):
             raise UsageError(f"name={self.name} is not a plain folder name; output_dir=... sets a whole path.")
         model = self.backbone.get("name")
@@ -86,7 +73,7 @@ class Embed:
         if model is not None:
             self.run, self.backbone = model, {key: one for key, one in self.backbone.items() if key != "name"}
         if self.run is None:
-            raise UsageError(f"run is not given: say run=..., {_RUN}; or backbone=NAME, a timm model.")
+            raise UsageError(f"run is not given: say run=..., {RUN}; or backbone=NAME, a timm model.")
         if "_target_" not in self.data:
             raise UsageError(
                 f"No images: {self.run} has no data of its own. Give data=photos, the path of a folder, or another source: "
@@ -105,19 +92,19 @@ class Search:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    embeddings: str | None = _option(None, _EMBEDDINGS)
-    image: list[str] = _option(
+    embeddings: str | None = option(None, _EMBEDDINGS)
+    image: list[str] = option(
         [], "the image, or several, image=a.jpg,b.jpg: files, or names in the column `path` of the embeddings"
     )
-    k: int = _option(10, "number of nearest images")
-    center: bool | None = _option(None, _CENTER)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", _DEVICE)
-    output_dir: str | None = _option(None, "folder of the results (default: search-<image> in that of the embeddings)")
-    overwrite: bool = _option(False, _OVERWRITE)
+    k: int = option(10, "number of nearest images")
+    center: bool | None = option(None, _CENTER)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
+    output_dir: str | None = option(None, "folder of the results (default: search-<image> in that of the embeddings)")
+    overwrite: bool = option(False, _OVERWRITE)
 
     def __post_init__(self) -> None:
         _needs_embeddings(self)
-        _at_least(self, k=1)
+        at_least(self, k=1)
         if not self.image:
             raise UsageError("image is not given: say image=photo.jpg.")
 
@@ -129,12 +116,12 @@ class Duplicates:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    embeddings: str | None = _option(None, _EMBEDDINGS)
-    threshold: float = _option(0.97, "cosine similarity from which two images are duplicates; lower finds more")
-    center: bool | None = _option(None, _CENTER)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", _DEVICE)
-    output_dir: str | None = _option(None, "folder of the results (default: duplicates in that of the embeddings)")
-    overwrite: bool = _option(False, _OVERWRITE)
+    embeddings: str | None = option(None, _EMBEDDINGS)
+    threshold: float = option(0.97, "cosine similarity from which two images are duplicates; lower finds more")
+    center: bool | None = option(None, _CENTER)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
+    output_dir: str | None = option(None, "folder of the results (default: duplicates in that of the embeddings)")
+    overwrite: bool = option(False, _OVERWRITE)
 
     def __post_init__(self) -> None:
         _needs_embeddings(self)
@@ -151,17 +138,17 @@ class Outliers:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    embeddings: str | None = _option(None, _EMBEDDINGS)
-    n: int = _option(100, "number of images to list")
-    k: int = _option(10, "an image's score is its mean cosine distance to its k nearest others")
-    center: bool | None = _option(None, _CENTER)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", _DEVICE)
-    output_dir: str | None = _option(None, "folder of the results (default: outliers in that of the embeddings)")
-    overwrite: bool = _option(False, _OVERWRITE)
+    embeddings: str | None = option(None, _EMBEDDINGS)
+    n: int = option(100, "number of images to list")
+    k: int = option(10, "an image's score is its mean cosine distance to its k nearest others")
+    center: bool | None = option(None, _CENTER)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
+    output_dir: str | None = option(None, "folder of the results (default: outliers in that of the embeddings)")
+    overwrite: bool = option(False, _OVERWRITE)
 
     def __post_init__(self) -> None:
         _needs_embeddings(self)
-        _at_least(self, n=1, k=1)
+        at_least(self, n=1, k=1)
 
 
 @dataclass
@@ -171,27 +158,27 @@ class Select:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    embeddings: str | None = _option(None, _EMBEDDINGS)
-    n: int = _option(100, "number of images to choose")
-    by: Literal["cover", "clusters"] = _option(
+    embeddings: str | None = option(None, _EMBEDDINGS)
+    n: int = option(100, "number of images to choose")
+    by: Literal["cover", "clusters"] = option(
         "cover",
         "cover: each next image is the one farthest from those chosen (k-center greedy), which takes in rare images; "
         "clusters: the most typical image of each of n clusters",
     )
-    labeled: str | None = _option(
+    labeled: str | None = option(
         None,
         "a CSV file with a column `path` of images that have labels: others are chosen (cover: far from these too)",
     )
-    split: Literal["all", "train", "validation", "test"] = _option("all", "which images to choose from")
-    seed: int = _option(0, "clusters: random seed of the first centers")
-    center: bool | None = _option(None, _CENTER)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", _DEVICE)
-    output_dir: str | None = _option(None, "folder of the results (default: select-<n> in that of the embeddings)")
-    overwrite: bool = _option(False, _OVERWRITE)
+    split: Literal["all", "train", "validation", "test"] = option("all", "which images to choose from")
+    seed: int = option(0, "clusters: random seed of the first centers")
+    center: bool | None = option(None, _CENTER)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
+    output_dir: str | None = option(None, "folder of the results (default: select-<n> in that of the embeddings)")
+    overwrite: bool = option(False, _OVERWRITE)
 
     def __post_init__(self) -> None:
         _needs_embeddings(self)
-        _at_least(self, n=1, seed=0)
+        at_least(self, n=1, seed=0)
 
 
 @dataclass
@@ -201,15 +188,15 @@ class Cluster:
     sections: ClassVar[Sections] = {}
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
-    embeddings: str | None = _option(None, _EMBEDDINGS)
-    k: int = _option(10, "number of clusters")
-    seed: int = _option(0, "random seed of the first centers")
-    restarts: int = _option(3, "number of times to begin anew, of which the best is kept")
-    center: bool | None = _option(None, _CENTER)
-    device: Literal["auto", "cpu", "cuda", "mps"] = _option("auto", _DEVICE)
-    output_dir: str | None = _option(None, "folder of the results (default: cluster-<k> in that of the embeddings)")
-    overwrite: bool = _option(False, _OVERWRITE)
+    embeddings: str | None = option(None, _EMBEDDINGS)
+    k: int = option(10, "number of clusters")
+    seed: int = option(0, "random seed of the first centers")
+    restarts: int = option(3, "number of times to begin anew, of which the best is kept")
+    center: bool | None = option(None, _CENTER)
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
+    output_dir: str | None = option(None, "folder of the results (default: cluster-<k> in that of the embeddings)")
+    overwrite: bool = option(False, _OVERWRITE)
 
     def __post_init__(self) -> None:
         _needs_embeddings(self)
-        _at_least(self, k=2, seed=0, restarts=1)
+        at_least(self, k=2, seed=0, restarts=1)

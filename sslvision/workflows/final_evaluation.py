@@ -27,10 +27,13 @@ from sslvision.runs.metrics import read_metrics
 from sslvision.runs.weights import export_backbone, load_weights, record_value_range
 from sslvision.settings import Pretrain
 from sslvision.training.callbacks.continued import Continued
+from sslvision.training.callbacks.online_evaluation import ON_THE_WAY
 from sslvision.training.callbacks.pictures import draw_neighbors, draw_pictures
 from sslvision.training.trainer import compute_dtype
 from sslvision.workflows.console import print_findings, print_scores
+from sslvision.workflows.map_of_images import write_map
 from sslvision.workflows.method import method_from_settings
+from sslvision.workflows.reporting import without_cost
 
 RANKME_IMAGES = 10_000  # training images, as during training
 
@@ -61,14 +64,9 @@ def export_and_evaluate(
         backbone.crop_pct = data.crop_pct
         if prefix in ("", "best_"):
             export(settings, method, backbone, folder / ("export-best" if prefix else "export"))
-    pictured = data.splits.test if data.splits.test is not None else evaluated.test
-    if pictured is not None:
-        draw_pictures(method, pictured, folder / "figures", trainer.loggers, trainer.global_step)
     at_most = min(256, settings.evaluate_images) if settings.dry_run else settings.evaluate_images
     how = Extraction(workers=data.workers, precision=precision)
-    draw_neighbors(
-        method, evaluated, folder / "figures", trainer.loggers, trainer.global_step, at_most=at_most, how=how
-    )
+    draw_images(method, data, evaluated, folder / "figures", trainer, console, at_most=at_most, how=how)
     if has_labels(evaluated):
         rows = {
             prefix: evaluate_backbone(
@@ -103,11 +101,37 @@ def export_and_evaluate(
     }
     images = max([row.pop("held_out", 0) for row in rows.values()])
     scores = {f"{prefix}{name}": round(value, 2) for prefix, row in rows.items() for name, value in row.items()}
+    more = min(at_most, len(evaluated.train)) > ON_THE_WAY  # more neighbors: no point of the curve of k-NN accuracy
+    logged = {f"final_{name}" if more and name == "knn_top1" else name: value for name, value in scores.items()}
     for logger in trainer.loggers:
-        logger.log_metrics(scores, step=trainer.global_step)
+        logger.log_metrics(logged, step=trainer.global_step)
     loss = draw_curves(settings, folder, untrained_knn=scores.get("untrained_knn_top1"))
     tested = {"held_out_images": images, "intervals": intervals} if images else {}
     return {"loss": loss, **scores, **tested, "findings": findings}
+
+
+def draw_images(
+    method: Method,
+    data: ImageData,
+    evaluated: Splits,
+    folder: Path,
+    trainer: L.Trainer,
+    console: Console,
+    *,
+    at_most: int,
+    how: Extraction,
+) -> None:
+    """Draw the method's pictures of held-out images, nearest neighbors, and the map of images."""
+    pictured = data.splits.test if data.splits.test is not None else evaluated.test
+    if pictured is not None:
+        draw_pictures(method, pictured, folder, trainer.loggers, trainer.global_step)
+    draw_neighbors(method, evaluated, folder, trainer.loggers, trainer.global_step, at_most=at_most, how=how)
+    mapped = evaluated.test if evaluated.test is not None else evaluated.train
+
+    def draw_map() -> None:
+        write_map(method.pretrained(), method.normalize, mapped, folder, at_most=at_most, how=how)
+
+    without_cost(draw_map, "The map of images", console)
 
 
 def compared_backbones(

@@ -34,6 +34,7 @@ from sslvision.training.callbacks.progress import Progress
 from sslvision.training.callbacks.stop_on_signal import StopOnSignal
 from sslvision.training.callbacks.unreadable_images import UnreadableImages
 from sslvision.training.trainer import configure_torch, resolve_machine, silence_lightning
+from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.classifier_training import (
     TrainingPlan,
     adapt_batch_norms,
@@ -52,6 +53,8 @@ from sslvision.workflows.console import (
     waiting_of,
 )
 from sslvision.workflows.labeled_data import LabeledData, open_labeled_data, rank_classes
+from sslvision.workflows.readings import next_command, print_next, read_curves_of
+from sslvision.workflows.reporting import reports
 
 CONTENTS = """\
 # {name}
@@ -60,6 +63,7 @@ Made by `{command}`.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | top-1, top-5 and per-class accuracy of the fine-tuned network, of its frozen features and from scratch |
 | export/ | the classifier with its class names: `timm.create_model("local-dir:{folder}/export", pretrained=True)` |
 | figures/ | confusion matrix, learning curves |
@@ -72,6 +76,8 @@ Made by `{command}`.
 Label new images: `python -m sslvision.predict run={folder} images=...`
 """
 
+TOO_HIGH = ("diverging", "degrading")  # readings of learning curves that advise a lower rate
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -81,6 +87,7 @@ class Plan:
     scratch: TrainingPlan | None
 
 
+@reports
 def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Fine-tune, and train from scratch for comparison; export the classifier and evaluate both.
 
@@ -119,13 +126,18 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
             console.print(f"Linear head on frozen features: {scores['frozen features'].top1:.1f} % test accuracy.")
     best = train(plan.tuned, labeled, method, trainer, resume)
     scores = {"fine-tuned": score_on_test_images(plan.tuned, labeled, method)} | scores
-    found = findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"])
+    held_out = len(labeled.validation) if labeled.validation is not None else None
+    readings = read_curves_of(settings, folder, method, validation_images=held_out)
+    found = (
+        findings_of(trainer) + unreadable_test_images(labeled, scores["fine-tuned"]) + [str(one) for one in readings]
+    )
     findings += found
+    following = next_command(readings, words, command="finetune", folder=folder)
     results: dict[str, Any] = {}
     if trainer.is_global_zero:  # before the comparison, which takes longer, and may be stopped
         export_classifier(plan, labeled, method)
         found += draw_figures(plan, labeled, scores)
-        results = write_results(plan, labeled, scores, best, folder, findings, trainer, started)
+        results = write_results(plan, labeled, scores, best, findings, following, trainer, started)
         print_findings(console, found)
     if plan.scratch is not None:
         if trainer.is_global_zero:
@@ -138,10 +150,11 @@ def finetune(settings: Finetune, folder: Path, words: Sequence[str] = ()) -> dic
         return {}
     if plan.scratch is not None:
         draw_figures(plan, labeled, scores)
-        results = write_results(plan, labeled, scores, best, folder, findings, trainer, started)
+        results = write_results(plan, labeled, scores, best, findings, following, trainer, started)
     tested = int(scores["fine-tuned"].confusion.sum())
     print_classifiers(console, scores, title=f"Accuracy on {tested:,} test images of {labeled.test.name}")
-    print_conclusions(labeled, scores, best, console)
+    print_conclusions(labeled, scores, best, console, too_high=any(one.rule in TOO_HIGH for one in readings))
+    print_next(console, results)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
     return results
 
@@ -308,16 +321,17 @@ def write_results(
     labeled: LabeledData,
     scores: Mapping[str, Scores],
     best: Mapping[str, float],
-    folder: Path,
     findings: list[str],
+    following: Mapping[str, str],
     trainer: L.Trainer,
     started: float,
 ) -> dict[str, Any]:
     """Write results.json, and return its content."""
     results = results_of(plan, labeled, scores, best)
-    results |= ({"findings": findings} if findings else {}) | waiting_of(trainer)
+    results |= ({"findings": findings} if findings else {}) | {**following} | waiting_of(trainer)
     results |= {"seconds": round(time.perf_counter() - started, 1)}
-    run_files.write_json(folder / "results.json", results)
+    run_files.write_json(plan.tuned.folder / "results.json", results)
+    write_cards_of_run(plan.tuned.folder)
     return results
 
 
@@ -330,10 +344,10 @@ def unreadable_test_images(labeled: LabeledData, scores: Scores) -> list[str]:
 
 
 def print_conclusions(
-    labeled: LabeledData, scores: Mapping[str, Scores], best: Mapping[str, float], console: Console
+    labeled: LabeledData, scores: Mapping[str, Scores], best: Mapping[str, float], console: Console, *, too_high: bool
 ) -> None:
-    """Print what the scores mean."""
-    if best.get("step") == 0:
+    """Print what the scores mean. `too_high` says that the learning curves show too high a rate."""
+    if best.get("step") == 0 and not too_high:
         console.print(
             "[yellow]No update did better on the validation images than the fitted head on frozen features, so that one is "
             "kept. A higher learning rate (lr_ratio=), more updates, or more validation images (holdout=) may help.[/]"
@@ -361,6 +375,11 @@ def results_of(
         "best_update": best.get("step"),
         "updates": plan.tuned.updates,
         "weights": labeled.weights,
+        "images": {
+            "training": len(labeled.train),
+            "validation": None if labeled.validation is None else len(labeled.validation),
+            "test": len(labeled.test),
+        },
     }
 
 

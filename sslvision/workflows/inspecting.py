@@ -31,8 +31,8 @@ from sslvision.inspection.receptive_field import ReceptiveField, receptive_field
 from sslvision.inspection.throughput import forward_rates, training_rates
 from sslvision.runs import run_files
 from sslvision.runs.config import config_file, read_settings
-from sslvision.settings import Inspect
 from sslvision.training.trainer import configure_torch, select_device
+from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.inspection_tables import (
     layer_rows,
     plain_name,

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -19,9 +19,13 @@ from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import available_workers
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
+from sslvision.data.encoded import EncodedSource, PathTable
 from sslvision.data.loader import EvaluationImages
-from sslvision.data.sources.folder import FileSource, joined
+from sslvision.data.sources.archive_folder import is_archive, open_archive
+from sslvision.data.sources.folder import FileSource
+from sslvision.data.sources.list_file import open_list
 from sslvision.data.sources.list_images import scan
+from sslvision.data.sources.tables import KINDS
 from sslvision.data.value_range import look_at
 from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.evaluation.confidence import as_json, score
@@ -99,7 +103,7 @@ def predict_to_csv(settings: Predict) -> Path:
     return output
 
 
-def look_at_values(source: FileSource, settings: Predict) -> list[str]:
+def look_at_values(source: EncodedSource, settings: Predict) -> list[str]:
     """Choose the value range of the images, that of the run unless it is given, and return what there is to say of it."""
     recorded, given = (
         recorded_value_range(settings.run or ""),
@@ -167,8 +171,10 @@ def write_accuracy(
 
 def open_images(
     path: str | Path, *, channels: int, max_pixels: int = MAX_PIXELS, remarks: list[str] | None = None
-) -> FileSource:
+) -> EncodedSource:
     """Return all images under a folder, at any depth, sorted by relative path; or the one image that `path` names.
+
+    A zip or tar file is read as the folder that it holds, and a list of images (.csv, .jsonl, ...) in its own order.
 
     Folders named train/ and val/ are like all others. Links are followed. Hidden files and folders are skipped. What was left
     out is added to `remarks`, in sentences.
@@ -180,6 +186,18 @@ def open_images(
     if not str(path):
         raise UsageError("images is empty: say images=photos, a folder of images or one image.")
     root = os.path.abspath(os.path.expanduser(path))
+    if is_archive(root):
+        archive = open_archive(root)
+        found = archive.scan()
+        if remarks is not None:
+            remarks += found.remarks()
+        return archive.source(root, sorted(found.images), str(path), (channels, None, None, None, max_pixels))
+    if os.path.isfile(root) and os.path.splitext(root.removesuffix(".gz"))[1].lower() in KINDS:
+        options: dict[str, Any] = {"channels": channels, "max_pixels": max_pixels, "holdout": 0}
+        splits = open_list(root, label="none", split="none", **options)
+        if remarks is not None:
+            remarks += splits.remarks
+        return cast(FileSource, splits.train)
     if os.path.isfile(root):
         root, images = os.path.dirname(root), [os.path.basename(root)]
     else:
@@ -187,7 +205,8 @@ def open_images(
         images = sorted(found.images)
         if remarks is not None:
             remarks += found.remarks()
-    return FileSource(str(path), channels, None, None, root, *joined(images), max_pixels=max_pixels)
+    paths = PathTable.of(images)
+    return FileSource(str(path), channels, None, None, max_pixels=max_pixels, root=root, paths=paths)
 
 
 def check_output(file: Path) -> None:
@@ -217,7 +236,7 @@ def predict(
     backbone: Backbone,
     normalize: Normalize,
     classes: Sequence[str],
-    source: FileSource,
+    source: EncodedSource,
     *,
     batch_size: int = 256,
     workers: int = 0,
@@ -257,7 +276,7 @@ def _rows(
     backbone: Backbone,
     normalize: Normalize,
     classes: Sequence[str],
-    source: FileSource,
+    source: EncodedSource,
     batch_size: int,
     workers: int,
     top: int,
@@ -270,17 +289,17 @@ def _rows(
         collate_fn=_readable_and_not,
         generator=torch.Generator(),  # instead of the global one
     )
-    start = len(os.path.join(source.root, ""))
+    root = os.path.join(getattr(source, "root", ""), "")
     was_training = backbone.training
     backbone.eval()
     try:
         for indices, images, problems in loader:
-            rows = {place: Prediction(_relative(source, place, start), (), (), why) for place, why in problems}
+            rows = {place: Prediction(_relative(source, place, root), (), (), why) for place, why in problems}
             if indices:
                 best = _probabilities(backbone, normalize, images, precision).topk(top)
                 for place, values, labels in zip(indices, best.values.tolist(), best.indices.tolist(), strict=True):
                     names = tuple(classes[label] for label in labels)
-                    rows[place] = Prediction(_relative(source, place, start), names, tuple(values), "")
+                    rows[place] = Prediction(_relative(source, place, root), names, tuple(values), "")
             for place in sorted(rows):
                 yield rows[place]
     finally:
@@ -313,8 +332,8 @@ def _of_prediction(reason: str) -> str:
     return re.sub(r": data\.channels=.* reads (it|them)", "", reason).replace("data.", "")
 
 
-def _relative(source: FileSource, place: int, start: int) -> str:
-    return source.describe(place)[start:].replace(os.sep, "/")
+def _relative(source: EncodedSource, place: int, root: str) -> str:
+    return source.describe(place).removeprefix(root).replace(os.sep, "/")
 
 
 def write_csv(rows: Iterable[Prediction], file: str | Path, *, top: int) -> tuple[int, int]:

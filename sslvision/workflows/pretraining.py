@@ -37,8 +37,9 @@ from sslvision.training.trainer import (
     precision_in_effect,
     silence_lightning,
 )
-from sslvision.workflows.budget import Length, fill_budget, recorded_length
+from sslvision.workflows.budget import Length, fill_budget, keep_budget, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
+from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.console import (
     classes_in_words,
     findings_of,
@@ -48,10 +49,13 @@ from sslvision.workflows.console import (
 )
 from sslvision.workflows.final_evaluation import export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
+from sslvision.workflows.readings import next_command, print_next, read_curves_of
+from sslvision.workflows.reporting import reports
 
 SMALL = 40  # pixels: the side of images that recipes for small images have
 
 
+@reports
 def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Pretrain a backbone, export it, and evaluate its features.
 
@@ -86,6 +90,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     steps = length.updates if length is not None else settings.epochs * (images // settings.batch_size)
     facts = {"images": images} | ({} if length is None else {"budget": length.record})
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, **facts))
+    keeping = [] if length is None else keep_budget(length, checkpoints.record, folder, words, console)
     trainer = build_trainer(
         folder=folder,
         epochs=settings.epochs,
@@ -93,8 +98,9 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
         max_steps=length.updates if length is not None else -1,
         dry_run=settings.dry_run,
         loggers=build_loggers(settings.logger, folder, dataclasses.asdict(settings)),
-        callbacks=pretraining_callbacks(settings, folder, data, evaluated, steps),
+        callbacks=[*keeping, *pretraining_callbacks(settings, folder, data, evaluated, steps)],
         options=settings.trainer,
+        timeout=settings.timeout,
         checkpoints=checkpoints,
     )
     configure_for(trainer, method, compile=settings.compile, cuda_graphs=settings.cuda_graphs)
@@ -117,7 +123,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
         return {}
-    return conclude(settings, folder, data, evaluated, trainer, console, findings=findings, started=started)
+    return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
 
 
 def conclude(
@@ -127,25 +133,34 @@ def conclude(
     evaluated: Splits,
     trainer: L.Trainer,
     console: Console,
+    words: Sequence[str],
     *,
     findings: list[str],
     started: float,
 ) -> dict[str, Any]:
-    """Export and evaluate after training, and write results.json, whose content is returned."""
+    """Export and evaluate after training, read the curves, and write results.json, whose content is returned."""
     training_seconds = time.perf_counter() - started
     findings = list(dict.fromkeys(findings + (found := findings_of(trainer))))  # a resumed run finds some of them again
     print_findings(console, found)
     console.print("\nTraining is finished. Exporting and evaluating the backbone.")
     results = export_and_evaluate(settings, folder, data, evaluated, trainer, console)
+    method, held_out = trainer.lightning_module, len(evaluated.test) if evaluated.test is not None else None
+    assert isinstance(method, Method)
+    readings = read_curves_of(settings, folder, method, validation_images=held_out)
+    print_findings(console, read := [str(reading) for reading in readings])
     results |= {
-        "findings": findings + results.get("findings", []),
+        "images": {"training": len(data.splits.train)},
+        "findings": findings + results.get("findings", []) + read,
+        **next_command(readings, words, command="pretrain", folder=folder),
         **waiting_of(trainer),
         "training_seconds": round(training_seconds, 1),
         "seconds": round(time.perf_counter() - started, 1),
     }
     run_files.write_json(folder / "results.json", results)
+    write_cards_of_run(folder)
     if unsent := close_loggers(trainer.loggers, folder):
         console.print(unsent)
+    print_next(console, results)
     console.print(f"Finished in {results['seconds']:.0f} s. Everything is in {folder}, described in its README.md.")
     return results
 

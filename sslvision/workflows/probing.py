@@ -43,6 +43,7 @@ from sslvision.workflows.console import print_classifiers, print_configuration, 
 from sslvision.workflows.embedding_settings import Embed
 from sslvision.workflows.labeled_data import statistics_of, untrained_backbone
 from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
+from sslvision.workflows.reporting import reports
 
 KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # names in the table
 PIXELS_OF = 10_000  # images at most, whose pixels are compared
@@ -54,6 +55,7 @@ Made by `{command}`. The same command overwrites it.
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: scores, curves, pictures, settings; opens in a browser without a network |
 | results.json | top-1 with its 95 % interval, top-5 and per-class accuracy; the protocol and how it differs from the paper's |
 | confusion.png | confusion matrix of the linear probe |
 | config.yaml, environment.json | all settings; versions, git commit and hardware |
@@ -86,6 +88,7 @@ class LabeledFeatures:
     labels: Tensor
 
 
+@reports
 def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Evaluate frozen features, and write the results.
 
@@ -197,7 +200,7 @@ def join_processes(settings: Probe | Embed, *, timeout: datetime.timedelta | Non
 def open_backbone(settings: Probe | Embed) -> Loaded:
     """Return the backbone of `run`, pretrained or as it was before pretraining."""
     run, options = settings.run or "", settings.backbone
-    loaded = load_backbone(run, head=False, **{"pretrained": settings.pretrained, **options})
+    loaded = load_backbone(run, head=False, **{"pretrained": settings.pretrained, "seed": settings.seed, **options})
     untrained = None if settings.pretrained else untrained_backbone(run, seed=settings.seed, **options)
     if untrained is None:
         return loaded

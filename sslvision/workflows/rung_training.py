@@ -20,6 +20,7 @@ from sslvision.evaluation.held_out_scores import held_out_loss, knn_error
 from sslvision.methods.base import Method
 from sslvision.methods.mae import MAE
 from sslvision.runs.loggers import build_loggers, close_loggers
+from sslvision.runs.weights import load_weights
 from sslvision.settings import Pretrain
 from sslvision.training.callbacks.health import Health
 from sslvision.training.callbacks.skipped_updates import SkippedUpdates
@@ -28,7 +29,6 @@ from sslvision.training.trainer import Machine, build_trainer, configure_for, fi
 from sslvision.workflows.budget import scale_epochs, time_updates
 from sslvision.workflows.ladder import Rung, Size, Times
 from sslvision.workflows.method import method_from_settings
-from sslvision.workflows.scaling_settings import Scale
 
 WARMING = 100  # images of each kind that are evaluated before the evaluation is timed
 TRIED = 500  # images of each kind that it is timed with
@@ -48,7 +48,7 @@ class Ground:
         machine: What trains.
     """
 
-    settings: Scale
+    settings: Pretrain
     splits: Splits
     evaluated: Splits
     crop_pct: float
@@ -63,15 +63,16 @@ class Ground:
         return dataclasses.replace(self.settings, backbone=backbone, seed=seed, budget=None)
 
     def build(self, settings: Pretrain) -> Method:
-        """Return the method of a training, with the statistics of all images."""
+        """Return the method of a training, with the weights it starts from, if any, and the statistics of all images."""
         method = method_from_settings(settings)
+        load_weights(method, settings.init_from)
         method.normalize.set(self.mean, self.std)
         for module in method.modules():
             if isinstance(module, Backbone):
                 module.crop_pct = self.crop_pct
         return method
 
-    def batches(self, method: Method, images: int, seed: int) -> ImageData:
+    def batches(self, method: Method, images: int, seed: int, *, batch_size: int | None = None) -> ImageData:
         """Return the training images, or a share of them: the same images and more for a larger one."""
         train = self.splits.train
         if images < len(train):
@@ -79,7 +80,7 @@ class Ground:
         return ImageData(
             Splits(train, None),
             method.crops,
-            batch_size=self.settings.batch_size,
+            batch_size=batch_size or self.settings.batch_size,
             seed=seed,
             workers=self.settings.data.get("workers"),
             crop_pct=self.crop_pct,
@@ -159,36 +160,64 @@ def train(ground: Ground, rung: Rung, folder: Path) -> dict[str, Any]:
     scaled, _ = scale_epochs(settings, rung.updates / per_epoch, ())
     method = ground.build(scaled)
     data = ground.batches(method, rung.images, rung.seed)
+    findings = fit_updates(scaled, method, data, updates=rung.updates, folder=folder)
+    trained = time.perf_counter() - began
+    scores = ground.score(method.float(), at_most=settings.evaluate_images, workers=data.workers)
+    return {
+        **scores,
+        "training_loss": method.logged.get("loss"),
+        "findings": findings,
+        "training_seconds": round(trained, 1),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def fit_updates(
+    settings: Pretrain,
+    method: Method,
+    data: ImageData,
+    *,
+    updates: int,
+    folder: Path,
+    callbacks: Sequence[Callback] = (),
+) -> list[str]:
+    """Train a method for some updates, without checkpoints; metrics.csv goes to the folder. Return what was found.
+
+    Args:
+        settings: Its settings.
+        method: The method.
+        data: The images.
+        updates: Number of updates, with which the schedule ends.
+        folder: Where metrics go; those of a training that was cut off are deleted.
+        callbacks: Further callbacks.
+
+    Raises:
+        Diverged: The loss is no longer finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").unlink(missing_ok=True)  # of a training that was cut off
+    (folder / "metrics.csv").unlink(missing_ok=True)
     watching: list[Callback] = [
         UnreadableImages(data.splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
         SkippedUpdates(folder, settings.max_skipped),
         Health(settings.health),
     ]
-    loggers = build_loggers(settings.logger, folder, dataclasses.asdict(scaled))
+    loggers = build_loggers(settings.logger, folder, dataclasses.asdict(settings))
     trainer = build_trainer(
         folder=folder,
         epochs=-1,
-        steps=rung.updates,
-        max_steps=rung.updates,
+        steps=updates,
+        max_steps=updates,
         dry_run=False,
         loggers=loggers,
-        callbacks=watching,
+        callbacks=[*watching, *callbacks],
         options={"enable_checkpointing": False, **settings.trainer, "enable_progress_bar": False},
     )
     configure_for(trainer, method, compile=settings.compile, cuda_graphs=settings.cuda_graphs)
-    fit(trainer, method, data, checkpoint=None)
-    trained = time.perf_counter() - began
-    scores = ground.score(method.float(), at_most=settings.evaluate_images, workers=data.workers)
-    close_loggers(loggers, folder)
-    return {
-        **scores,
-        "training_loss": method.logged.get("loss"),
-        "findings": _findings(watching),
-        "training_seconds": round(trained, 1),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
+    try:
+        fit(trainer, method, data, checkpoint=None)
+    finally:
+        close_loggers(loggers, folder)
+    return _findings(watching)
 
 
 def _findings(callbacks: Sequence[Callback]) -> list[str]:

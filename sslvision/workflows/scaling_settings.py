@@ -1,10 +1,10 @@
 """The settings of `scale`: those of pretraining, and of the ladder."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from sslvision.errors import UsageError
-from sslvision.settings import Pretrain
+from sslvision.settings import Pretrain, option
 
 AXES = ("parameters", "images", "updates")
 
@@ -13,36 +13,30 @@ _AT_THE_END = "without effect: each training is scored once, at its end"
 _UNSAVED = "without effect: no checkpoints are saved; a training that was interrupted begins anew"
 
 
-def _option(default: Any, text: str) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class Scale(Pretrain):
     """All settings of a ladder of pretrainings: those of the largest one, and of the ladder."""
 
-    epochs: int = _option(100, "passes of the largest training over the images, if there is no budget")
-    budget: str | None = _option(
+    epochs: int = option(100, "passes of the largest training over the images, if there is no budget")
+    budget: str | None = option(
         None, "time for everything, such as 30m or 2h: the lengths that fill it are measured first"
     )
-    name: str | None = _option(None, "name of the folder in outputs/ (default: recipe and data)")
-    resume: str | None = _option(None, "auto, or nothing: trainings that are done are kept in any case")
-    init_from: str | None = _option(None, "refused: weights have one size, and a ladder has several")
-    knn_every_epochs: int = _option(10, _AT_THE_END)
-    checkpoint_every_epochs: int = _option(10, _UNSAVED)
-    checkpoint_every_steps: int | None = _option(None, _UNSAVED)
-    keep_checkpoints: int = _option(3, _UNSAVED)
-    evaluate_images: int = _option(
+    name: str | None = option(None, "name of the folder in outputs/ (default: recipe and data)")
+    resume: str | None = option(None, "auto, or nothing: trainings that are done are kept in any case")
+    init_from: str | None = option(None, "refused: weights have one size, and a ladder has several")
+    knn_every_epochs: int = option(10, _AT_THE_END)
+    checkpoint_every_epochs: int = option(10, _UNSAVED)
+    checkpoint_every_steps: int | None = option(None, _UNSAVED)
+    keep_checkpoints: int = option(3, _UNSAVED)
+    evaluate_images: int = option(
         50_000, "maximum number of training images that are neighbors in k-NN, and of held-out images that are scored"
     )
-    dry_run: bool = _option(False, "measure, print the plan, and stop")
-    axes: list[str] = _option([*AXES], "what is scaled: parameters, images, updates")
-    rungs: int = _option(6, "number of sizes on each axis, the largest included, which all axes share")
-    factor: float = _option(2.0, "ratio of a size to the next smaller one")
-    seeds: int = _option(1, "trainings at each size, with other weights, images and order")
-    score: Literal["auto", "knn", "loss"] = _option(
+    dry_run: bool = option(False, "measure, print the plan, and stop")
+    axes: list[str] = option([*AXES], "what is scaled: parameters, images, updates")
+    rungs: int = option(6, "number of sizes on each axis, the largest included, which all axes share")
+    factor: float = option(2.0, "ratio of a size to the next smaller one")
+    seeds: int = option(1, "trainings at each size, with other weights, images and order")
+    score: Literal["auto", "knn", "loss"] = option(
         "auto",
         "what is scored: knn, the k-NN error on held-out images; loss, MAE's on held-out images with fixed masks; auto: knn "
         "with labels, else loss",

@@ -10,7 +10,7 @@ from rich.console import Console
 from sslvision.cli.compose import compose_runs, compose_settings
 from sslvision.cli.help import EXAMPLES, print_help
 from sslvision.cli.recipes import COMMANDS, PRETRAIN, RECIPES
-from sslvision.cli.words import split_words
+from sslvision.cli.words import as_settings, split_words
 from sslvision.errors import UsageError
 
 
@@ -182,7 +182,7 @@ def test_help_names_every_setting_and_recipe_and_its_examples_are_right(command,
     (tmp_path / "my" / "own.yaml").write_text(recipe)
     monkeypatch.chdir(tmp_path)
     for words, _ in EXAMPLES[command.name]:
-        compose_runs(split_words(shlex.split(words)), command)
+        compose_runs(split_words(as_settings(shlex.split(words), command.words)), command)
 
 
 def test_a_run_lends_its_data_to_those_who_name_no_others(tiny_run, settings_of):

@@ -46,7 +46,7 @@ GO_ON = "recipe=mae_continue data=digits"
             "there is no such checkpoint or run folder. Give the path of a .ckpt",
         ),
         ("pretrain", f"{MAE} trainer.devices=0", "trainer.devices=auto takes what this machine has."),
-        ("pretrain", f"{MAE} trainer.strategy=fsdp", "trainer.strategy=auto takes what this machine has."),
+        ("pretrain", f"{MAE} trainer.strategy=fsdp", "use trainer.strategy=fsdp2"),
     ],
 )
 def test_a_refusal_has_a_next_step(of, words, message, warm_command, tmp_path):

@@ -15,7 +15,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("photos", "digits", "2024_01", "photos (1)", "a,b", "été", "null", "x${y}"):
         (tmp_path / name).mkdir()
-    (tmp_path / "photos.zip").touch()
+    (tmp_path / "photos.rar").touch()
     warn.cache_clear()
 
 
@@ -65,7 +65,7 @@ def test_a_folder_is_data_for_every_command_and_for_the_functions(tmp_path, caps
             r"data=./nowhere: there is no such folder\. It is one of digits, .* or the path of a folder",
         ),
         ("data=/no/where", "there is no such folder"),
-        ("data=photos.zip", "data=photos.zip is a file"),
+        ("data=photos.rar", "data=photos.rar is a file"),
         ("data=nowhere", "data=nowhere is unknown, and there is no folder of that name"),
         ("data=foldr", r"Did you mean data=folder\?"),
         ("data=cifar-10", r"Did you mean data=torchvision data.name=CIFAR10 data.root=\.\.\.\?"),
@@ -78,7 +78,7 @@ def test_a_folder_is_data_for_every_command_and_for_the_functions(tmp_path, caps
         ("data.size=16", "no setting data.size: give data=digits"),
         (
             "data=digits data.root=x",
-            "data=digits, .* has no setting data.root: give data=folder or data=torchvision instead",
+            "data=digits, .* has no setting data.root: give data=folder or data=list or data=torchvision instead",
         ),
         ("data.rot=x", "There is no setting data.rot"),
         ("data=folder data.root=${x}", r"data.root: .*'x' not found.*to mean the characters, write \\\$\{"),

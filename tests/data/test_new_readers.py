@@ -9,9 +9,8 @@ from caches import built
 from PIL import Image
 
 from sslvision.backbones.build import build_backbone
-from sslvision.data import image_plugins
+from sslvision.data import encoded, image_plugins
 from sslvision.data.source import UnreadableImage
-from sslvision.data.sources import folder as folder_module
 from sslvision.data.sources.folder import open_folder
 from sslvision.evaluation.feature_cache import cached_features
 from sslvision.nn.normalize import Normalize
@@ -28,14 +27,14 @@ def lacking(tmp_path, monkeypatch):
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "photos" / "5.png").write_bytes(b"nothing")
     source = open_folder(tmp_path / "photos", holdout=0).train
-    known, missing = folder_module.read_image, {"1.png", "3.png"}
+    known, missing = encoded.read_image, {"1.png", "3.png"}
 
     def read(path, *given, **more):
         if path.rpartition("/")[2] in missing:
             raise UnreadableImage(NO_PLUGIN)
         return known(path, *given, **more)
 
-    monkeypatch.setattr(folder_module, "read_image", read)
+    monkeypatch.setattr(encoded, "read_image", read)
     return source, missing.clear
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from sslvision.cli.compose import compose_runs, compose_settings
 from sslvision.cli.recipes import COMMANDS
-from sslvision.cli.words import split_words
+from sslvision.cli.words import as_settings, split_words
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,7 +54,7 @@ def test_every_command_shown_is_accepted(workplace):
     seen = 0
     for page in PAGES:
         for name, words in commands(page):
-            split = split_words(words)
+            split = split_words(as_settings(words, COMMANDS[name].words))
             if not split.help:
                 assert compose_runs(split, COMMANDS[name]), (page.name, name, words)
             seen += 1

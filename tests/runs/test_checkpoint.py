@@ -2,8 +2,9 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from sslvision.errors import StorageError
+from sslvision.errors import StorageError, UsageError
 from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good
+from sslvision.runs.resume import checkpoint_to_resume
 from sslvision.system.torch_files import load_verified
 from sslvision.training.callbacks.periodic_checkpoints import PeriodicCheckpoints
 from sslvision.training.trainer import build_trainer
@@ -132,3 +133,11 @@ def test_what_is_in_effect_goes_into_the_record(tmp_path):
         checkpoints=checkpoints,
     )
     assert checkpoints.record == {"images": 3, "precision": "bf16-mixed", "accumulate": 4}
+
+
+@pytest.mark.parametrize("given", ["auto", "run", "run/checkpoints/last.ckpt"])
+def test_a_checkpoint_of_several_files_is_refused_instead_of_starting_again(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"last\.ckpt is a folder of shards.*consolidate_checkpoint.*init_from="):
+        checkpoint_to_resume(given, tmp_path / "run")

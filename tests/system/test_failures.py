@@ -78,6 +78,13 @@ def test_a_lost_process_of_the_run_is_told():
     assert "Another process of this run has ended" in str(found)
 
 
+def test_a_process_that_does_not_answer_and_one_that_never_came_are_told_apart():
+    hung = "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 10000ms for recv operation"
+    assert "has not answered within timeout= seconds" in str(explained(RuntimeError(hung), None))
+    absent = "Timed out after 31 seconds waiting for clients. 3/4 clients joined."
+    assert "3 of 4 processes have come" in str(explained(RuntimeError(absent), None))
+
+
 def test_what_is_explained_already_stays_and_mistakes_of_ours_are_not_explained_away(tmp_path):
     known = DataError("There are no images.")
     assert explained(known, None) is known

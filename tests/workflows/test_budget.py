@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Callback
 from sslvision.cli.compose import compose_settings, compose_values
 from sslvision.cli.recipes import PRETRAIN
 from sslvision.errors import UsageError
+from sslvision.training.callbacks import keep_budget
 from sslvision.workflows import budget, pretraining
 from sslvision.workflows.budget import scale_epochs
 
@@ -27,8 +28,22 @@ def seconds_of_an_update(monkeypatch):
             return timed
 
         monkeypatch.setattr(budget, "time_updates", time_updates)
+        monkeypatch.setattr(keep_budget, "CORRECTED_AT", ())  # by the time of real updates
 
     return fixed
+
+
+class Updates(Callback):
+    """A clock by which nothing but updates takes time, so many seconds each."""
+
+    def __init__(self, each):
+        self.each, self.now = each, 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.now += self.each
 
 
 class Power(Exception):
@@ -48,16 +63,19 @@ class Break(Callback):
 
 @pytest.fixture
 def run(monkeypatch, tiny_settings):
-    """Make a tiny run of a given length, broken after some updates if so asked: run(folder, words, break_after=None)."""
+    """Make a tiny run: run(folder, words). It breaks after `break_after` updates, which take `each` seconds if given."""
     build = pretraining.pretraining_callbacks
     monkeypatch.setattr(pretraining, "export_and_evaluate", lambda *_: {})
 
-    def run(folder, *words, break_after=None):
+    def run(folder, *words, break_after=None, each=None):
         more = [] if break_after is None else [Break(break_after)]
+        if each is not None:
+            more.append(clock := Updates(each))
+            monkeypatch.setattr(keep_budget, "time", clock)
         monkeypatch.setattr(pretraining, "pretraining_callbacks", lambda *given: [*build(*given), *more])
         replaced = ["epochs", *(word.split("=")[0] for word in words)]  # the length is given by the test
         words = [*(word for word in tiny_settings("mae") if word.split("=")[0] not in replaced), *words]
-        with pytest.raises(Power) if more else nullcontext():
+        with pytest.raises(Power) if break_after is not None else nullcontext():
             return pretraining.pretrain(compose_settings(["recipe=mae", *words]), Path(folder), words)
 
     return run
@@ -115,6 +133,36 @@ def test_a_run_with_a_budget_is_the_run_of_as_many_updates_resumed_or_not(
     for other in ("budget=2h", "epochs=3"):
         with pytest.raises(UsageError, match=r"budget: 10h then|without a budget"):
             run(tmp_path / "broken", other, "resume=auto")
+
+
+@pytest.mark.thorough
+def test_a_run_whose_updates_take_longer_than_measured_is_shortened_on_the_way_resumed_or_not(
+    run, seconds_of_an_update, monkeypatch, tmp_path, capsys
+):
+    seconds_of_an_update(2880.0)  # twelve updates, by the time measured before
+    monkeypatch.setattr(keep_budget, "CORRECTED_AT", (0.2, 0.6))
+    run(tmp_path / "whole", "budget=10h", each=3800.0)  # nine fill it
+    assert "so the run has 9 instead of 12." in " ".join(capsys.readouterr().out.split())
+    whole = torch.load(tmp_path / "whole/checkpoints/last.ckpt", weights_only=True)
+    assert whole["global_step"] == 9
+    assert [one["updates"] for one in whole["sslvision"]["budget"]["corrections"]] == [9, 9]
+    assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["epochs"] == 3
+
+    run(tmp_path / "broken", "budget=10h", each=3800.0, break_after=5)  # after the correction, which saved a checkpoint
+    monkeypatch.setattr(budget, "time_updates", None)
+    run(tmp_path / "broken", "budget=10h", "resume=auto", each=3800.0)
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.thorough
+def test_a_run_whose_updates_take_less_than_measured_is_lengthened_on_the_way(
+    run, seconds_of_an_update, monkeypatch, tmp_path
+):
+    seconds_of_an_update(2880.0)
+    monkeypatch.setattr(keep_budget, "CORRECTED_AT", (0.2, 0.6))
+    run(tmp_path / "run", "budget=10h", each=1000.0)
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert (last["global_step"], last["sslvision"]["settings"]["epochs"]) == (36, 9)
 
 
 @pytest.mark.thorough

@@ -138,7 +138,7 @@ def test_images_that_cannot_be_read_are_named_and_paths_are_relative_to_the_fold
     rows, _ = rows_of(tmp_path / "a")
     assert rows == [(f"deep/{number:02d}.png", "train", "") for number in range(12) if number != 5]
     assert (tmp_path / "a" / "unreadable.csv").read_text().startswith('path,problem\ndeep/05.png,"the content is not')
-    assert any("1 of 12 images (8 %) cannot be read" in finding for finding in results["findings"])
+    assert any("1 of 12 images (8.33 %) cannot be read" in finding for finding in results["findings"])
 
 
 def test_a_part_of_unreadable_images_only_is_an_empty_file(embed, tiny_run, photos, tmp_path):

@@ -19,6 +19,7 @@ from sslvision.cli.recipes import PRETRAIN
 from sslvision.errors import DataError, Diverged, UsageError
 from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
+from sslvision.workflows import final_evaluation
 from sslvision.workflows.pretraining import method_from_settings
 
 
@@ -285,6 +286,17 @@ def test_labeled_images_beside_an_unlabeled_training_set_give_scores_on_the_way_
     assert len(on_the_way) == 2  # after the first epoch, and at the end
     with pytest.raises(UsageError, match=r"probe_data=.* cannot be evaluated on: .* has no labels"):
         run_tiny(tmp_path / "other", *unlabeled, f"probe_data={tmp_path / 'labeled/cats'}")
+
+
+def test_a_final_score_with_more_neighbors_than_on_the_way_is_no_point_of_the_same_curve(
+    run_tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(final_evaluation, "ON_THE_WAY", 20)
+    results = run_tiny(tmp_path / "run", "knn_every_epochs=1", "epochs=2")
+    first, last = (row for row in table(tmp_path / "run/metrics.csv") if row["knn_top1"] or row["final_knn_top1"])
+    assert float(first["knn_top1"]) > 0
+    assert not first["final_knn_top1"]
+    assert (last["knn_top1"], float(last["final_knn_top1"])) == ("", results["knn_top1"])
 
 
 ON_FOLDERS = ("in1k", "imagenette", "photos", "continue")  # ends of the names of recipes that read a folder

@@ -8,6 +8,7 @@
   are left out. With many outside, or fewer folders, the images have no labels.
 - Order: sorted by relative path.
 - Folders that belong to images, such as masks/ beside images/, are left out (see companions.py).
+- A zip file, or a tar file that is not compressed, is read as the folder that it holds, without unpacking it.
 - What is left out or guessed is said in the splits' `remarks`.
 """
 
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sslvision.data.decode import MAX_PIXELS, read_image
-from sslvision.data.eight_bits import ValueRange, value_range_from
-from sslvision.data.source import SourceGone, Splits, UnreadableImage
+from sslvision.data.decode import MAX_PIXELS
+from sslvision.data.eight_bits import value_range_from
+from sslvision.data.encoded import EncodedSource, PathTable, file_stamp, is_gone
+from sslvision.data.source import Splits
+from sslvision.data.sources.archive_folder import is_archive, open_archive
 from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, scan, share, some
-from sslvision.data.sources.overlaps import Image, tell_overlaps
+from sslvision.data.sources.overlaps import Image, same_files, tell_overlaps
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 
@@ -35,61 +38,32 @@ MOST_HELD_OUT = 5000
 Split = tuple[str, list[str], tuple[str, ...] | None]  # a folder, its images relative to it, its classes
 
 
-@dataclass(eq=False)
-class FileSource:
-    """A source of image files. Paths are one bytes object and one array, so that millions are cheap to send to a worker."""
+@dataclass(eq=False, kw_only=True)
+class FileSource(EncodedSource):
+    """A source of image files.
 
-    name: str
-    channels: int
-    classes: tuple[str, ...] | None
-    labels: Tensor | None
-    root: str  # folder of the images
-    paths: bytes  # relative to root, or absolute, each followed by a zero byte
-    ends: np.ndarray  # (N,) int64, offsets of the zero bytes
-    at_least: int | None = None  # see decode.read_image
-    max_pixels: int = MAX_PIXELS
-    images: Tensor | None = None
-    value_range: ValueRange | None = None  # of images of more than 8 bits
+    Attributes:
+        root: Folder of the images.
+        paths: Their paths, relative to `root` or absolute.
+    """
+
+    root: str
+    paths: PathTable
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.paths)
 
-    def read(self, index: int) -> Tensor:
-        path = self.describe(index)
-        try:
-            return read_image(
-                path,
-                self.channels,
-                at_least=self.at_least,
-                max_pixels=self.max_pixels,
-                value_range=self.value_range,
-            )
-        except UnreadableImage as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno and _is_gone(self.root):
-                raise SourceGone(
-                    f"The folder of the images is gone or empty: {self.root} (while reading {path}). Is the disk still "
-                    "mounted? When it is, repeat the command with resume=auto."
-                ) from error
-            raise
+    def file(self, index: int) -> str:
+        return self.describe(index)
+
+    def stamp(self, index: int) -> str:
+        return file_stamp(self.describe(index))
 
     def describe(self, index: int) -> str:
-        start = self.ends[index - 1] + 1 if index else 0
-        return os.path.join(self.root, os.fsdecode(self.paths[start : self.ends[index]]))
+        return os.path.join(self.root, self.paths[index])
 
-
-def _is_gone(folder: str) -> bool:
-    """Return whether a folder cannot be listed or is empty, as the mount point of an unmounted disk is."""
-    try:
-        with os.scandir(folder) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return True
-
-
-def joined(paths: Sequence[str]) -> tuple[bytes, np.ndarray]:
-    """Return FileSource's `paths` and `ends`."""
-    together = os.fsencode("".join(f"{path}\0" for path in paths))
-    return together, np.flatnonzero(np.frombuffer(together, np.uint8) == 0)
+    def gone(self) -> str | None:
+        return f"The folder of the images is gone or empty: {self.root}" if is_gone(self.root) else None
 
 
 def open_folder(
@@ -126,19 +100,22 @@ def open_folder(
         raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
     given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
-    found = scan(root, follow_symlinks=follow_symlinks)
+    archive = open_archive(root) if is_archive(root) else None
+    found = scan(root, follow_symlinks=follow_symlinks) if archive is None else archive.scan()
     remarks = found.remarks() + found.remark_on_labels()
     found = without_companions(found, remarks)
     top, found = unwrapped(found, remarks)
     title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
     splits = _splits(root, found, remarks, title=title, holdout=holdout)
-    tell_overlaps(root, _labeled(splits), remarks)
+    tell_overlaps(root, _labeled(splits), remarks, same_files if archive is None else archive.same_files)
     name = f"{title} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
 
-    def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> FileSource:
+    def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> EncodedSource:
         labels = _labels(images, classes) if classes else None
         where = os.path.join(root, folder) if folder else root
-        return FileSource(name, channels, classes, labels, where, *joined(images), at_least, max_pixels)
+        if archive is not None:
+            return archive.source(where, images, name, (channels, classes, labels, at_least, max_pixels))
+        return FileSource(name, channels, classes, labels, at_least, max_pixels, root=where, paths=PathTable.of(images))
 
     first, *held_sources = [source(*split) for split in splits]
     decided, of_values = look_at(first, given)

@@ -171,18 +171,45 @@ def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root")
             elif kind == "image":
                 found.images.append(path)
             elif kind in ("unread", "other"):
-                extension = _extension(path) or "without an extension"
+                extension = extension_of(path)
                 if kind == "other" and len(found.samples) < SAMPLES:
                     found.samples.append(os.path.join(root, path))
                 (found.unread if kind == "unread" else found.other)[extension] += 1
             elif kind in LEFT_OUT:
                 found.left_out[kind].append(path)
     if not found.images:
-        raise DataError(
-            f"No images in {root}. {' '.join(found.remarks()) or 'Nothing is there.'} Expected files ending in "
-            f"{', '.join(EXTENSIONS)}, at any depth. Check {setting}."
-        )
+        raise no_images(root, found, setting)
     return found
+
+
+def no_images(root: str, found: Found, setting: str) -> DataError:
+    """Return the error that there are no images, and what there is."""
+    return DataError(
+        f"No images in {root}. {' '.join(found.remarks()) or 'Nothing is there.'} Expected files ending in "
+        f"{', '.join(EXTENSIONS)}, at any depth. Check {setting}."
+    )
+
+
+def kind_of_file(path: str) -> str:
+    """Return the kind of a file in an archive by its path: image, unread, other, hidden, or of the system."""
+    parts = path.split("/")
+    if any(part.startswith("._") or part == "__MACOSX" for part in parts):
+        return "of the system"
+    if any(part.startswith(".") and part not in (".", "..") for part in parts):
+        return "hidden" if path.lower().endswith(EXTENSIONS) else "of the system"
+    return _by_extension(path)
+
+
+def _by_extension(path: str) -> str:
+    extension = _extension(path)
+    if extension in BY_SUFFIX and unread_format(extension) is not None:
+        return "unread"
+    return "image" if extension in EXTENSIONS else "other"
+
+
+def extension_of(path: str) -> str:
+    """Return the ending of a path in lower case, in words if it has none."""
+    return _extension(path) or "without an extension"
 
 
 def _kind(
@@ -207,10 +234,7 @@ def _kind(
         return "folder", left
     if not entry.is_file():
         return "lost", left
-    extension = _extension(name)
-    if extension in BY_SUFFIX and unread_format(extension) is not None:
-        return "unread", left
-    return ("image" if extension in EXTENSIONS else "other"), left
+    return _by_extension(name), left
 
 
 def _is_inside(path: str, folder: str) -> bool:

@@ -11,7 +11,7 @@ import filecmp
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from typing import NamedTuple
@@ -31,20 +31,26 @@ class Image(NamedTuple):
     held_out: bool
 
 
-def tell_overlaps(root: str, images: Sequence[Image], remarks: list[str]) -> None:
+def tell_overlaps(
+    root: str,
+    images: Sequence[Image],
+    remarks: list[str],
+    same: Callable[[str, Iterable[Image]], Iterable[list[Image]]],
+) -> None:
     """Add to `remarks`, in sentences, which of some labeled images are in two classes, or held out and trained on.
 
     Args:
         root: Folder that the paths are relative to.
         images: All labeled images of the set.
         remarks: Receives what the user should know.
+        same: Returns groups of images with the same bytes, as `same_files` does.
     """
     if not images:
         return
     _tell_joined_names(sorted({image.label for image in images}), remarks)
     looked_at = _sample(images)
     of = f"of {len(looked_at):,} images" + (" looked at" if len(looked_at) < len(images) else "")
-    groups = [sorted(group) for group in same_files(root, looked_at)]
+    groups = [sorted(group) for group in same(root, looked_at)]
     if several := [group for group in groups if len({image.label for image in group}) > 1]:
         count = sum(map(len, several))
         remarks.append(

@@ -22,9 +22,10 @@ from torch import Tensor
 from torchvision import datasets
 
 from sslvision.data.decode import from_pil, reasons_in_words
+from sslvision.data.encoded import PathTable
 from sslvision.data.source import Source, Splits
 from sslvision.data.sources.embedded import MemorySource
-from sslvision.data.sources.folder import FileSource, check_holdout, hold_out, joined
+from sslvision.data.sources.folder import FileSource, check_holdout, hold_out
 from sslvision.errors import DataError, UsageError
 
 Arguments = dict[str, Any]
@@ -141,8 +142,8 @@ class _Part:
         if images is not None:
             return MemorySource(title, channels, names, labels, images[torch.from_numpy(indices)], split)
         if self.paths is not None:
-            paths, ends = joined([self.paths[place] for place in indices])
-            return FileSource(title, channels, names, labels, self.root, paths, ends)
+            paths = PathTable.of(self.paths[place] for place in indices)
+            return FileSource(title, channels, names, labels, root=self.root, paths=paths)
         return DatasetSource(title, channels, names, labels, self.dataset, indices, split)
 
 

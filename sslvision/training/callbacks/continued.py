@@ -58,8 +58,9 @@ class Continued(Callback):
         trainer.callback_metrics[f"{self.name}_start"] = torch.tensor(self.scores[0][1])  # for the progress bar
         if len(self.scores) == 1 or score > self.scores[self.best][1]:
             self.best = len(self.scores) - 1
-            state = pl_module.pretrained().state_dict()
-            self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
+            with pl_module.whole() as method:
+                state = method.pretrained().state_dict()
+                self.weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}
         if self.found and not self._told:
             self._told = True
             if trainer.is_global_zero:

@@ -14,6 +14,8 @@ from sslvision.evaluation.rankme import rankme
 from sslvision.methods.base import Method
 from sslvision.training.trainer import compute_dtype
 
+ON_THE_WAY = 10_000  # images at most: a run on millions should not wait for their features
+
 
 class OnlineEvaluation(Callback):
     """Log RankMe and, with labels, k-NN accuracy (k = 20) of frozen features during training, on all processes together.
@@ -37,14 +39,14 @@ class OnlineEvaluation(Callback):
         *,
         labeled: bool,
         every_epochs: int,
-        at_most: int = 10_000,
+        at_most: int = ON_THE_WAY,
         workers: int = 0,
         from_start: bool = False,
     ):
         self.labeled, self.every_epochs, self.workers, self.from_start = labeled, every_epochs, workers, from_start
         self.measured, self.measured_at = dict[str, float](), -1
-        sources = [splits.train, splits.test] if labeled else [splits.train]
-        self.evaluated = [(source, sample_indices(source, at_most, seed=0)) for source in sources if source is not None]
+        sources = [(splits.train, at_most), *([(splits.test, ON_THE_WAY)] if labeled else [])]
+        self.evaluated = [(one, sample_indices(one, most, seed=0)) for one, most in sources if one is not None]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the weights that a run starts from."""
@@ -69,9 +71,10 @@ class OnlineEvaluation(Callback):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
         )
-        for source, indices in self.evaluated:
-            where, features = extract_features(pl_module.pretrained(), pl_module.normalize, source, indices, how=how)
-            found += [features] if source.labels is None else [features, source.labels[where]]
+        with pl_module.whole() as method:
+            for source, indices in self.evaluated:
+                where, features = extract_features(method.pretrained(), method.normalize, source, indices, how=how)
+                found += [features] if source.labels is None else [features, source.labels[where]]
         if not all(tensor.isfinite().all() for tensor in found):
             return  # updates are being skipped (skipped_updates.py), which ends the run if it lasts; the evaluation does not
         place = place_for(

@@ -36,9 +36,11 @@ class Pictures(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the pictures; those of the last epoch are drawn after training."""
         epoch = trainer.current_epoch + 1
-        if epoch % self.every_epochs == 0 and epoch != trainer.max_epochs and trainer.is_global_zero:
+        if epoch % self.every_epochs == 0 and epoch != trainer.max_epochs:
             assert isinstance(pl_module, Method)
-            draw_pictures(pl_module, self.source, self.folder, trainer.loggers, trainer.global_step)
+            with pl_module.whole() as method:
+                if trainer.is_global_zero:
+                    draw_pictures(method, self.source, self.folder, trainer.loggers, trainer.global_step)
 
 
 def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:

@@ -60,6 +60,7 @@ class Progress(ProgressBar):
         self.waits, self.plain_every_s = waits, plain_every_s
         self.console = console or Console()
         self.is_enabled = True  # LightningModule.print asks
+        self.images_per_second: float | None = None  # of all of training, evaluation not counted; known at its end
         self._bar: Bar | None = None
         self._started_at: float | None = None  # when the first batch of this session was requested
         self._paused_at: float | None = None  # when training was last interrupted by something else
@@ -125,6 +126,7 @@ class Progress(ProgressBar):
         if self.is_enabled and self._started_at is not None:
             now = monotonic()
             self._samples = deque([(self._started_at, self._first_step), (self._clock(now), trainer.global_step)])
+            self.images_per_second = self._steps_per_second() * self.images_per_step
             self._show(trainer, pl_module, f"in {_duration(now - self._started_at)}")
         self._stop()
 

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,15 @@ class StopOnSignal(Checkpoint):
         checkpoint: Where to save.
         folder: The run folder.
         requeues: Whether the same command line, started again by SLURM, resumes from the checkpoint.
+        timeout: Seconds that a process waits for the others.
 
     Raises:
         Stopped: In all processes, at the same update.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path, *, requeues: bool = False):
+    def __init__(self, checkpoint: Path, folder: Path, *, requeues: bool = False, timeout: int = 1800):
         self.checkpoint, self.folder, self.requeues = checkpoint, folder, requeues
+        self.timeout = timedelta(seconds=timeout)
         self._received, self._received_at, self._step = 0, 0.0, 0
         self._previous: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
@@ -59,7 +62,7 @@ class StopOnSignal(Checkpoint):
         """Handle signals until the end of training."""
         self._received, self._step, self._process = 0, trainer.global_step, os.getpid()
         if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # type: ignore[assignment]  # all processes are members
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)  # type: ignore[assignment]  # of all processes
             # https://github.com/Lightning-AI/pytorch-lightning/issues/21487
             trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if threading.current_thread() is threading.main_thread():

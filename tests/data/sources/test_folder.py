@@ -324,8 +324,11 @@ def test_a_missing_folder_a_file_and_a_folder_without_images_are_data_errors(pla
     with pytest.raises(DataError, match=r"nowhere does not exist\. Set data\.root"):
         open_folder(tmp_path / "nowhere")
     (tmp_path / "photos.zip").touch()
-    with pytest.raises(DataError, match=r"photos\.zip is a file, not a folder: unpack it"):
+    with pytest.raises(DataError, match=r"photos\.zip cannot be read as a zip or tar file"):
         open_folder(tmp_path / "photos.zip")
+    (tmp_path / "photos.rar").touch()
+    with pytest.raises(DataError, match=r"photos\.rar is a file, not a folder: unpack it"):
+        open_folder(tmp_path / "photos.rar")
     with pytest.raises(DataError, match=r"No images in .*photos\. Nothing is there\. Expected files ending in \.jpg"):
         open_folder(plant())
     root = plant("a.csv", "b/c.csv", "notes", ".cache/d.jpg")

@@ -1,0 +1,139 @@
+"""Sources of encoded images, wherever the bytes are: in files, in archives, in tables.
+
+A source says where the bytes of image `index` are (`file`), what would tell that they have changed (`stamp`) and how messages
+name it (`describe`). Decoding, value ranges and caches are the same for all of them.
+"""
+
+import os
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from sslvision.data.decode import MAX_PIXELS, File, read_image
+from sslvision.data.eight_bits import ValueRange
+from sslvision.data.source import SourceGone, UnreadableImage
+
+
+class PathTable:
+    """Paths, or names, as one array of bytes with offsets: millions cost no Python objects, and nothing per worker.
+
+    Args:
+        blob: Bytes of all paths, (B,) uint8; it may be a file mapped into memory.
+        starts, ends: (N,) int64, where each path begins and ends. Several tables may share a blob.
+    """
+
+    def __init__(self, blob: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+        self.blob, self.starts, self.ends = blob, starts, ends
+
+    @classmethod
+    def of(cls, paths: Iterable[str | bytes]) -> "PathTable":
+        """Return the table of some paths, which are read once."""
+        blob, ends = bytearray(), array("q")
+        for path in paths:
+            blob += path if isinstance(path, bytes) else os.fsencode(path)
+            ends.append(len(blob))
+        table = np.array(ends, dtype=np.int64)  # (N,)
+        return cls(np.frombuffer(bytes(blob), np.uint8), np.concatenate([np.zeros(1, np.int64), table[:-1]]), table)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self.blob[self.starts[index] : self.ends[index]].tobytes())
+
+    def take(self, indices: np.ndarray) -> "PathTable":
+        """Return the table of some of the paths, with the same bytes."""
+        return PathTable(self.blob, self.starts[indices], self.ends[indices])
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not isinstance(self.blob, np.memmap):
+            return self.__dict__
+        return self.__dict__ | {
+            "blob": os.fspath(self.blob.filename or "")
+        }  # a process that is not forked maps it itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        if isinstance(self.blob, str):
+            self.blob = np.memmap(self.blob, mode="r")
+
+
+@dataclass(eq=False)
+class EncodedSource:
+    """A source of encoded images; what it is a class of says where their bytes are.
+
+    Attributes:
+        name, channels, classes, labels: See `Source`.
+        at_least, max_pixels, value_range: See `read_image`.
+        version: Sizes and times of change of the files that hold the images, as text, where those are not files each.
+    """
+
+    name: str
+    channels: int
+    classes: tuple[str, ...] | None
+    labels: Tensor | None
+    at_least: int | None = None
+    max_pixels: int = MAX_PIXELS
+    images: Tensor | None = None
+    value_range: ValueRange | None = None
+    version: str = ""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def file(self, index: int) -> File:
+        """Return the path of the file with the bytes of an image, or a function that opens them."""
+        raise NotImplementedError
+
+    def stamp(self, index: int) -> str:
+        """Return what changes when the bytes of an image do, such as size and time of its file."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """Return how messages name an image."""
+        raise NotImplementedError
+
+    def gone(self) -> str | None:
+        """Return in words that no image can be read any more, such as when a disk is unmounted; None if they can be."""
+        return None
+
+    def read(self, index: int) -> Tensor:
+        """Return an image as (C, H, W) uint8; raises UnreadableImage, or SourceGone."""
+        try:
+            return read_image(
+                self.file(index),
+                self.channels,
+                at_least=self.at_least,
+                max_pixels=self.max_pixels,
+                value_range=self.value_range,
+            )
+        except UnreadableImage as error:
+            failed = isinstance(error.__cause__, OSError) and error.__cause__.errno
+            if failed and (words := self.gone()):
+                raise SourceGone(
+                    f"{words} (while reading {self.describe(index)}). Is the disk still mounted? When it is, repeat the "
+                    "command with resume=auto."
+                ) from error
+            raise
+
+
+def file_stamp(path: str) -> str:
+    """Return size and time of change of a file, as text; "gone" if there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return "\0gone\0"
+    return f"\0{status.st_size} {status.st_mtime_ns}\0"
+
+
+def is_gone(folder: str) -> bool:
+    """Return whether a folder cannot be listed or is empty, as the mount point of an unmounted disk is."""
+    try:
+        with os.scandir(folder) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return True

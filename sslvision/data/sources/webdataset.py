@@ -1,0 +1,286 @@
+"""Images in tar shards as WebDataset writes them: the files of a sample have one name, and its image is one of them.
+
+Shards are indexed once (data/shard_index.py), and then every image is read where it is. So an image has an index as in a
+folder, and order, crops and masks are functions of (seed, epoch, index): nothing depends on a shuffle buffer, on the number of
+processes or on where a run was stopped.
+
+- Labels: the file .cls of a sample, or a key of its .json. With `classes.txt` beside the shards, one name in each line, numbers
+  get these names.
+- Splits: shards of their own settings, or shards whose names or folders say so (train-000000.tar, val-000000.tar).
+- Order: that of the shards, and of the files in each.
+"""
+
+import glob
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sslvision.data.archive import ArchiveSource, Members
+from sslvision.data.decode import MAX_PIXELS
+from sslvision.data.eight_bits import value_range_from
+from sslvision.data.encoded import PathTable, file_stamp
+from sslvision.data.shard_index import Shard, key_and_ending, open_shards
+from sslvision.data.source import Splits
+from sslvision.data.sources.layout import split_of
+from sslvision.data.sources.list_file import LABELS, check_options, with_values
+from sslvision.data.sources.list_images import EXTENSIONS, share, some
+from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of
+from sslvision.errors import DataError, UsageError
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+CLASSES = "classes.txt"
+
+
+class Samples(NamedTuple):
+    """The images of shards: which shard (N,), which member, labels (N,) and what was left out."""
+
+    shard: np.ndarray
+    members: Members
+    labels: np.ndarray
+    names: list[str]
+
+
+def open_webdataset(
+    urls: str | Sequence[str],
+    *,
+    test_urls: str | Sequence[str] | None = None,
+    validation_urls: str | Sequence[str] | None = None,
+    column: str | None = None,
+    label: str | None = None,
+    index_dir: str | None = None,
+    channels: int = 3,
+    holdout: float = 0.05,
+    at_least: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    value_range: str | Sequence[float] | Mapping[str, Sequence[float]] = "auto",
+) -> Splits:
+    """Return the images in tar shards, as described at the top of this module.
+
+    Args:
+        urls: Shards: a folder, a pattern (`shards/*.tar`), a range (`train-{000000..000146}.tar`), or a list of these.
+        test_urls, validation_urls: Shards that are held out.
+        column: Ending of the images where samples have several, such as `jpg`.
+        label: Ending of the labels (`cls`), or a key in the `.json` of a sample (default: found; `none`: not read).
+        index_dir: Folder where the indices of shards are kept (default: sslvision/shards in $XDG_CACHE_HOME or ~/.cache).
+        channels: Channels of an image: 1, 3, or as many as the files have.
+
+    Raises:
+        UsageError: Settings out of range.
+        DataError: No such shards, no images in them, several labels for an image, or held-out classes that training has not.
+    """
+    check_options(channels, holdout, max_pixels)
+    given, remarks = value_range_from(value_range), list[str]()
+    files, splits = _files(urls, validation_urls, test_urls, remarks)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / "shards"
+    shards = open_shards(files, Path(index_dir or cache).expanduser())
+    title = os.path.basename(os.path.dirname(files[0])) or "shards"
+    samples = _samples(files, shards, column, label, remarks)
+    names = _class_names(files, samples.names)
+    check_single(samples.names)
+    labels, in_order = samples.labels, names is not None
+    if names is not None:
+        numbers = np.array([*(int(name) for name in samples.names), NONE], np.int64)
+        labels = numbers[labels]
+    parts, classes = parts_of(
+        *(samples.members.names.__getitem__, labels, names or samples.names, splits[samples.shard]),
+        title=title,
+        holdout=holdout,
+        remarks=remarks,
+        in_order=in_order,
+    )
+    name = f"{title} ({' + '.join(f'{len(part.rows):,}' for part in parts)})"
+    version = "".join(map(file_stamp, files))
+    sources = [
+        ArchiveSource(
+            *(name, channels, classes, part.labels, at_least, max_pixels),
+            archives=tuple(files),
+            archive=samples.shard[part.rows],
+            members=samples.members.take(part.rows),
+            version=version,
+        )
+        for part in parts
+    ]
+    return with_values(sources, given, remarks)
+
+
+def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]:
+    """Return the paths of shards that folders, patterns and ranges name.
+
+    Raises:
+        DataError: A folder or a pattern names none, or one does not exist.
+        UsageError: They are elsewhere than on this machine's disks.
+    """
+    found = []
+    for url in [urls] if isinstance(urls, str) else urls:
+        if "://" in url and not url.startswith("file://"):
+            scheme = url.partition("://")[0]
+            raise UsageError(
+                f"{setting}: shards are read from disks, and not over {scheme}. Copy or mount them first (aws s3 sync, gsutil "
+                "rsync, rclone mount), and give their paths."
+            )
+        path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+        if os.path.isdir(path):
+            some_of = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.tar"), recursive=True))
+        else:
+            some_of = [
+                one for name in _ranges(path) for one in (sorted(glob.glob(name)) if set(name) & {*"*?["} else [name])
+            ]
+        if not some_of:
+            raise DataError(f"{setting}={url} names no shards (.tar) that exist.")
+        found += some_of
+    if missing := [path for path in found if not os.path.isfile(path)]:
+        raise DataError(f"{len(missing):,} of {len(found):,} shards do not exist: {some(missing)}. Check {setting}.")
+    return found
+
+
+def _ranges(path: str) -> Iterator[str]:
+    """Yield the paths that braces name: {000..003} and {a,b}."""
+    if (found := RANGE.search(path)) is None:
+        yield path
+        return
+    if found[3] is not None:
+        values = found[3].split(",")
+    else:
+        values = [str(number).zfill(len(found[1])) for number in range(int(found[1]), int(found[2]) + 1)]
+    for value in values:
+        yield from _ranges(path[: found.start()] + value + path[found.end() :])
+
+
+def _files(
+    urls: str | Sequence[str],
+    validation: str | Sequence[str] | None,
+    test: str | Sequence[str] | None,
+    remarks: list[str],
+) -> tuple[list[str], np.ndarray]:
+    """Return all shards, and the split of each."""
+    files = expanded(urls)
+    held = {1: expanded(validation, "data.validation_urls") if validation else [],
+            2: expanded(test, "data.test_urls") if test else []}  # fmt: skip
+    splits = [0] * len(files)
+    if not held[1] and not held[2]:
+        told = [_split_told(file) for file in files]
+        if len({*told}) > 1 and "train" in told and None not in told:
+            splits = [SPLITS.index(split) for split in told if split is not None]
+            of = [f"{splits.count(number):,} {split}" for number, split in enumerate(SPLITS) if number in splits]
+            remarks.append(f"By their names, shards are of several splits: {', '.join(of)}.")
+    for number, more in held.items():
+        if both := {*files} & {*more}:
+            raise UsageError(f"{min(both)} is among the shards of two splits.")
+        files, splits = files + more, splits + [number] * len(more)
+    return files, np.array(splits, np.int8)
+
+
+def _split_told(file: str) -> str | None:
+    """Return the split that the name of a shard tells, or that of its folder."""
+    for name in (os.path.splitext(os.path.basename(file))[0], os.path.basename(os.path.dirname(file))):
+        if (split := split_of(name)[0]) is not None:
+            return split
+    return None
+
+
+def _samples(
+    files: Sequence[str], shards: Sequence[Shard], column: str | None, label: str | None, remarks: list[str]
+) -> Samples:
+    """Return the images of all shards with their labels."""
+    places, codes, labels = list[tuple[int, int]](), Codes(), list[int]()
+    wanted, without, parsed = (column.lower().lstrip(".") if column else None), 0, _Labels(label)
+    for number, shard in enumerate(shards):
+        texts = dict(zip(shard.with_text.tolist(), range(len(shard.with_text)), strict=True))
+        for key, rows in _grouped(shard.members.names):
+            found = [
+                row
+                for ending, row in rows.items()
+                if ending == wanted or (wanted is None and f".{ending}" in EXTENSIONS)
+            ]
+            if len(found) > 1:
+                raise UsageError(
+                    f"{files[number]}: sample {key} has several images ({some(list(rows))}): say which, data.column=..."
+                )
+            if not found:
+                without += 1
+                continue
+            places.append((number, found[0]))
+            of_sample = {ending: shard.texts[texts[row]] for ending, row in rows.items() if row in texts}
+            labels.append(codes(parsed(of_sample)))
+    if not places:
+        raise DataError(
+            f"No images in {len(files):,} shards, such as {files[0]}: expected samples with a file ending in one of "
+            f"{', '.join(EXTENSIONS[:8])}, ...; data.column=... names another ending."
+        )
+    if without:
+        remarks.append(
+            f"{share(without, without + len(places), 'samples')} in the shards have no image, and are left out."
+        )
+    if parsed.asked and not codes.names:
+        raise UsageError(f"data.label={label}: no sample has such a file, nor such a key in its .json.")
+    of_shard, rows_of = (np.array(values, np.int64) for values in zip(*places, strict=True))
+    every = [shard.members for shard in shards]
+    members = _joined([one.take(rows_of[of_shard == number]) for number, one in enumerate(every)])
+    return Samples(of_shard.astype(np.int32), members, np.array(labels, np.int64), list(codes.names))
+
+
+def _grouped(names: PathTable) -> Iterator[tuple[str, dict[str, int]]]:
+    """Yield samples: their key, and the row of each of their files by its ending."""
+    before, rows = None, dict[str, int]()
+    for row in range(len(names)):
+        key, ending = key_and_ending(names[row])
+        if key != before or ending in rows:
+            if before is not None:
+                yield before, rows
+            before, rows = key, {}
+        rows[ending] = row
+    if before is not None:
+        yield before, rows
+
+
+def _joined(parts: Sequence[Members]) -> Members:
+    """Return the members of all parts; their names share one blob."""
+    begins = np.cumsum([0, *(len(part.names.blob) for part in parts)])
+    names = PathTable(
+        np.concatenate([part.names.blob for part in parts]),
+        np.concatenate([part.names.starts + begin for part, begin in zip(parts, begins, strict=False)]),
+        np.concatenate([part.names.ends + begin for part, begin in zip(parts, begins, strict=False)]),
+    )
+    return Members(names, *(np.concatenate([part[place] for part in parts]) for place in range(1, 5)))
+
+
+class _Labels:
+    """Finds the label among the texts of a sample."""
+
+    def __init__(self, label: str | None):
+        self.label, self.asked = label, label not in (None, "none")
+        self.key: str | None = None
+
+    def __call__(self, texts: Mapping[str, str]) -> Any:
+        if self.label == "none":
+            return None
+        ending = (self.label or "cls").lower().lstrip(".")
+        if ending in texts and ending != "json":
+            return texts[ending].strip()
+        if "json" not in texts:
+            return None
+        try:
+            values = json.loads(texts["json"])
+        except ValueError:
+            return None
+        if not isinstance(values, dict):
+            return values if ending == "json" else None
+        if self.label is None and self.key is None:
+            self.key = next((name for name in LABELS if name in values), None)
+        return values.get(self.label or self.key or "")
+
+
+def _class_names(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
+    """Return the lines of classes.txt beside the first shard, if labels are numbers of its lines."""
+    try:
+        with open(os.path.join(os.path.dirname(files[0]), CLASSES), encoding="utf-8") as opened:
+            names = opened.read().splitlines()
+    except OSError:
+        return None
+    fits = labels and all(label.isdecimal() and int(label) < len(names) for label in labels)
+    return names if fits and len({*names}) == len(names) else None

@@ -1,0 +1,67 @@
+"""What the seven steps try next: rates, weight decays, and the cells of grids."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sslvision.settings import Finetune
+from sslvision.workflows.tuning_settings import Tune, TuneFinetune
+
+EXPONENTS = [place / 2 for place in range(-5, 6)]  # of ten: factors on the recipe's rate
+DECAYS = (0.0, 1e-5, 1e-4)
+OF_TRANSFORMERS = 0.05
+
+
+def next_exponent(tried: Mapping[float, float]) -> float:
+    """Return the exponent of ten to try next: whole decades from the middle outwards, then what is near the best so far.
+
+    Args:
+        tried: The gain of each exponent that was tried; not finite where training diverged.
+    """
+    known = [round(2 * one) / 2 for one in tried]
+    whole = [one for one in (0.0, -1.0, 1.0, -2.0, 2.0) if one not in known]
+    if whole:
+        return whole[0]
+    finite = {one: gain for one, gain in tried.items() if math.isfinite(gain)}
+    best = max(finite, key=lambda one: finite[one], default=0.0)
+    return min((one for one in EXPONENTS if one not in known), key=lambda one: (abs(one - best), one))
+
+
+def asked(steps: Any) -> list[int]:
+    """Return the numbers of the steps that were asked for."""
+    return [*range(1, 8)] if steps == "all" else [int(one) for one in (steps if isinstance(steps, list) else [steps])]
+
+
+def rate_name(settings: Tune | TuneFinetune) -> str:
+    """Return the setting that gives the rate."""
+    if settings.lr is not None:
+        return "lr"
+    return "base_lr" if not isinstance(settings, Finetune) or settings.base_lr is not None else "lr_ratio"
+
+
+def with_decay(settings: Any, decay: float, kind: str) -> Any:
+    """Return settings with another weight decay; that at the end keeps its ratio to it."""
+    method = dict(settings.method)
+    before = float(method.get("weight_decay", 0.04))
+    if kind == "dino":
+        method["weight_decay_end"] = decay * (float(method.get("weight_decay_end", 0.4)) / before if before else 10.0)
+    return dataclasses.replace(settings, method={**method, "weight_decay": decay})
+
+
+def coarse(settings: Tune | TuneFinetune, rate: float) -> list[tuple[float, float]]:
+    """Return the cells of step 4, rate and weight decay: those of the best rate first, and the recipe's own decay."""
+    name = str(settings.backbone.get("name", "vit"))
+    transformer = name.startswith(("vit", "swin", "deit", "beit", "eva"))
+    own = float(settings.method.get("weight_decay", 0.05))
+    decays = dict.fromkeys([own, *DECAYS, *([OF_TRANSFORMERS] if transformer else [])])
+    return [(float(f"{factor * rate:.3g}"), decay) for factor in (1.0, 1 / 3, 3.0) for decay in decays]
+
+
+def finer(best: Mapping[str, Any], factor: float) -> list[tuple[float, float]]:
+    """Return the cells of step 5, rate and weight decay, about the best one."""
+    rate, decay = best["rate"], best["weight_decay"]
+    cells = [(rate, decay), (rate / factor, decay), (rate * factor, decay)]
+    if decay:
+        cells += [(rate, decay / 3), (rate, decay * 3)]
+    return [(float(f"{one:.3g}"), float(f"{other:.3g}")) for one, other in cells]
