@@ -6,6 +6,7 @@ Built without pyplot, so that drawing needs no display and leaves no global stat
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ def contact_sheet(rows: Sequence[SheetRow], *, title: str) -> Figure:
     canvas = np.ones((height, width, 3), dtype=np.float32)
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
 
-    def write(x: float, y: float, text: str, **style: object) -> None:
+    def write(x: float, y: float, text: str, **style: Any) -> None:
         shown, families = drawable(text)
         figure.text(
             x / width, 1 - y / height, shown, va="top", parse_math=False, family=families, **{"color": INK, **style}
