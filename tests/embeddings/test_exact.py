@@ -110,6 +110,13 @@ def test_k_center_is_at_most_twice_as_far_as_the_best_subset(vectors):
     assert radius[tuple(sorted(chosen))] <= 2 * min(radius.values()) + 1e-6
 
 
+def test_no_vector_is_farther_from_those_chosen_than_the_last_distance(vectors):
+    chosen, distances = k_center(vectors, 20, device=CPU)
+    left = 1 - (vectors @ vectors[chosen].T).amax(dim=1)
+    assert float(left.max()) <= distances[-1] + 1e-6
+    assert distances[1:] == sorted(distances[1:], reverse=True)
+
+
 def test_k_center_goes_on_from_labeled_vectors_and_takes_only_those_allowed():
     vectors, of = planted(6, 10, 0.05)
     among = torch.arange(60) % 2 == 0
