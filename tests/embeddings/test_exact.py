@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from sslvision.embeddings import near_duplicates, nearest
 from sslvision.embeddings.k_center import k_center
 from sslvision.embeddings.k_means import k_means, most_typical
-from sslvision.embeddings.near_duplicates import groups_of, highest_similarities, similar_pairs
-from sslvision.errors import UsageError
+from sslvision.embeddings.near_duplicates import groups_of, highest_similarities, pixel_correlations, similar_pairs
 
 CPU = torch.device("cpu")
 
@@ -62,7 +61,8 @@ def test_there_are_at_most_as_many_neighbors_as_other_vectors(vectors):
 
 
 def test_pairs_are_those_of_brute_force(vectors, small_blocks):
-    pairs, similarities = similar_pairs(vectors, 0.8, device=CPU)
+    pairs, similarities, threshold = similar_pairs(vectors, 0.8, device=CPU)
+    assert threshold == 0.8
     products = (vectors @ vectors.T).triu(diagonal=1)
     assert {(int(i), int(j)) for i, j in pairs} == {(int(i), int(j)) for i, j in (products >= 0.8).nonzero()}
     assert len(pairs) > 10
@@ -88,10 +88,22 @@ def test_the_similarity_of_a_duplicate_is_that_to_its_nearest():
     assert highest_similarities(pairs, np.array([0.9, 0.8, 0.95])) == {0: 0.95, 1: 0.9, 2: 0.95}
 
 
-def test_a_threshold_that_makes_everything_a_duplicate_is_refused(vectors, monkeypatch):
+def test_of_too_many_pairs_the_most_similar_ones_are_kept_and_the_threshold_is_told(vectors, small_blocks, monkeypatch):
     monkeypatch.setattr(near_duplicates, "MOST_PAIRS", 1000)
-    with pytest.raises(UsageError, match=r"threshold=-0\.9 makes duplicates of more than 1,000 pairs"):
-        similar_pairs(vectors, -0.9, device=CPU)
+    pairs, similarities, threshold = similar_pairs(vectors, -0.9, device=CPU)
+    products = (vectors @ vectors.T).triu(diagonal=1).flatten()
+    assert 0 < threshold == pytest.approx(float(products.topk(len(pairs)).values[-1]), abs=0.01)
+    assert 100 < len(pairs) <= 1000
+    assert len(pairs) == pytest.approx(int((products >= threshold).sum()), abs=2)  # one lies on the threshold
+    assert similarities.min() >= threshold - 1e-5
+
+
+def test_pixels_of_a_mirrored_and_brighter_copy_correlate_and_those_of_another_image_do_not():
+    images = torch.randint(0, 200, (3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    images = torch.cat([images, images[:1].flip(-1) + 20, torch.full((2, 32, 32), 7, dtype=torch.uint8)])
+    found = pixel_correlations(images, np.array([[0, 1], [0, 3], [3, 0], [1, 1], [4, 5], [0, 4]]))
+    np.testing.assert_allclose(found, [0, 1, 1, 1, 1, 0], atol=0.1)
+    assert pixel_correlations(images, np.empty((0, 2), dtype=np.int64)).shape == (0,)
 
 
 def test_k_center_takes_one_of_every_planted_cluster_before_a_second_of_any():

@@ -94,7 +94,7 @@ def test_what_cannot_be_searched_is_refused(words, error, message, colors):
 
 
 def test_duplicates_are_grouped_and_those_across_splits_are_told(colors, capsys):
-    file, rows = run("duplicates", colors, "threshold=0.999999", "center=true")
+    file, rows = run("duplicates", colors, "threshold=0.999999", "center=true", "pixels=-1")
     assert [(row["group"], row["path"]) for row in rows] == [
         ("1", "blue/00.png"),
         ("1", "blue/01.png"),
@@ -108,8 +108,33 @@ def test_duplicates_are_grouped_and_those_across_splits_are_told(colors, capsys)
     assert not has_colors(file.with_suffix(".png"), "green")
 
 
+def test_the_pixels_tell_copies_from_images_with_similar_embeddings(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for number in range(6):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        picture = coarse.resize((90, 60), Image.Resampling.BICUBIC)
+        picture.save(tmp_path / "photos" / f"{number}.png")
+    Image.open(tmp_path / "photos" / "2.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(
+        tmp_path / "photos" / "2-mirrored.jpg"
+    )
+    Image.open(tmp_path / "photos" / "4.png").resize((45, 30)).save(tmp_path / "photos" / "4-small.png")
+    names = sorted(file.name for file in (tmp_path / "photos").iterdir())
+    alike = (np.ones((8, 5)) + 0.05 * rng.normal(size=(8, 5))).astype(np.float32)
+    folder = write_embeddings(tmp_path / "a", alike, names=names, root=str(tmp_path / "photos"))
+    _, rows = run("duplicates", folder)
+    assert {row["path"] for row in rows if row["group"] == "1"} == {"2.png", "2-mirrored.jpg"}
+    assert {row["path"] for row in rows if row["group"] == "2"} == {"4.png", "4-small.png"}
+    assert len(rows) == 4
+    assert len(run("duplicates", folder, "pixels=-1")[1]) == 8
+    for file in (tmp_path / "photos").iterdir():
+        file.unlink()
+    assert len(run("duplicates", folder)[1]) == 8
+    assert "8 images cannot be read any more, and are judged by the embedding alone" in capsys.readouterr().out
+
+
 def test_without_duplicates_the_file_has_no_rows_and_there_is_no_picture(colors, tmp_path, monkeypatch):
-    monkeypatch.setattr(finding_duplicates, "similar_pairs", lambda *_, **__: (np.empty((0, 2), int), np.empty(0)))
+    monkeypatch.setattr(finding_duplicates, "similar_pairs", lambda *_, **__: (np.empty((0, 2), int), np.empty(0), 1.0))
     file, rows = run("duplicates", colors, f"output_dir={tmp_path}")
     assert rows == []
     assert not file.with_suffix(".png").exists()
