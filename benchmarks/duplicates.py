@@ -22,16 +22,17 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="folder of val/ with class folders")
     parser.add_argument("--run", required=True, help="run=... of sslvision embed")
     parser.add_argument("--images", type=int, default=1000, help="of which three fifths are copied")
-    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.9, 0.95, 0.97, 0.99])
+    parser.add_argument("--thresholds", type=float, nargs="+", default=[0.7, 0.8, 0.9, 0.99])
+    parser.add_argument("--pixels", type=float, nargs="+", default=[0.95, -1])
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photos, embedded = Path(folder) / "photos", Path(folder) / "embedded"
         plant(sorted(arguments.data.expanduser().glob("val/*/*")), photos, arguments.images)
         sslvision("embed", f"run={arguments.run}", f"data={photos}", "data.holdout=0", f"output_dir={embedded}")
-        for threshold in arguments.thresholds:
-            found = Path(folder) / str(threshold)
-            sslvision("duplicates", f"embeddings={embedded}", f"threshold={threshold}", f"output_dir={found}")
-            report(found / "duplicates.csv", threshold)
+        for pixels, threshold in itertools.product(arguments.pixels, arguments.thresholds):
+            found, words = Path(folder) / f"{threshold}-{pixels}", (f"threshold={threshold}", f"pixels={pixels}")
+            sslvision("duplicates", f"embeddings={embedded}", *words, f"output_dir={found}")
+            report(found / "duplicates.csv", " ".join(words))
 
 
 def plant(files, photos, images):
@@ -54,8 +55,8 @@ def sslvision(command, *words):
     subprocess.run([sys.executable, "-m", f"sslvision.{command}", *words], check=True, stdout=subprocess.DEVNULL)
 
 
-def report(file, threshold):
-    """Print how many pairs were found, how many are right, and how many of each kind."""
+def report(file, words):
+    """Print how many pairs were found, how many are right, and how many of each kind. All pairs of a group count."""
     groups = {}
     with file.open(newline="") as opened:
         for row in csv.DictReader(opened):
@@ -64,7 +65,7 @@ def report(file, threshold):
     right = [pair for pair in pairs if pair[0][:6] == pair[1][:6]]
     kinds = {kind: sum(any(kind in path for path in pair) for pair in right) for kind in KINDS}
     print(
-        f"threshold {threshold:g}: {len(pairs):,} pairs, {len(right) / max(1, len(pairs)):.1%} right, {kinds}",
+        f"{words}: {len(pairs):,} pairs, {len(right) / max(1, len(pairs)):.1%} right, {kinds}",
         flush=True,
     )
 

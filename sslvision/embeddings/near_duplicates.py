@@ -1,43 +1,43 @@
-"""Near-duplicates: pairs of unit vectors above a similarity, and the groups that they form."""
+"""Near-duplicates: pairs of unit vectors above a similarity, how alike their pixels are, and the groups that they form."""
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from sslvision.embeddings.nearest import COLUMNS, ROWS, Progress, blocks
-from sslvision.errors import UsageError
 
-MOST_PAIRS = 20_000_000  # 320 MB
+MOST_PAIRS = 20_000_000  # 400 MB
+PAIRS = 4096  # compared at a time
 ROUNDING = 1e-6  # by which the similarity of equal vectors differs from 1
 
 
 def similar_pairs(
     vectors: Tensor, threshold: float, *, device: torch.device, progress: Progress | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return all pairs of vectors (N, D) whose cosine similarity is at least `threshold`: (P, 2), i < j, and similarities (P,).
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return all pairs of vectors (N, D) whose cosine similarity is at least `threshold`; of too many the most similar ones.
 
-    Raises:
-        UsageError: There are more than 20 million: the threshold is too low.
+    Returns:
+        The pairs (P, 2), i < j, their similarities (P,), and the threshold; a higher one, if there are more than 20 million
+        pairs, so that those above it fit into memory.
     """
-    pairs, similarities, count = [], [], 0
+    pairs, similarities = np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32)
+    waiting = [(pairs, similarities)]
     for start, rows in blocks(vectors, device, rows=ROWS):
         for offset, columns in blocks(vectors[start:], device, rows=COLUMNS):
             products = rows @ columns.T  # (n, m), of the rows from `start` and from `start + offset` on
             where = (products >= threshold - ROUNDING).nonzero()  # (p, 2)
             where = where[where[:, 0] < where[:, 1] + offset]
-            if not len(where):
-                continue
-            similarities.append(products[where[:, 0], where[:, 1]].cpu().numpy())
-            pairs.append((where + torch.tensor([start, start + offset], device=where.device)).cpu().numpy())
-            if (count := count + len(where)) > MOST_PAIRS:
-                raise UsageError(
-                    f"threshold={threshold} makes duplicates of more than {MOST_PAIRS:,} pairs of images: give a higher one."
-                )
+            found = products[where[:, 0], where[:, 1]].cpu().numpy()
+            waiting.append(((where + torch.tensor([start, start + offset], device=where.device)).cpu().numpy(), found))
+            if sum(len(one) for _, one in waiting) > MOST_PAIRS:
+                pairs, similarities = (np.concatenate(column) for column in zip(*waiting, strict=True))
+                threshold = float(np.partition(similarities, -MOST_PAIRS // 2)[-MOST_PAIRS // 2])
+                waiting = [(pairs[similarities >= threshold], similarities[similarities >= threshold])]
         if progress is not None:
             progress(start + len(rows), len(vectors))
-    if not pairs:
-        return np.empty((0, 2), dtype=np.int64), np.empty(0, dtype=np.float32)
-    return np.concatenate(pairs), np.concatenate(similarities)
+    pairs, similarities = (np.concatenate(column) for column in zip(*waiting, strict=True))
+    return pairs, similarities, threshold
 
 
 def groups_of(pairs: np.ndarray) -> list[list[int]]:
@@ -70,3 +70,26 @@ def highest_similarities(pairs: np.ndarray, similarities: np.ndarray) -> dict[in
             for index, one in zip(pairs[order, side], similarities[order], strict=True)
         }
     return found
+
+
+def pixel_correlations(thumbnails: Tensor, pairs: np.ndarray) -> np.ndarray:
+    """Return how alike the pixels of pairs of images are, as they are or with one mirrored: the larger correlation (P,).
+
+    Args:
+        thumbnails: (M, S, S) uint8, the images in gray at one small size, whatever their shapes.
+        pairs: (P, 2), of indices of thumbnails.
+    """
+    found = [np.empty(0, dtype=np.float32)]
+    for start in range(0, len(pairs), PAIRS):
+        of = torch.from_numpy(pairs[start : start + PAIRS])
+        first, second = (_centered(thumbnails[side]) for side in of.T)  # (p, S * S)
+        mirrored = _centered(thumbnails[of[:, 1]].flip(-1))
+        found.append(torch.maximum((first * second).sum(dim=1), (first * mirrored).sum(dim=1)).numpy())
+    return np.concatenate(found)
+
+
+def _centered(images: Tensor) -> Tensor:
+    """Return images (p, S, S) less their mean, as unit vectors (p, S * S). Images of a single gray are all alike."""
+    values = images.flatten(1).float()
+    rest = values - values.mean(dim=1, keepdim=True)
+    return F.normalize(torch.where(rest.abs().amax(dim=1, keepdim=True) < 1, torch.ones(()), rest), dim=1)

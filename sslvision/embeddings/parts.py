@@ -181,7 +181,7 @@ def is_whole(file: Path) -> bool:
 
 
 def _read_npz(file: Path) -> Rows:
-    with np.load(file, allow_pickle=False) as arrays:
+    with open(file, "rb") as opened, np.load(opened, allow_pickle=False) as arrays:  # closed where it is damaged, too
         texts = {
             name: arrays[name].tolist() for name in ("path", "split", "label", "prediction") if name in arrays.files
         }

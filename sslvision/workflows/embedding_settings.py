@@ -117,7 +117,15 @@ class Duplicates:
     elsewhere: ClassVar[tuple[str, ...]] = ()
 
     embeddings: str | None = option(None, _EMBEDDINGS)
-    threshold: float = option(0.99, "cosine similarity from which two images are duplicates; lower finds more")
+    threshold: float = option(
+        0.8,
+        "cosine similarity of two embeddings from which the pixels are compared; lower finds more, and takes longer",
+    )
+    pixels: float = option(
+        0.95,
+        "correlation of the pixels from which two images are duplicates, both at 32x32 in gray and one perhaps mirrored (-1: "
+        "only the threshold counts; 0.99 suits it)",
+    )
     center: bool | None = option(None, _CENTER)
     device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", _DEVICE)
     output_dir: str | None = option(None, "folder of the results (default: duplicates in that of the embeddings)")
@@ -126,8 +134,10 @@ class Duplicates:
     def __post_init__(self) -> None:
         _needs_embeddings(self)
         if not -1 < self.threshold <= 1:
+            raise UsageError(f"threshold={self.threshold} is a cosine similarity: at most 1, such as 0.8.")
+        if not -1 <= self.pixels <= 1:
             raise UsageError(
-                f"threshold={self.threshold} is a cosine similarity: at most 1, and near it, such as 0.99."
+                f"pixels={self.pixels} is a correlation: at most 1 and near it, such as 0.95; or -1 for none."
             )
 
 

@@ -40,9 +40,9 @@ def find_outliers(settings: Outliers) -> Path:
         ],
         title=title,
     )
+    low, high = float(distances[order[-1]]), float(distances[order[0]])
     return opened.end(
-        f"{in_words(len(order), 'image', 'images')} of {len(opened.rows):,}, with mean cosine distances from "
-        f"{float(distances[order[-1]]):.3f} to {float(distances[order[0]]):.3f} to their {settings.k} nearest neighbors; "
-        f"that of the median image is {typical:.3f}.",
+        f"{in_words(len(order), 'image', 'images')} of {len(opened.rows):,}, with mean cosine distances from {low:.3f} to "
+        f"{high:.3f} to their {settings.k} nearest neighbors; that of the median image is {typical:.3f}.",
         sheet,
     )

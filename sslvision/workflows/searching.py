@@ -32,6 +32,7 @@ def search(settings: Search) -> Path:
     """
     names = "-".join(Path(one).stem for one in settings.image[:3])
     opened = Opened(settings, f"search-{names}"[:100], "nearest.csv")
+    settings.image = with_commas(opened, settings.image)
     known, unknown = split_queries(opened, settings.image)
     pictures = {name: read_query(opened, name) for name in unknown}
     vectors = {name: opened.rows.vectors[row].float() for name, row in known.items()}
@@ -68,6 +69,14 @@ def search(settings: Search) -> Path:
         f"{len(opened.rows):,}.",
         sheet,
     )
+
+
+def with_commas(opened: Opened, names: Sequence[str]) -> list[str]:
+    """Return the names of images; a name with commas, which looks like several on the command line, as the one that it is."""
+    for whole in (",".join(names), ", ".join(names)):
+        if os.path.isfile(os.path.expanduser(whole)) or rows_of_paths(opened, [whole])[0]:
+            return [whole]
+    return [*names]
 
 
 def split_queries(opened: Opened, names: Sequence[str]) -> tuple[dict[str, int], list[str]]:

@@ -95,8 +95,8 @@ def labeled_rows(opened: Opened, file: str | None) -> list[int]:
     rows, missing = rows_of_paths(opened, paths)
     if paths and not rows:
         raise UsageError(
-            f"labeled={file}: none of its {len(paths):,} paths has an embedding; the first is {paths[0]}, and the "
-            f"first with an embedding {opened.rows.paths[0]}."
+            f"labeled={file}: none of its {len(paths):,} paths has an embedding; the first is {paths[0]}, and the first with "
+            f"an embedding {opened.rows.paths[0]}."
         )
     if missing:
         told = in_words(len(missing), "path has", "paths have")
