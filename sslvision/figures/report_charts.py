@@ -193,7 +193,8 @@ def _shapes(thinned: _Thinned, x_axis: Axis, y_axis: Axis) -> list[str]:
     smooth = line.smooth and len(line.x) >= SMOOTHED_FROM
     if smooth and not thinned.low:
         shapes.append(_path(f"raw {color}", path(line.y)))
-    shapes.append(_path(f"line {color}", path(_smoothed(line.y) if smooth else line.y)))
+    if len(line.x) > 1:  # a single value is a dot, below
+        shapes.append(_path(f"line {color}", path(_smoothed(line.y) if smooth else line.y)))
     if line.low:
         ends = zip(at, line.low, line.high, strict=True)
         shapes.append(_path(f"error {color}", "".join(f"M{x} {_y(a, y_axis)}V{_y(b, y_axis)}" for x, a, b in ends)))
