@@ -150,7 +150,7 @@ WORDS = {
 }
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_every_source_trains_to_the_same_losses_and_scores_through_the_command_line(
     folder, paths, tiny_settings, warm_command
 ):
