@@ -32,9 +32,9 @@ class SheetRow:
     captions: Sequence[str]
 
 
-def contact_sheet(rows: Sequence[SheetRow], *, title: str) -> Figure:
-    """Return a page with the rows one below another; rows of more than ten images continue on the next line."""
-    columns = max(4, min(COLUMNS, max((len(row.images) for row in rows), default=0)))
+def contact_sheet(rows: Sequence[SheetRow], *, title: str, columns: int = COLUMNS) -> Figure:
+    """Return a page with the rows one below another; rows with more images than columns continue on the next line."""
+    columns = max(4, min(columns, max((len(row.images) for row in rows), default=0)))
     width = 2 * MARGIN + columns * (CELL + GAP) - GAP
     line = CELL + CAPTION + GAP
     height = TITLE + MARGIN + sum(HEADING + line * max(1, math.ceil(len(row.images) / columns)) for row in rows)

@@ -18,7 +18,7 @@ from sslvision.embeddings.parts import ABOUT, as_path, as_text
 from sslvision.embeddings.vectors import Embeddings, open_embeddings
 from sslvision.errors import SSLVisionError, UsageError
 from sslvision.evaluation.placement import place_for
-from sslvision.figures.contact_sheet import CELL, SheetRow, contact_sheet
+from sslvision.figures.contact_sheet import CELL, COLUMNS, SheetRow, contact_sheet
 from sslvision.runs.config import refuse_foreign
 from sslvision.system.files import written_whole
 from sslvision.training.trainer import configure_torch, select_device
@@ -90,10 +90,10 @@ class Opened:
                 count += 1
         return count
 
-    def draw(self, rows: Sequence[SheetRow], *, title: str) -> Path:
+    def draw(self, rows: Sequence[SheetRow], *, title: str, columns: int = COLUMNS) -> Path:
         """Save the contact sheet beside the CSV file, and return its path."""
         file = self.csv.with_suffix(".png")
-        figure = contact_sheet(rows, title=title)
+        figure = contact_sheet(rows, title=title, columns=columns)
         with written_whole(file) as opened:
             figure.savefig(opened, format="png")
         return file

@@ -16,7 +16,7 @@ from sslvision.embeddings.nearest import nearest
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.feature_cache import weights_digest
 from sslvision.evaluation.features import compute_features
-from sslvision.figures.contact_sheet import SheetRow
+from sslvision.figures.contact_sheet import COLUMNS, SheetRow
 from sslvision.nn.normalize import Normalize
 from sslvision.workflows.embedding_results import SHOWN, Opened, caption, in_spreadsheets, in_words, rows_of_paths
 from sslvision.workflows.embedding_settings import Embed, Search
@@ -61,9 +61,8 @@ def search(settings: Search) -> Path:
         drawn.append(SheetRow(name, images, captions))
     more = "" if len(settings.image) <= SHOWN else f" ({SHOWN} of {len(settings.image):,} searches)"
     count = indices.shape[1]
-    sheet = opened.draw(
-        drawn, title=f"The {in_words(count, 'nearest image', 'nearest images')} and the similarity{more}"
-    )
+    title = f"The {in_words(count, 'nearest image', 'nearest images')} and the similarity{more}"
+    sheet = opened.draw(drawn, title=title, columns=COLUMNS + 1)
     return opened.end(
         f"{in_words(count, 'nearest image', 'nearest images')} of {in_words(len(settings.image), 'image', 'images')} among "
         f"{len(opened.rows):,}.",

@@ -42,9 +42,9 @@ def select(settings: Select) -> Path:
         (line if distances else line[:-1] for line in lines),
     )
     drawn = chosen[: 4 * SHOWN]
-    how = "each the farthest from those before it" if distances else "each the most typical of its cluster"
+    how = "Each the farthest from those before it" if distances else "Each the most typical of its cluster"
     heading = f"{how}{f'; the first {len(drawn)}' if len(drawn) < len(chosen) else ''}"
-    title = f"{in_words(len(chosen), 'image', 'images')} to label first, of {len(opened.rows):,}"
+    title = f"{in_words(len(chosen), 'image', 'images')} to label first, of {int(among.sum()):,}"
     sheet = opened.draw([opened.sheet_row(heading, drawn, [caption(opened, row) for row in drawn])], title=title)
     return opened.end(f"{title}{told_of(opened, chosen, distances)}", sheet)
 
@@ -65,7 +65,9 @@ def typical(opened: Opened, settings: Select, rows: Tensor) -> list[int]:
 def told_of(opened: Opened, chosen: list[int], distances: list[float]) -> str:
     """Return in words how well the chosen images stand for the others: the last distance, and classes, where they are known."""
     words = (
-        f": every other image is within a cosine distance of {distances[-1]:.3f} of one of them" if distances else ""
+        f": all others to choose from are within a cosine distance of {distances[-1]:.3f} of one of them"
+        if distances
+        else ""
     )
     labels = opened.rows.labels
     if labels is None:
