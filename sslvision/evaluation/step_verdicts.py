@@ -155,6 +155,12 @@ def initial_loss(start: Start) -> Verdict:
     )
 
 
+def last_loss(losses: Sequence[float]) -> float:
+    """Return the loss at the end: the mean of the last tenth of the updates."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
 def overfit(kind: str, losses: Sequence[float], *, accuracy: float | None, images: int) -> Verdict:
     """Judge whether a handful of images was learned by heart, without regularization.
 
@@ -168,8 +174,7 @@ def overfit(kind: str, losses: Sequence[float], *, accuracy: float | None, image
     numbers: dict[str, Any] = {"images": images, "updates": len(losses), "accuracy": accuracy}
     if not losses or not all(math.isfinite(loss) for loss in losses):
         return Verdict(step, False, f"On {images} images, the loss is not finite.", _RATE_TOO_HIGH, numbers)
-    tail = losses[-max(1, len(losses) // 10) :]
-    first, last = losses[0], sum(tail) / len(tail)
+    first, last = losses[0], last_loss(losses)
     numbers |= {"first": first, "last": last}
     fell = f"On {images} images, {len(losses)} updates bring the loss from {first:.4g} to {last:.4g}"
     if kind == "supervised" and accuracy is not None:

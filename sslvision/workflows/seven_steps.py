@@ -26,6 +26,7 @@ from sslvision.evaluation.step_verdicts import (
     initial_loss,
     judge_grid,
     judge_rates,
+    last_loss,
     overfit,
     regularized,
     regularizers_of,
@@ -132,7 +133,7 @@ class Steps:
                 handful=True,
             )
             losses = curve.losses or [math.nan]
-            fell = 1 - losses[-1] / losses[0] if losses[0] else 0.0
+            fell = 1 - last_loss(losses) / losses[0] if losses[0] else 0.0
             learned.append(curve.accuracy / 100 if curve.accuracy is not None else max(0.0, fell))
             return curve
 
@@ -197,8 +198,7 @@ class Steps:
             return math.nan
         if self.kind == "dino":
             return curve.score - base if curve.score is not None else math.nan
-        tail = curve.losses[-max(1, len(curve.losses) // 10) :]
-        return 1 - sum(tail) / len(tail) / curve.losses[0]
+        return 1 - last_loss(curve.losses) / curve.losses[0]
 
     def bench_rate(self, settings: Any) -> float:
         """Return the peak rate of settings."""
