@@ -38,7 +38,16 @@ from sslvision.workflows import trainings_record
 from sslvision.workflows.console import print_configuration, print_findings
 from sslvision.workflows.ladder import Times
 from sslvision.workflows.search_space import with_setting
-from sslvision.workflows.step_choices import EXPONENTS, asked, coarse, finer, next_exponent, rate_name, with_decay
+from sslvision.workflows.step_choices import (
+    EXPONENTS,
+    asked,
+    cell_length,
+    coarse,
+    finer,
+    next_exponent,
+    rate_name,
+    with_decay,
+)
 from sslvision.workflows.step_trainings import constant, kind_of, plain, start_of, train_for
 from sslvision.workflows.steps_report import CONTENTS, curves_verdict, write_recipe
 from sslvision.workflows.trial_training import Finetuning, Pretraining, open_bench
@@ -48,8 +57,8 @@ RECORD = "steps.jsonl"
 MAY_CHANGE = ("name", "output_dir", "resume", "overwrite", "about", "reference", "logger", "budget", "steps")
 HEART = 200  # updates in which a handful is learned
 SWEPT = 100  # updates of a run of the sweep of rates
+SWEPT_ON = 2_000  # images of each kind at most that DINO's runs of the sweep are scored on
 FEWEST_RATES = 7  # of the sweep, however short the budget
-SHORTEST = 20  # updates of a cell
 COARSE, FINE, ROUNDS = 0.45, 0.8, 3  # shares of the time that is left; rounds of step 5 at most
 COARSE_EPOCHS, FINE_EPOCHS = 3, 15  # without a budget, and at most
 
@@ -164,7 +173,8 @@ class Steps:
         """Do step 3: sweep the rate, and draw what was learned."""
         settings, tried, base = plain(self.settings, augment=True), list[Tried](), 0.0
         if self.kind == "dino":  # its loss is measured against itself
-            base = self.bench.score(self.bench.ground.build(settings), at_most=self.settings.evaluate_images)[0]  # type: ignore[union-attr]
+            settings = dataclasses.replace(settings, evaluate_images=min(settings.evaluate_images, SWEPT_ON))
+            base = self.bench.score(self.bench.ground.build(settings), at_most=settings.evaluate_images)[0]  # type: ignore[union-attr]
         until = self._until(0.25)
         for number in range(len(EXPONENTS)):
             if until is not None and number >= FEWEST_RATES and time.perf_counter() > until:
@@ -214,7 +224,7 @@ class Steps:
         """Return the settings with the rate and the weight decay of a cell of a grid."""
         return with_decay(with_setting(self.settings, self.rate_name, cell["rate"]), cell["weight_decay"], self.kind)
 
-    def cell(self, grid: str, rate: float, decay: float, share: float) -> dict[str, Any] | None:
+    def cell(self, grid: str, rate: float, decay: float, length: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the record of a cell, after training it if it is not done; None if its time is over."""
         key = {"grid": grid, "rate": rate, "weight_decay": decay}
         for entry in self.done:
@@ -224,10 +234,14 @@ class Steps:
             return None
         settings = with_decay(with_setting(self.settings, self.rate_name, rate), decay, self.kind)
         settings = constant(self.bench_rate(settings), settings, warm=True)
+        if length.get("images"):
+            settings = dataclasses.replace(settings, evaluate_images=length["images"])
         folder = self.folder / "steps" / f"{grid}-{rate:g}-{decay:g}"
         began = time.perf_counter()
         rest = self.times.rest if self.times else 0.0
-        found = self.bench.train(settings, share=share, folder=folder, deadline=self.deadline, rest=rest, judge=None)
+        found = self.bench.train(
+            settings, share=length["share"], folder=folder, deadline=self.deadline, rest=rest, judge=None
+        )
         entry = {
             **key,
             "score": found.score,
@@ -245,25 +259,27 @@ class Steps:
         )
         return None if found.outcome == "cut" else entry
 
-    def share(self, cells: int, time_share: float, epochs: float) -> float:
-        """Return the length of each of some cells, as a share of the recipe's, such that they take a share of what is left."""
-        full, most = self.bench.full_updates(self.settings), epochs / self.bench.epochs(self.settings)
+    def length(self, cells: int, time_share: float, epochs: float) -> dict[str, Any]:
+        """Return the length of each of some cells, such that they take a share of the time that is left; see cell_length."""
+        full, most = self.bench.full_updates(self.settings), min(1.0, epochs / self.bench.epochs(self.settings))
         if self.deadline is None:
-            return min(1.0, most)
+            return {"share": most, "images": None}
         if self.times is None:
             self.times = self.bench.measure(self.settings, seconds=min(5.0, 0.02 * self.left()))
-        updates = (time_share * self.left() / cells - self.times.rest) / self.times.update
-        return min(1.0, most, max(updates, SHORTEST) / full)
+        seconds, scored = time_share * self.left() / cells, None
+        if isinstance(self.bench, Pretraining):
+            scored = min(self.settings.evaluate_images, self.bench.images)
+        return cell_length(seconds, self.times, full=full, most=most, scored=scored)
 
     def grid(self, name: str, cells: Sequence[tuple[float, float]], time_share: float, epochs: float) -> Verdict:
         """Train a grid, in its order, as far as the time goes, and judge it."""
-        before = next((one["share"] for one in self.done if one.get("length") == name), None)
-        share = before or self.share(len(cells), time_share, epochs)
-        if before is None:
-            self.record({"length": name, "share": share})
+        length = next((one for one in self.done if one.get("length") == name), None)
+        if length is None:
+            length = {"length": name, **self.length(len(cells), time_share, epochs)}
+            self.record(length)
         trained = []
         for rate, decay in cells:
-            if (entry := self.cell(name, rate, decay, share)) is None:
+            if (entry := self.cell(name, rate, decay, length)) is None:
                 break
             trained.append(entry)
         sigma = next((one["sigma"] for one in trained if one["sigma"]), None)

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from sslvision.settings import Finetune
+from sslvision.workflows.ladder import Times
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 EXPONENTS = [place / 2 for place in range(-5, 6)]  # of ten: factors on the recipe's rate
 DECAYS = (0.0, 1e-5, 1e-4)
 OF_TRANSFORMERS = 0.05
+SHORTEST = 20  # updates of a cell
+SCORING, FEWEST_IMAGES = 1 / 3, 2_000  # share of a cell's time for its score, but at least so many images of each kind
 
 
 def next_exponent(tried: Mapping[float, float]) -> float:
@@ -56,6 +59,24 @@ def coarse(settings: Tune | TuneFinetune, rate: float) -> list[tuple[float, floa
     own = float(settings.method.get("weight_decay", 0.05))
     decays = dict.fromkeys([own, *DECAYS, *([OF_TRANSFORMERS] if transformer else [])])
     return [(float(f"{factor * rate:.3g}"), decay) for factor in (1.0, 1 / 3, 3.0) for decay in decays]
+
+
+def cell_length(seconds: float, times: Times, *, full: int, most: float, scored: int | None) -> dict[str, Any]:
+    """Return the length of a cell that takes some seconds: its "share" of the recipe's, and "images" to score it on.
+
+    Args:
+        seconds: Time of the cell.
+        times: Seconds of an update, and of the rest.
+        full: Updates of the recipe.
+        most: The largest share.
+        scored: Images of each kind for a score; fewer are taken where scoring took more than SCORING of the time. None if that
+            cannot be changed: then "images" is None.
+    """
+    rest, images = times.rest, None
+    if scored is not None and rest > SCORING * seconds:
+        images = min(scored, max(FEWEST_IMAGES, round(scored * SCORING * seconds / rest)))
+        rest *= images / scored
+    return {"share": min(most, max((seconds - rest) / times.update, SHORTEST) / full), "images": images}
 
 
 def finer(best: Mapping[str, Any], factor: float) -> list[tuple[float, float]]:

@@ -10,8 +10,9 @@ pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
 from sslvision.workflows import seven_steps, step_choices
+from sslvision.workflows.ladder import Times
 from sslvision.workflows.seven_steps import tune_by_steps
-from sslvision.workflows.step_choices import asked, coarse, next_exponent, rate_name, with_decay
+from sslvision.workflows.step_choices import asked, cell_length, coarse, next_exponent, rate_name, with_decay
 from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
@@ -67,6 +68,17 @@ def test_the_sweep_tries_decades_and_then_what_is_near_the_best():
         tried[one] = math.nan if one > 0 else -abs(one + 1.5)  # the recipe's rate is thirty times too high
     assert list(tried) == [0, -1, 1, -2, 2, -1.5, -2.5]
     assert len({next_exponent(tried), *tried}) == 8
+
+
+def test_a_cell_is_scored_on_fewer_images_where_scoring_would_take_most_of_its_time():
+    def length(seconds, rest, scored=10_000):
+        return cell_length(seconds, Times(0.1, rest), full=1000, most=0.5, scored=scored)
+
+    assert length(30, 5) == {"share": 0.25, "images": None}
+    assert length(100, 5) == {"share": 0.5, "images": None}  # no longer than it may be
+    assert length(30, 20) == {"share": pytest.approx(0.2), "images": 5_000}
+    assert length(3, 10) == {"share": 0.02, "images": 2_000}  # 10 updates would be too few
+    assert length(30, 20, scored=None) == {"share": pytest.approx(0.1), "images": None}
 
 
 def run(folder, *words):
