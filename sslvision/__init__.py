@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         report,
         scale,
         search,
+        segment,
         select,
         tune,
     )
@@ -53,6 +54,7 @@ _HOMES = {
     "search": "cli.functions",
     "duplicates": "cli.functions",
     "outliers": "cli.functions",
+    "segment": "cli.functions",
     "select": "cli.functions",
     "cluster": "cli.functions",
     "finetune": "cli.functions",
@@ -89,6 +91,7 @@ __all__ = [
     "report",
     "scale",
     "search",
+    "segment",
     "select",
     "tune",
 ]
