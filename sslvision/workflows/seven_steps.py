@@ -36,6 +36,7 @@ from sslvision.training.trainer import silence_lightning
 from sslvision.workflows import trainings_record
 from sslvision.workflows.console import print_configuration, print_findings
 from sslvision.workflows.ladder import Times
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.search_space import with_setting
 from sslvision.workflows.step_choices import EXPONENTS, asked, coarse, finer, next_exponent, rate_name, with_decay
 from sslvision.workflows.step_trainings import constant, kind_of, plain, start_of, train_for
@@ -289,6 +290,7 @@ class Steps:
         return None if labels is None else 100 / (int(labels.max()) + 1)
 
 
+@reports
 def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Tune a recipe by the seven steps, or by the rest of them.
 
@@ -322,6 +324,8 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         "verdicts": [one.record for one in verdicts],
         "stopped_by": failed.step if failed else None,
         "best": best,
+        "objective": bench.objective,
+        "unit": bench.unit,
         "findings": bench.remarks,
         "seconds": round(time.perf_counter() - started, 1),
     }

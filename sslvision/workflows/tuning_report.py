@@ -39,6 +39,7 @@ Made by `{command}`. The same command goes on where it was stopped; started seve
 | file | what it is |
 | --- | --- |
 | best.yaml | the recipe with the best settings, and the evidence for them in its first lines |
+| report.html | all of it to look at: trials, importance, the best recipe; opens in a browser without a network |
 | trials.csv | every trial: its settings, objective, length, seconds, and what became of it |
 | figures/search.png | how much each setting explains, and the objective against each |
 | results.json | the best trial, the importance of each setting, findings |
@@ -249,7 +250,9 @@ def report(
         advice.append(f"{diverged} of {len(rows)} trials diverged: their rates are too high, or a lack of warm-up.")
     results: dict[str, Any] = {
         "objective": bench.objective,
+        "unit": bench.unit,
         "best": None if best is None else {key: value for key, value in best.items() if key != "findings"},
+        "evidence": [] if best is None else evidence(settings, bench, space, rows, best, share),
         "importance": explained,
         "trials": {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in (*DONE, CUT)},
         "findings": [*bench.remarks, *told, *advice],
