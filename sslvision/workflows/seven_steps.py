@@ -23,6 +23,7 @@ from sslvision.runs import run_files
 from sslvision.training.trainer import silence_lightning
 from sslvision.workflows import trainings_record
 from sslvision.workflows.console import print_configuration, print_findings
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.step_choices import asked, coarse, finer
 from sslvision.workflows.steps import RECORD, Steps
 from sslvision.workflows.steps_report import CONTENTS, curves_verdict, write_recipe
@@ -34,6 +35,7 @@ COARSE, FINE, ROUNDS = 0.45, 0.8, 3  # shares of the time that is left; rounds o
 COARSE_EPOCHS, FINE_EPOCHS = 3, 15  # without a budget, and at most
 
 
+@reports
 def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Tune a recipe by the seven steps, or by the rest of them.
 
@@ -67,6 +69,8 @@ def tune_by_steps(settings: Tune | TuneFinetune, folder: Path, words: Sequence[s
         "verdicts": [one.record for one in verdicts],
         "stopped_by": failed.step if failed else None,
         "best": best,
+        "objective": bench.objective,
+        "unit": bench.unit,
         "findings": bench.remarks,
         "seconds": round(time.perf_counter() - started, 1),
     }
