@@ -30,7 +30,7 @@ MAY_DIFFER = {
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
     "where and how the images are read; their number is compared": (
-        *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir"),
+        *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir", "data.index_dir", "data.rescan"),
     ),
     "the machine; every update has the same images on any": tuple(
         f"trainer.{key}"
