@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import Sampler
 
-from sslvision.augment.randomness import permutation
+from sslvision.data.order import AT_ONCE, Order
 from sslvision.errors import DataError, UsageError
 
 Key = tuple[int, int]  # (epoch, index), which all random numbers of an image depend on
@@ -65,13 +65,17 @@ class EpochBatches(Sampler[list[Key]]):
     def of_update(self, update: int) -> list[Key]:
         """Return all keys of the global batch of an update, counting from 0."""
         epoch, place = divmod(update, self.steps_per_epoch)
-        order = permutation(self.images, seed=self.seed, epoch=epoch)
-        return [(epoch, int(index)) for index in order[place * self.global_batch :][: self.global_batch]]
+        start = place * self.global_batch
+        order = Order(self.images, seed=self.seed, epoch=epoch)
+        return [(epoch, index) for index in order[start : start + self.global_batch].tolist()]
 
     def __iter__(self) -> Iterator[list[Key]]:
         """Yield lists of (epoch, index)."""
         epoch, first = divmod(self.updates_done(), self.steps_per_epoch)
-        order = permutation(self.images, seed=self.seed, epoch=epoch).tolist()
+        order = Order(self.images, seed=self.seed, epoch=epoch)
         micro = self.global_batch // self.accumulate
-        for start in range(first * self.global_batch, self.steps_per_epoch * self.global_batch, micro):
-            yield [(epoch, index) for index in order[start + self.rank : start + micro : self.world]]
+        end, together = self.steps_per_epoch * self.global_batch, micro * max(1, AT_ONCE // micro)
+        for start in range(first * self.global_batch, end, together):
+            images = order[start : min(start + together, end)]
+            for batch in range(0, len(images), micro):
+                yield [(epoch, index) for index in images[batch + self.rank : batch + micro : self.world].tolist()]
