@@ -28,6 +28,7 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.segmenting_settings import Segment
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Any] = {
     "outliers": Outliers,
     "select": Select,
     "cluster": Cluster,
+    "pack": Pack,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

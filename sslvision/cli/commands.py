@@ -15,6 +15,7 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.segmenting_settings import Segment
@@ -32,6 +33,10 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.reporting import report
 
         return functools.partial(report, settings)
+    if isinstance(settings, Pack):
+        from sslvision.workflows.packing import pack
+
+        return functools.partial(pack, settings)
     if isinstance(settings, Search | Duplicates | Outliers | Select | Cluster):
         return functools.partial(_on_embeddings(settings), settings)
     if not isinstance(settings, Probe | Segment | Inspect | Export | Embed):

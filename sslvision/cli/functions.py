@@ -223,6 +223,22 @@ def cluster(embeddings: str | Path, k: int = 10, **settings: Any) -> Path:
     return Path(_call(COMMANDS["cluster"], {"embeddings": embeddings, "k": k, **settings}))
 
 
+def pack(output_dir: str | Path, **settings: Any) -> dict[str, Any]:
+    """Write images as tar shards with an index.
+
+    Args:
+        output_dir: Folder of the shards.
+        settings: Any settings of `python -m sslvision.pack --help`, such as data="photos".
+
+    Returns:
+        Counts of images, shards and bytes, and the path of the index.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(COMMANDS["pack"], {"output_dir": str(output_dir), **settings}))
+
+
 def inspect(
     name: str | Sequence[str] | None = None, *, run: str | Path | Sequence[str | Path] | None = None, **settings: Any
 ) -> dict[str, Any]:

@@ -28,6 +28,7 @@ ABOUT = {
     "outliers": "Find the images that are least like any others.",
     "select": "Choose a diverse subset of the images, to label first.",
     "cluster": "Group images that are alike.",
+    "pack": "Write images as tar shards with an index, for fast reading and for buckets.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -175,6 +176,12 @@ EXAMPLES = {
         ("embeddings=outputs/embed-a-photos n=100 by=clusters", "the most typical image of each of a hundred clusters"),
         ("embeddings=outputs/embed-a-photos n=100 labeled=labels.csv", "a hundred more, unlike those that have labels"),
     ),
+    "pack": (
+        ("data=photos output_dir=shards", "a folder of images, as train/ and val/ of shards; the same command goes on"),
+        ("data=photos output_dir=shards image_size=256", "photographs shrunk to a short side of 256 pixels"),
+        ("data=images.csv output_dir=shards shard_size=1000", "of a list, 1,000 images to a shard"),
+        ("data=hf data.path=flowers.parquet output_dir=shards", "of a Hugging Face data set"),
+    ),
     "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
 }
 
@@ -198,6 +205,7 @@ def print_help(console: Console, command: Command[Any]) -> None:
         "inspect": "backbone.name=... ",
         "report": "RUN_FOLDER ... ",
         "search": "embeddings=... image=... ",
+        "pack": "data=... output_dir=... ",
     }
     of_others = "" if command.pretrains else "run=... " if hasattr(command.kind, "run") else "embeddings=... "
     console.print(

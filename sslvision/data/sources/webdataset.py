@@ -4,16 +4,15 @@ Shards are indexed once (data/shard_index.py), and then every image is read wher
 folder, and order, crops and masks are functions of (seed, epoch, index): nothing depends on a shuffle buffer, on the number of
 processes or on where a run was stopped.
 
-- Labels: the file .cls of a sample, or a key of its .json. With `classes.txt` beside the shards, one name in each line, numbers
-  get these names.
-- Splits: shards of their own settings, or shards whose names or folders say so (train-000000.tar, val-000000.tar).
+- Labels: the file .cls of a sample, or a key of its .json. With `classes.txt` beside the shards, one name in each line, or with
+  the index of `sslvision pack`, numbers get these names.
+- Splits: those of the index; or shards of their own settings, or shards whose names or folders say so (train-000000.tar,
+  val-000000.tar).
 - Order: that of the shards, and of the files in each.
 """
 
-import glob
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +22,17 @@ import numpy as np
 from sslvision.data.archive import ArchiveSource, Members
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
-from sslvision.data.encoded import PathTable, file_stamp
-from sslvision.data.shard_index import Shard, key_and_ending, open_shards
+from sslvision.data.encoded import PathTable
+from sslvision.data.packed_index import NAME
+from sslvision.data.shard_index import Shard, ShardFile, key_and_ending, open_shards
 from sslvision.data.source import Splits
 from sslvision.data.sources.layout import split_of
 from sslvision.data.sources.list_file import LABELS, check_options, with_values
 from sslvision.data.sources.list_images import EXTENSIONS, share, some
-from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of
+from sslvision.data.sources.rows import NONE, Codes, check_single, parts_of
+from sslvision.data.sources.shard_files import find_shards
 from sslvision.errors import DataError, UsageError
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 CLASSES = "classes.txt"
 
 
@@ -53,6 +53,7 @@ def open_webdataset(
     column: str | None = None,
     label: str | None = None,
     index_dir: str | None = None,
+    verify: bool = False,
     channels: int = 3,
     holdout: float = 0.05,
     at_least: int | None = None,
@@ -67,20 +68,23 @@ def open_webdataset(
         column: Ending of the images where samples have several, such as `jpg`.
         label: Ending of the labels (`cls`), or a key in the `.json` of a sample (default: found; `none`: not read).
         index_dir: Folder where the indices of shards are kept (default: sslvision/shards in $XDG_CACHE_HOME or ~/.cache).
+        verify: Compare the checksums of packed shards with those of their index first, which reads all of them.
         channels: Channels of an image: 1, 3, or as many as the files have.
 
     Raises:
         UsageError: Settings out of range.
-        DataError: No such shards, no images in them, several labels for an image, or held-out classes that training has not.
+        DataError: No such shards, other ones than their index tells, no images in them, several labels for an image, or
+            held-out classes that training has not.
     """
     check_options(channels, holdout, max_pixels)
     given, remarks = value_range_from(value_range), list[str]()
-    files, splits = _files(urls, validation_urls, test_urls, remarks)
+    files, of_files, classes_told = find_shards(urls, validation_urls, test_urls, remarks, verified=verify)
+    splits, paths = np.array(of_files, np.int8), [file.url for file in files]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / "shards"
     shards = open_shards(files, Path(index_dir or cache).expanduser())
-    title = os.path.basename(os.path.dirname(files[0])) or "shards"
+    title = _title(paths[0])
     samples = _samples(files, shards, column, label, remarks)
-    names = _class_names(files, samples.names)
+    names = _class_names(paths, samples.names, classes_told)
     check_single(samples.names)
     labels, in_order = samples.labels, names is not None
     if names is not None:
@@ -94,11 +98,11 @@ def open_webdataset(
         in_order=in_order,
     )
     name = f"{title} ({' + '.join(f'{len(part.rows):,}' for part in parts)})"
-    version = "".join(map(file_stamp, files))
+    version = "".join(file.stamp for file in files)
     sources = [
         ArchiveSource(
             *(name, channels, classes, part.labels, at_least, max_pixels),
-            archives=tuple(files),
+            archives=tuple(paths),
             archive=samples.shard[part.rows],
             members=samples.members.take(part.rows),
             version=version,
@@ -108,88 +112,20 @@ def open_webdataset(
     return with_values(sources, given, remarks)
 
 
-def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]:
-    """Return the paths of shards that folders, patterns and ranges name.
-
-    Raises:
-        DataError: A folder or a pattern names none, or one does not exist.
-        UsageError: They are elsewhere than on this machine's disks.
-    """
-    found = []
-    for url in [urls] if isinstance(urls, str) else urls:
-        if "://" in url and not url.startswith("file://"):
-            scheme = url.partition("://")[0]
-            raise UsageError(
-                f"{setting}: shards are read from disks, and not over {scheme}. Copy or mount them first (aws s3 sync, gsutil "
-                "rsync, rclone mount), and give their paths."
-            )
-        path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
-        if os.path.isdir(path):
-            some_of = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.tar"), recursive=True))
-        else:
-            some_of = [
-                one for name in _ranges(path) for one in (sorted(glob.glob(name)) if set(name) & {*"*?["} else [name])
-            ]
-        if not some_of:
-            raise DataError(f"{setting}={url} names no shards (.tar) that exist.")
-        found += some_of
-    if missing := [path for path in found if not os.path.isfile(path)]:
-        raise DataError(f"{len(missing):,} of {len(found):,} shards do not exist: {some(missing)}. Check {setting}.")
-    return found
-
-
-def _ranges(path: str) -> Iterator[str]:
-    """Yield the paths that braces name: {000..003} and {a,b}."""
-    if (found := RANGE.search(path)) is None:
-        yield path
-        return
-    if found[3] is not None:
-        values = found[3].split(",")
-    else:
-        values = [str(number).zfill(len(found[1])) for number in range(int(found[1]), int(found[2]) + 1)]
-    for value in values:
-        yield from _ranges(path[: found.start()] + value + path[found.end() :])
-
-
-def _files(
-    urls: str | Sequence[str],
-    validation: str | Sequence[str] | None,
-    test: str | Sequence[str] | None,
-    remarks: list[str],
-) -> tuple[list[str], np.ndarray]:
-    """Return all shards, and the split of each."""
-    files = expanded(urls)
-    held = {1: expanded(validation, "data.validation_urls") if validation else [],
-            2: expanded(test, "data.test_urls") if test else []}  # fmt: skip
-    splits = [0] * len(files)
-    if not held[1] and not held[2]:
-        told = [_split_told(file) for file in files]
-        if len({*told}) > 1 and "train" in told and None not in told:
-            splits = [SPLITS.index(split) for split in told if split is not None]
-            of = [f"{splits.count(number):,} {split}" for number, split in enumerate(SPLITS) if number in splits]
-            remarks.append(f"By their names, shards are of several splits: {', '.join(of)}.")
-    for number, more in held.items():
-        if both := {*files} & {*more}:
-            raise UsageError(f"{min(both)} is among the shards of two splits.")
-        files, splits = files + more, splits + [number] * len(more)
-    return files, np.array(splits, np.int8)
-
-
-def _split_told(file: str) -> str | None:
-    """Return the split that the name of a shard tells, or that of its folder."""
-    for name in (os.path.splitext(os.path.basename(file))[0], os.path.basename(os.path.dirname(file))):
-        if (split := split_of(name)[0]) is not None:
-            return split
-    return None
+def _title(path: str) -> str:
+    """Return the name of the folder of a shard, or of the one above that of a split."""
+    folders = os.path.dirname(path).split("/")
+    return next((folder for folder in reversed(folders) if folder and split_of(folder)[0] is None), "shards")
 
 
 def _samples(
-    files: Sequence[str], shards: Sequence[Shard], column: str | None, label: str | None, remarks: list[str]
+    files: Sequence[ShardFile], shards: Sequence[Shard], column: str | None, label: str | None, remarks: list[str]
 ) -> Samples:
     """Return the images of all shards with their labels."""
     places, codes, labels = list[tuple[int, int]](), Codes(), list[int]()
     wanted, without, parsed = (column.lower().lstrip(".") if column else None), 0, _Labels(label)
     for number, shard in enumerate(shards):
+        begun = len(places)
         texts = dict(zip(shard.with_text.tolist(), range(len(shard.with_text)), strict=True))
         for key, rows in _grouped(shard.members.names):
             found = [
@@ -199,7 +135,7 @@ def _samples(
             ]
             if len(found) > 1:
                 raise UsageError(
-                    f"{files[number]}: sample {key} has several images ({some(list(rows))}): say which, data.column=..."
+                    f"{files[number].url}: sample {key} has several images ({some(list(rows))}): say which, data.column=..."
                 )
             if not found:
                 without += 1
@@ -207,9 +143,15 @@ def _samples(
             places.append((number, found[0]))
             of_sample = {ending: shard.texts[texts[row]] for ending, row in rows.items() if row in texts}
             labels.append(codes(parsed(of_sample)))
+        packed = files[number].packed
+        if packed is not None and wanted is None and len(places) - begun != packed.images:
+            raise DataError(
+                f"{files[number].url} has {len(places) - begun:,} images, and its {NAME} tells of {packed.images:,}: copy or "
+                "pack it again."
+            )
     if not places:
         raise DataError(
-            f"No images in {len(files):,} shards, such as {files[0]}: expected samples with a file ending in one of "
+            f"No images in {len(files):,} shards, such as {files[0].url}: expected samples with a file ending in one of "
             f"{', '.join(EXTENSIONS[:8])}, ...; data.column=... names another ending."
         )
     if without:
@@ -275,12 +217,14 @@ class _Labels:
         return values.get(self.label or self.key or "")
 
 
-def _class_names(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
-    """Return the lines of classes.txt beside the first shard, if labels are numbers of its lines."""
-    try:
-        with open(os.path.join(os.path.dirname(files[0]), CLASSES), encoding="utf-8") as opened:
-            names = opened.read().splitlines()
-    except OSError:
-        return None
+def _class_names(paths: Sequence[str], labels: Sequence[str], told: Sequence[str] | None) -> list[str] | None:
+    """Return the classes of an index, or the lines of classes.txt beside the first shard, if labels are numbers of them."""
+    names = told
+    if names is None:
+        try:
+            with open(os.path.join(os.path.dirname(paths[0]), CLASSES), encoding="utf-8") as opened:
+                names = opened.read().splitlines()
+        except OSError:
+            return None
     fits = labels and all(label.isdecimal() and int(label) < len(names) for label in labels)
-    return names if fits and len({*names}) == len(names) else None
+    return list(names) if fits and len({*names}) == len(names) else None
