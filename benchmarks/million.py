@@ -113,7 +113,7 @@ def run(arguments, words, cache):
             *words,
             f"data.workers={arguments.workers}",
         ]
-        command += ["name=run", f"output_dir={output}", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
+        command += [f"output_dir={output}/run", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
         environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
         log = Path(output, "log")
         begun = time.perf_counter()
