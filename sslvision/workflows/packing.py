@@ -70,7 +70,7 @@ def pack(settings: Pack) -> dict[str, Any]:
     """
     console, begun = Console(soft_wrap=True, highlight=False), time.perf_counter()
     folder = Path(settings.output_dir or "").expanduser().absolute()
-    splits = open_splits({key: value for key, value in settings.data.items() if key != "max_unreadable"})
+    splits = open_splits(settings.data)
     sources = _sources(settings, splits)
     plan = _plan(settings, sources)
     _refuse_others(folder, plan, overwrite=settings.overwrite)
