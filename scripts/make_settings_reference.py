@@ -31,6 +31,7 @@ from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -46,6 +47,7 @@ short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recip
 COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
     "probe": Probe,
+    "segment": Segment,
     "finetune": Finetune,
     "predict": Predict,
     "inspect": Inspect,

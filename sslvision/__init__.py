@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         report,
         scale,
         search,
+        segment,
         select,
         tune,
     )
@@ -54,6 +55,7 @@ _HOMES = {
     "search": "cli.functions",
     "duplicates": "cli.functions",
     "outliers": "cli.functions",
+    "segment": "cli.functions",
     "select": "cli.functions",
     "cluster": "cli.functions",
     "finetune": "cli.functions",
@@ -92,6 +94,7 @@ __all__ = [
     "report",
     "scale",
     "search",
+    "segment",
     "select",
     "tune",
 ]

@@ -153,6 +153,23 @@ def tune(recipe: str | Path | None = None, *, run: str | Path | None = None, **s
     return dict(_call(TUNE, _with(settings, recipe=recipe, run=run)))
 
 
+def segment(run: str | Path, masks: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measure the features of patches on images with masks.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.segment run=...` takes.
+        masks: Folder of images and masks.
+        settings: Any settings of `python -m sslvision.segment --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(COMMANDS["segment"], {"run": run, "masks": masks, **settings}))
+
+
 def embed(run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Write the embeddings of images to files.
 

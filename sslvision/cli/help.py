@@ -14,6 +14,7 @@ from sslvision.cli.recipes import Command
 ABOUT = {
     "pretrain": "Pretrain a vision backbone on unlabeled images.",
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
+    "segment": "Measure how good the features of patches are, on images with masks: k-NN and linear segmentation.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
     "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original, with a model card.",
@@ -146,6 +147,14 @@ EXAMPLES = {
             "recipe=dino search=tpe 'ranges.lr=log(1e-4,1e-2)' pruner=median storage=journal:///shared/study.log",
             "bad trials are stopped early, and machines with the same storage= work together",
         ),
+    ),
+    "segment": (
+        ("run=outputs/a masks=scenes", "scenes/images/ and scenes/masks/, with train/ and val/ in them or around them"),
+        (
+            "run=vit_small_patch14_dinov2 masks=scenes backbone.image_size=448",
+            "a pretrained timm model, on larger images",
+        ),
+        ("run=outputs/a masks=scenes ignore=[0,255]", "two values of masks are no class"),
     ),
     "embed": (
         ("run=outputs/a", "the images of a run by its backbone, in outputs/embed-a-...; the same command goes on"),

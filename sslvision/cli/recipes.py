@@ -25,6 +25,7 @@ from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
@@ -72,6 +73,7 @@ PRETRAIN = Command("pretrain", Pretrain)
 PROBE = Command("probe", Probe)
 FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
+SEGMENT = Command("segment", Segment)
 INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
 EXPORT = Command("export", Export)
@@ -84,7 +86,7 @@ OUTLIERS, SELECT, CLUSTER = Command("outliers", Outliers), Command("select", Sel
 COMMANDS: dict[str, Command[Any]] = {
     one.name: one
     for one in (
-        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
+        *(PRETRAIN, PROBE, SEGMENT, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
         *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER, PACK),
     )
 }

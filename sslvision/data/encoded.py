@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -32,12 +32,16 @@ class PathTable:
     @classmethod
     def of(cls, paths: Iterable[str | bytes]) -> "PathTable":
         """Return the table of some paths, which are read once."""
-        blob, ends = bytearray(), array("q")
+        blob, offsets = bytearray(), array("q", [0])
         for path in paths:
             blob += path if isinstance(path, bytes) else os.fsencode(path)
-            ends.append(len(blob))
-        table = np.array(ends, dtype=np.int64)  # (N,)
-        return cls(np.frombuffer(bytes(blob), np.uint8), np.concatenate([np.zeros(1, np.int64), table[:-1]]), table)
+            offsets.append(len(blob))
+        return cls.joined(np.frombuffer(blob, np.uint8), np.frombuffer(offsets, np.int64))
+
+    @classmethod
+    def joined(cls, blob: np.ndarray, offsets: np.ndarray) -> "PathTable":
+        """Return the table of paths that follow one another, path n from offsets[n] to offsets[n + 1]: (N + 1,) int64."""
+        return cls(blob, offsets[:-1], offsets[1:])
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -50,16 +54,37 @@ class PathTable:
         return PathTable(self.blob, self.starts[indices], self.ends[indices])
 
     def __getstate__(self) -> dict[str, Any]:
-        if not isinstance(self.blob, np.memmap):
-            return self.__dict__
-        return self.__dict__ | {
-            "blob": os.fspath(self.blob.filename or "")
-        }  # a process that is not forked maps it itself
+        """Return where arrays lie that are mapped from files: a process that is not forked maps them itself."""
+        return {name: _in_file(array) or array for name, array in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        if isinstance(self.blob, str):
-            self.blob = np.memmap(self.blob, mode="r")
+        self.__dict__ |= {name: one() if isinstance(one, InFile) else one for name, one in state.items()}
+
+
+class InFile(NamedTuple):
+    """Where an array lies in a file."""
+
+    file: str
+    dtype: str
+    offset: int
+    length: int
+
+    def __call__(self) -> np.ndarray:
+        """Return the array, mapped into memory; what is written to it stays in this process."""
+        if not self.length:
+            return np.zeros(0, self.dtype)
+        return np.asarray(np.memmap(self.file, self.dtype, "c", self.offset, (self.length,)))
+
+
+def _in_file(array: np.ndarray) -> InFile | None:
+    """Return where an array lies in a file; None if it lies elsewhere, or not in one piece."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None or mapped.filename is None or not array.flags.c_contiguous:
+        return None
+    within = array.ctypes.data - mapped.ctypes.data
+    return InFile(os.fspath(mapped.filename), array.dtype.str, mapped.offset + within, len(array))
 
 
 @dataclass(eq=False)

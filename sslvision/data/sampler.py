@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Iterator
 
-from torch import Tensor
 from torch.utils.data import Sampler
 
-from sslvision.augment.randomness import permutation
+from sslvision.data.order import AT_ONCE, Order
 from sslvision.data.shard_order import Groups, ShardOrder
 from sslvision.errors import DataError, UsageError
 
@@ -78,11 +77,14 @@ class EpochBatches(Sampler[list[Key]]):
         epoch, first = divmod(self.updates_done(), self.steps_per_epoch)
         order = self._order(epoch)
         micro = self.global_batch // self.accumulate
-        for start in range(first * self.global_batch, self.steps_per_epoch * self.global_batch, micro):
-            yield [(epoch, index) for index in order[start + self.rank : start + micro : self.world].tolist()]
+        end, together = self.steps_per_epoch * self.global_batch, micro * max(1, AT_ONCE // micro)
+        for start in range(first * self.global_batch, end, together):
+            images = order[start : min(start + together, end)]
+            for batch in range(0, len(images), micro):
+                yield [(epoch, index) for index in images[batch + self.rank : batch + micro : self.world].tolist()]
 
-    def _order(self, epoch: int) -> ShardOrder | Tensor:
+    def _order(self, epoch: int) -> Order | ShardOrder:
         """Return the order of an epoch, of which slices are taken."""
         if self.groups is not None:
             return ShardOrder(self.groups, seed=self.seed, epoch=epoch)
-        return permutation(self.images, seed=self.seed, epoch=epoch)
+        return Order(self.images, seed=self.seed, epoch=epoch)
