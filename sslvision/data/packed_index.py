@@ -54,6 +54,8 @@ def read_index(text: str | bytes, where: str) -> PackedIndex | None:
     Raises:
         DataError: It is damaged, or of a newer version.
     """
+    if FORMAT not in (text if isinstance(text, str) else text.decode("utf-8", "replace")):
+        return None
     try:
         content = json.loads(text)
     except ValueError as error:

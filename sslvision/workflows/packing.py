@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
-from sslvision.augment.randomness import permutation
 from sslvision.data.datamodule import available_cores
 from sslvision.data.image_bytes import image_file
+from sslvision.data.order import Order
 from sslvision.data.packed_index import FOLDERS, MEMBERS, NAME, PackedIndex, PackedShard, index_text
 from sslvision.data.shard_writer import ShardWriter, ToWrite, Written
 from sslvision.data.source import Source, Splits, UnreadableImage, remarks_in_errors
@@ -70,7 +70,7 @@ def pack(settings: Pack) -> dict[str, Any]:
     """
     console, begun = Console(soft_wrap=True, highlight=False), time.perf_counter()
     folder = Path(settings.output_dir or "").expanduser().absolute()
-    splits = open_splits({key: value for key, value in settings.data.items() if key != "max_unreadable"})
+    splits = open_splits(settings.data)
     sources = _sources(settings, splits)
     plan = _plan(settings, sources)
     _refuse_others(folder, plan, overwrite=settings.overwrite)
@@ -146,7 +146,7 @@ def _plan(settings: Pack, sources: Mapping[str, Source]) -> Plan:
 def _mean_bytes(settings: Pack, source: Source) -> float:
     """Return the mean size of an image in a shard, from a sample."""
     sizes = []
-    for index in permutation(len(source), seed=0, epoch=0)[:SAMPLE].tolist():
+    for index in Order(len(source), seed=0, epoch=0)[:SAMPLE].tolist():
         with suppress(UnreadableImage):  # told when it is packed
             image = image_file(
                 source, index, side=settings.image_size, encoding=settings.format, quality=settings.quality

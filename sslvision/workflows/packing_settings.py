@@ -46,6 +46,9 @@ class Pack:
         for key in ("cache", "cache_size", "cache_dir"):
             if key in self.data:
                 raise UsageError(f"data.{key} is not for packing, which reads every image once: leave it out.")
+        for key in ("workers", "max_unreadable"):
+            if key in self.data:
+                raise UsageError(f"data.{key} is the setting {key} here: say {key}={self.data[key]}.")
         if self.image_size is not None:
             at_least(self, image_size=1)
         if self.workers is not None:

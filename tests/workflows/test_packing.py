@@ -176,6 +176,15 @@ def test_the_reader_takes_counts_and_places_from_the_index_and_without_it_from_t
         read(shards, verify=True)
 
 
+def test_an_index_of_another_program_is_none(pack):
+    shards = pack()
+    (shards / "index.json").write_text("<html>not ours")
+    assert len(read(shards).train) == 9
+    (shards / "index.json").write_text('{"format": "sslvision shards", "version": 1, "shards": [')
+    with pytest.raises(DataError, match=r"index.json is damaged"):
+        read(shards)
+
+
 def test_the_size_of_a_shard_is_a_number_of_images_or_of_bytes():
     assert [size_of(text) for text in ("1000", "256MB", "1.5 gb")] == [
         (1000, "images"), (256_000_000, "bytes"), (1_500_000_000, "bytes")]  # fmt: skip
@@ -190,6 +199,7 @@ def test_the_size_of_a_shard_is_a_number_of_images_or_of_bytes():
         ((), "No images: say data=photos"),
         (("data=digits",), "output_dir is not given"),
         (("data=digits", "output_dir=a", "data.cache=disk"), "data.cache is not for packing"),
+        (("data=digits", "output_dir=a", "data.workers=2"), "data.workers is the setting workers here: say workers=2"),
         (("data=digits", "output_dir=a", "quality=0"), "quality=0"),
     ],
 )

@@ -4,12 +4,14 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
 from sslvision.data.encoded import file_stamp
 from sslvision.data.packed_index import NAME, PackedIndex, PackedShard, read_index, verify
-from sslvision.data.shard_index import ShardFile
+from sslvision.data.remote_files import RemoteError, find, is_remote, read_whole, shown, stat
+from sslvision.data.shard_index import AT_ONCE, ShardFile
 from sslvision.data.sources.layout import split_of
 from sslvision.data.sources.list_images import some
 from sslvision.data.sources.rows import SPLITS
@@ -59,31 +61,30 @@ def find_shards(
                 remarks.append(f"By their names, shards are of several splits: {', '.join(of)}.")
     for number, more in held.items():
         if both := {*paths} & {*more}:
-            raise UsageError(f"{min(both)} is among the shards of two splits.")
+            raise UsageError(f"{shown(min(both))} is among the shards of two splits.")
         paths, splits = paths + more, splits + [number] * len(more)
-    files = [ShardFile(path, file_stamp(path), indices[path][1] if path in indices else None) for path in paths]
+    files = _described(paths, [indices[path][1] if path in indices else None for path in paths])
     _check_sizes(files)
-    if verified:
+    if verified and any(is_remote(path) for path in paths):
+        remarks.append("data.verify: shards that are elsewhere are compared with their checksums when each is fetched.")
+    elif verified:
         _verify(files)
     of_indices = {indices[path][0].classes if path in indices else None for path in paths}
     return ShardFiles(files, splits, of_indices.pop() if len(of_indices) == 1 else None)
 
 
 def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]:
-    """Return the paths of shards that folders, patterns and ranges name.
+    """Return the paths and addresses of shards that folders, patterns and ranges name.
 
     Raises:
-        DataError: A folder or a pattern names none, or one does not exist.
-        UsageError: They are elsewhere than on this machine's disks.
+        DataError: A folder or a pattern names none, or a file does not exist.
+        RemoteError: A bucket cannot be read.
     """
-    found = []
+    found = list[str]()
     for url in [urls] if isinstance(urls, str) else urls:
-        if "://" in url and not url.startswith("file://"):
-            scheme = url.partition("://")[0]
-            raise UsageError(
-                f"{setting}: shards are read from disks, and not over {scheme}. Copy or mount them first (aws s3 sync, gsutil "
-                "rsync, rclone mount), and give their paths."
-            )
+        if is_remote(url):
+            found += _expanded_remote(url.rstrip("/"), setting)
+            continue
         path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
         if os.path.isdir(path):
             some_of = _of_folder(path)
@@ -94,9 +95,48 @@ def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]
         if not some_of:
             raise DataError(f"{setting}={url} names no shards (.tar) that exist.")
         found += some_of
-    if missing := [path for path in found if not os.path.isfile(path)]:
-        raise DataError(f"{len(missing):,} of {len(found):,} shards do not exist: {some(missing)}. Check {setting}.")
+    _refuse_missing([path for path in found if not is_remote(path) and not os.path.isfile(path)], found, setting)
     return found
+
+
+def _refuse_missing(missing: Sequence[str], of: Sequence[str], setting: str) -> None:
+    if missing:
+        names = some([shown(path) for path in missing])
+        raise DataError(f"{len(missing):,} of {len(of):,} shards do not exist: {names}. Check {setting}.")
+
+
+def _expanded_remote(url: str, setting: str) -> list[str]:
+    """Return the addresses that an address names."""
+    if url.partition("?")[0].endswith((".tar", "}")) or set(url) & {*"*["}:
+        return [one for name in _ranges(url) for one in (find(name) if set(name) & {*"*["} else [name])]
+    if (index := _index_of(url)) is not None:
+        return [f"{url}/{shard.file}" for shard in index.shards]
+    if found := find(url):
+        return found
+    raise DataError(
+        f"{setting}={shown(url)} names no shards (.tar), and has no {NAME}. Web servers rarely list their files: give a range, "
+        f"such as {shown(url)}/train-{{000000..000146}}.tar."
+    )
+
+
+def _described(paths: Sequence[str], packed: Sequence[PackedShard | None]) -> list[ShardFile]:
+    """Return the shards with their sizes. Raises DataError if some do not exist."""
+
+    def describe(path: str, shard: PackedShard | None) -> ShardFile | None:
+        if not is_remote(path):
+            return ShardFile(path, file_stamp(path), os.path.getsize(path), shard)
+        try:
+            size, version = stat(path)
+        except RemoteError as error:
+            if not error.missing:
+                raise
+            return None
+        return ShardFile(path, f"\0{shard.sha256 if shard else f'{size} {version}'}\0", size, shard)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        files = list(pool.map(describe, paths, packed))
+    _refuse_missing([path for path, file in zip(paths, files, strict=True) if file is None], paths, "data.urls")
+    return [file for file in files if file is not None]
 
 
 def _of_folder(path: str) -> list[str]:
@@ -123,23 +163,35 @@ def _index_of(folder: str) -> PackedIndex | None:
     """Return the index in a folder; None if there is none."""
     file = os.path.join(folder, NAME)
     try:
+        if is_remote(folder):
+            return read_index(read_whole(file), shown(file))
         with open(file, "rb") as opened:
             return read_index(opened.read(), file)
     except OSError:
         return None
+    except RemoteError as error:
+        if error.missing or error.refused:  # a folder above that of the shards need not be readable
+            return None
+        raise
 
 
 def _indices(paths: set[str]) -> dict[str, tuple[PackedIndex, PackedShard]]:
     """Return the shards that an index in their folder, or in the one above it, tells of."""
-    index_of, found = cache(_index_of), {}
+
+    @cache
+    def told_by(folder: str) -> dict[str, tuple[PackedIndex, PackedShard]]:
+        index = _index_of(folder)
+        return {os.path.join(folder, shard.file): (index, shard) for shard in index.shards} if index else {}
+
+    found = {}
     for path in paths:
         folder = os.path.dirname(path)
         for above in (folder, os.path.dirname(folder)):
-            if (index := index_of(above)) is not None:
-                shards = {os.path.join(above, shard.file): shard for shard in index.shards}
-                if path in shards:
-                    found[path] = index, shards[path]
-                    break
+            if is_remote(path) and "://" not in above.rstrip("/"):  # s3://bucket has nothing above it
+                break
+            if (told := told_by(above).get(path)) is not None:
+                found[path] = told
+                break
     return found
 
 
@@ -154,8 +206,10 @@ def _split_told(path: str) -> int | None:
 def _check_sizes(files: Sequence[ShardFile]) -> None:
     """Raise DataError if shards have other sizes than an index tells."""
     packed = [(file, file.packed.bytes) for file in files if file.packed is not None]
-    sizes = [(file, os.path.getsize(file.url), size) for file, size in packed]
-    if others := [f"{file.url} ({found:,} bytes instead of {size:,})" for file, found, size in sizes if found != size]:
+    sizes = [(file, file.size, size) for file, size in packed]
+    if others := [
+        f"{shown(file.url)} ({found:,} bytes instead of {size:,})" for file, found, size in sizes if found != size
+    ]:
         raise DataError(
             f"{len(others):,} of {len(files):,} shards do not have the sizes that {NAME} tells: {some(others)}. They are cut "
             "off, or were changed: copy or pack them again."
