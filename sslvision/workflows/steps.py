@@ -247,7 +247,7 @@ class Steps:
             self.times = self.bench.measure(self.settings, seconds=min(5.0, 0.02 * self.left()))
         seconds, scored = [share * self.left() for share in shares], None
         if isinstance(self.bench, Pretraining):
-            scored = min(self.settings.evaluate_images, self.bench.images)
+            scored = min(self.bench.settings.evaluate_images, self.bench.images)
         return grid_length(cells, seconds, self.times, least=min(least, most), most=most, full=full, scored=scored)
 
     def grid(
