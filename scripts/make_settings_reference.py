@@ -28,8 +28,10 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -45,6 +47,7 @@ short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recip
 COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
     "probe": Probe,
+    "segment": Segment,
     "finetune": Finetune,
     "predict": Predict,
     "inspect": Inspect,
@@ -59,6 +62,7 @@ COMMANDS: dict[str, Any] = {
     "outliers": Outliers,
     "select": Select,
     "cluster": Cluster,
+    "pack": Pack,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (

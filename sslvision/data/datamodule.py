@@ -81,6 +81,7 @@ class ImageData(L.LightningDataModule):
                 world=world,
                 accumulate=accumulate,
                 updates_done=lambda: self.trainer.global_step if self.trainer else 0,
+                groups=getattr(self.splits.train, "groups", None),
             )
 
     def batches_of(self, trainer: L.Trainer) -> EpochBatches:

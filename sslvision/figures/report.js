@@ -12,6 +12,7 @@
   for (const figure of document.querySelectorAll("figure.chart")) {
     const data = JSON.parse(figure.dataset.chart), plot = figure.querySelector(".plot");
     const cursor = plot.querySelector(".cursor"), tip = plot.querySelector(".tip");
+    const called = x => (data.ticks.find(([place]) => Math.abs(place - x) < 1e-9) ?? [x, number(x)])[1];
     const share = x => data.log ? Math.log(x / data.x[0]) / Math.log(data.x[1] / data.x[0]) : (x - data.x[0]) / (data.x[1] - data.x[0]);
     const show = event => {
       const box = plot.getBoundingClientRect();
@@ -19,11 +20,11 @@
       const x = data.log ? data.x[0] * Math.pow(data.x[1] / data.x[0], part) : data.x[0] + part * (data.x[1] - data.x[0]);
       const found = data.lines.map(line => [line, nearest(line.x, x)]);
       const first = found.map(([line, i]) => line.x[i]).sort((a, b) => Math.abs(a - x) - Math.abs(b - x))[0];
-      tip.replaceChildren(element("div", `${data.label} ${number(first)}`));
+      tip.replaceChildren(element("div", `${data.label} ${called(first)}`));
       for (const [line, i] of found) {
         const row = element("div"), mark = element("i");
         mark.className = `c${line.color}`;
-        const other = Math.abs(line.x[i] - first) > 1e-9 ? ` (${data.label} ${number(line.x[i])})` : "";
+        const other = Math.abs(line.x[i] - first) > 1e-9 ? ` (${data.label} ${called(line.x[i])})` : "";
         row.append(mark, `${line.name}: ${number(line.y[i])}${other}`);
         tip.append(row);
       }

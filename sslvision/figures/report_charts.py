@@ -6,9 +6,11 @@ The drawing is stretched to the space there is, and its texts are HTML beside it
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from sslvision.figures.report_axes import Axis, axis_around, axis_of_x, log_axis
 
 MOST_POINTS = 500  # of a line; of more, means and the range between lowest and highest are drawn
 SIDE = 1000  # units of the drawing along each axis
@@ -25,6 +27,8 @@ class Line:
         color: Number of its color.
         low, high: Ends of error bars, if there are any.
         smooth: Draw a running mean over the values, if there are many.
+        style: "line" through the points, "dashed", or "dots" alone.
+        band: Draw low and high as a band, not as error bars.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Line:
     low: Sequence[float] = field(default=())
     high: Sequence[float] = field(default=())
     smooth: bool = False
+    style: Literal["line", "dashed", "dots"] = "line"
+    band: bool = False
 
 
 class Bar(NamedTuple):
@@ -45,30 +51,17 @@ class Bar(NamedTuple):
     color: int = 0
 
 
-class Axis(NamedTuple):
-    """The range of an axis, its ticks with their texts, and whether it is logarithmic."""
-
-    low: float
-    high: float
-    ticks: Sequence[tuple[float, str]]
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        """Return where a value is, from 0 to 1."""
-        if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-
 def line_chart(
     lines: Sequence[Line],
     *,
     label: str,
     caption: str = "",
     references: Sequence[tuple[str, float]] = (),
+    marks: Sequence[tuple[str, float]] = (),
     x_label: str = "epoch",
     x_ticks: Sequence[tuple[float, str]] = (),
     log_x: bool = False,
+    log_y: bool = False,
     tall: bool = False,
 ) -> str:
     """Return a chart of lines as HTML; nothing if there is nothing to draw.
@@ -78,19 +71,23 @@ def line_chart(
         label: Name of the vertical axis, with its unit.
         caption: What the figure tells.
         references: Names and values of dashed horizontal lines.
+        marks: Names and places of dashed vertical lines.
         x_label: Name of the horizontal axis.
         x_ticks: Its ticks, by default round numbers.
-        log_x: Whether the horizontal axis is logarithmic.
+        log_x, log_y: Whether an axis is logarithmic; what is not above 0 has no place on it, and is left out.
         tall: Whether the figure is a main one.
     """
-    drawn = [line for line in map(_finite, lines) if len(line.x)]
+    drawn = [line for line in (_drawable(line, log_x=log_x, log_y=log_y) for line in lines) if len(line.x)]
     if not drawn:
         return ""
-    heights = [v for line in drawn for v in (*line.y, *line.low, *line.high)] + [v for _, v in references]
-    y_axis = _axis(heights)
-    x_axis = _axis_of_x([x for line in drawn for x in line.x], x_ticks, log=log_x)
+    heights = [v for line in drawn for v in (*line.y, *(() if line.band else (*line.low, *line.high)))]
+    heights += [v for _, v in references]
+    y_axis = log_axis([v for v in heights if v > 0], ticks=6) if log_y else axis_around(heights)
+    widths = [x for line in drawn for x in line.x] + [place for _, place in marks]
+    x_axis = axis_of_x(widths, x_ticks, log=log_x, from_zero=any(line.style != "dots" for line in drawn))
     shapes = [_grid(y_axis)]
     shapes += [_path("reference", f"M0 {_y(value, y_axis)}H{SIDE}") for _, value in references]
+    shapes += [_path("reference", f"M{SIDE * x_axis.at(place):.1f} 0V{SIDE}") for _, place in marks]
     shown = []
     for line in drawn:
         thin = _thinned(line)
@@ -102,28 +99,42 @@ def line_chart(
         "y": [y_axis.low, y_axis.high],
         "log": log_x,
         "label": x_label,
+        "ticks": [*x_ticks],
         "lines": [
             {"name": line.name, "color": line.color, "x": _rounded(line.x), "y": _rounded(line.y)} for line in shown
         ],
     }
-    ticks = [
-        f'<span class="y-tick" style="top:{100 - 100 * y_axis.at(v):.2f}%">{text}</span>' for v, text in y_axis.ticks
-    ]
-    ticks += [
-        f'<span class="x-tick" style="left:{100 * x_axis.at(v):.2f}%">{escape(t)}</span>' for v, t in x_axis.ticks
-    ]
-    ticks += [
-        f'<span class="reference-name" style="top:{100 - 100 * y_axis.at(value):.2f}%">{escape(name)} {_short(value)}</span>'
-        for name, value in references
-    ]
     return (
         f'<figure class="chart{" tall" if tall else ""}" data-chart="{escape(json.dumps(data))}">'
         f'<div class="axis-name">{escape(label)}</div><div class="plot">'
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(told)}">'
-        f"{''.join(shapes)}</svg>{''.join(ticks)}"
+        f"{''.join(shapes)}</svg>{_names_on(x_axis, y_axis, references, marks)}"
         f'<div class="cursor"></div><div class="tip" role="status"></div></div><div class="x-name">{escape(x_label)}</div>'
         f"{_legend(drawn)}{_caption(caption)}</figure>"
     )
+
+
+def _names_on(
+    x_axis: Axis, y_axis: Axis, references: Sequence[tuple[str, float]], marks: Sequence[tuple[str, float]]
+) -> str:
+    """Return what is written on a drawing: ticks, and the names of dashed lines."""
+    written = [
+        f'<span class="y-tick" style="top:{100 - 100 * y_axis.at(v):.2f}%">{text}</span>' for v, text in y_axis.ticks
+    ]
+    written += [
+        f'<span class="x-tick" style="left:{100 * x_axis.at(v):.2f}%">{escape(t)}</span>' for v, t in x_axis.ticks
+    ]
+    for name, value in references:
+        above = " above" if y_axis.at(value) < 0.12 else ""
+        top = 100 - 100 * y_axis.at(value)
+        text = f"{escape(name)} {_short(value)}"
+        written.append(f'<span class="reference-name{above}" style="top:{top:.2f}%">{text}</span>')
+    written += [
+        f'<span class="mark-name{" left" if x_axis.at(place) > 0.5 else ""}" style="left:{100 * x_axis.at(place):.2f}%">'
+        f"{escape(name)}</span>"
+        for name, place in marks
+    ]
+    return "".join(written)
 
 
 def interval_chart(bars: Sequence[Bar], *, label: str, caption: str = "", from_zero: bool = False) -> str:
@@ -131,7 +142,7 @@ def interval_chart(bars: Sequence[Bar], *, label: str, caption: str = "", from_z
     if not bars:
         return ""
     ends = [end for bar in bars for end in (bar.value, *(bar.interval or ()))] + [0.0] * from_zero
-    axis = _axis(ends)
+    axis = axis_around(ends)
     rows = []
     for bar in bars:
         x = SIDE * axis.at(bar.value)
@@ -175,7 +186,7 @@ def _thinned(line: Line) -> _Thinned:
     y = [math.fsum(line.y[i] for i in part) / len(part) for part in parts]
     x = [math.fsum(line.x[i] for i in part) / len(part) for part in parts]
     low, high = ([f(line.y[i] for i in part) for part in parts] for f in (min, max))
-    return _Thinned(Line(line.name, x, y, line.color, smooth=line.smooth), low, high)
+    return _Thinned(replace(line, x=x, y=y, low=(), high=()), low, high)
 
 
 def _shapes(thinned: _Thinned, x_axis: Axis, y_axis: Axis) -> list[str]:
@@ -187,18 +198,20 @@ def _shapes(thinned: _Thinned, x_axis: Axis, y_axis: Axis) -> list[str]:
         return "M" + "L".join(f"{x} {_y(value, y_axis)}" for x, value in zip(at, values, strict=True))
 
     shapes = []
-    if thinned.low:
-        back = "L".join(f"{x} {_y(v, y_axis)}" for x, v in zip(reversed(at), reversed(thinned.low), strict=True))
-        shapes.append(_path(f"band {color}", f"{path(thinned.high)}L{back}Z"))
+    low, high = (line.low, line.high) if line.band else (thinned.low, thinned.high)
+    if low:
+        back = "L".join(f"{x} {_y(v, y_axis)}" for x, v in zip(reversed(at), reversed(low), strict=True))
+        shapes.append(_path(f"band {color}", f"{path(high)}L{back}Z"))
     smooth = line.smooth and len(line.x) >= SMOOTHED_FROM
     if smooth and not thinned.low:
         shapes.append(_path(f"raw {color}", path(line.y)))
-    if len(line.x) > 1:  # a single value is a dot, below
-        shapes.append(_path(f"line {color}", path(_smoothed(line.y) if smooth else line.y)))
-    if line.low:
+    if len(line.x) > 1 and line.style != "dots":  # a single value is a dot, below
+        kind = "line dashed" if line.style == "dashed" else "line"
+        shapes.append(_path(f"{kind} {color}", path(_smoothed(line.y) if smooth else line.y)))
+    if line.low and not line.band:
         ends = zip(at, line.low, line.high, strict=True)
         shapes.append(_path(f"error {color}", "".join(f"M{x} {_y(a, y_axis)}V{_y(b, y_axis)}" for x, a, b in ends)))
-    if len(line.x) < SMOOTHED_FROM:
+    if line.style == "dots" or (len(line.x) < SMOOTHED_FROM and not line.band):
         shapes.append(
             _path(f"dots {color}", "".join(f"M{x} {_y(v, y_axis)}h.01" for x, v in zip(at, line.y, strict=True)))
         )
@@ -219,47 +232,16 @@ def _smoothed(y: Sequence[float]) -> list[float]:
     return found
 
 
-def _finite(line: Line) -> Line:
-    kept = [i for i, (x, y) in enumerate(zip(line.x, line.y, strict=True)) if math.isfinite(x) and math.isfinite(y)]
+def _drawable(line: Line, *, log_x: bool, log_y: bool) -> Line:
+    """Return a line without the points that are not finite, or have no place on a logarithmic axis."""
+
+    def placed(value: float, log: bool) -> bool:
+        return math.isfinite(value) and (value > 0 or not log)
+
+    pairs = enumerate(zip(line.x, line.y, strict=True))
+    kept = [i for i, (x, y) in pairs if placed(x, log_x) and placed(y, log_y)]
     x, y, low, high = ([values[i] for i in kept] if values else () for values in (line.x, line.y, line.low, line.high))
-    return Line(line.name, x, y, line.color, low, high, line.smooth)
-
-
-def _axis(values: Sequence[float]) -> Axis:
-    """Return an axis around values, with about five ticks at round numbers."""
-    low, high = min(values), max(values)
-    flat = high - low < 1e-9 * max(abs(low), abs(high), 1e-300)
-    margin = (abs(high) / 10 or 1.0) if flat else 0.06 * (high - low)
-    zero_is_end = low >= 0 > low - margin
-    low, high = (0.0 if zero_is_end else low - margin), high + margin
-    step = _round_step((high - low) / 5)
-    first = math.ceil(low / step - 1e-9)
-    ticks = [step * number for number in range(first, math.floor(high / step + 1e-9) + 1)]
-    return Axis(low, high, [(tick, _tick(tick, step)) for tick in ticks])
-
-
-def _axis_of_x(values: Sequence[float], ticks: Sequence[tuple[float, str]], *, log: bool) -> Axis:
-    low, high = min(values), max(values)
-    if log:
-        stretch = max(high / low, 2.0) ** 0.03
-        return Axis(low / stretch, high * stretch, ticks, log=True)
-    low = min(low, 0.0)
-    high = high if high > low else low + 1
-    step = _round_step((high - low) / 5)
-    numbers = [step * n for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-    return Axis(low, high, ticks or [(number, _tick(number, step)) for number in numbers])
-
-
-def _round_step(step: float) -> float:
-    """Return the next greater step of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
-
-
-def _tick(value: float, step: float) -> str:
-    if step < 1e-3 or step >= 1e5:
-        return f"{value:.3g}"
-    return f"{value:,.{max(0, -math.floor(math.log10(step) + 1e-9))}f}"
+    return replace(line, x=x, y=y, low=low, high=high)
 
 
 def _short(value: float) -> str:
@@ -271,7 +253,8 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def _y(value: float, axis: Axis) -> str:
-    return f"{SIDE * (1 - axis.at(value)):.1f}"
+    """Return the height of a value; of ends of bands and bars beyond the axis, that of its end."""
+    return f"{SIDE * (1 - axis.at(min(max(value, axis.low), axis.high))):.1f}"
 
 
 def _grid(y_axis: Axis) -> str:

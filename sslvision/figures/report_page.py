@@ -113,6 +113,38 @@ def command(text: str, told: str) -> str:
     )
 
 
+def code(text: str) -> str:
+    """Return text as it is written in a file."""
+    return f"<pre><code>{escape(text)}</code></pre>"
+
+
+def verdict_block(
+    heading: str,
+    *,
+    passed: bool,
+    marks: tuple[str, str] = ("passed", "failed"),
+    asked: str = "",
+    words: str = "",
+    advice: str = "",
+    more: str = "",
+) -> str:
+    """Return what a test asks, whether it was passed, what was found, and what to do.
+
+    Args:
+        heading: Name of the test.
+        passed: Whether it was passed.
+        marks: What is written for that, and for the opposite.
+        asked: The question.
+        words: What was found.
+        advice: What to do; empty if there is nothing to do.
+        more: Figures and tables below it, as HTML.
+    """
+    mark = f'<span class="mark {"passed" if passed else "failed"}">{escape(marks[0] if passed else marks[1])}</span>'
+    told = (paragraph(asked, "about") if asked else "") + (paragraph(words) if words else "")
+    title = f"{heading[:1].upper()}{heading[1:]}"
+    return f"<h3>{escape(title)} {mark}</h3>{told}{listed([advice] * bool(advice), 'findings')}{more}"
+
+
 def folded(summary: str, content: str) -> str:
     """Return content that is shown on a click."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""

@@ -31,6 +31,7 @@ MAY_DIFFER = {
     ),
     "where and how the images are read; their number is compared": (
         *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir", "data.index_dir", "data.rescan"),
+        *("data.cache_gb", "data.shard_dir", "data.verify"),
     ),
     "the machine; every update has the same images on any": tuple(
         f"trainer.{key}"

@@ -3,6 +3,8 @@
 A folder of an earlier version, or of a run that was killed, has fewer files; what cannot be read is said.
 """
 
+import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -22,12 +24,13 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-Kind = Literal["pretrain", "finetune", "compare", "probe", "scale", "other"]
+Kind = Literal["pretrain", "finetune", "compare", "probe", "scale", "tune", "other"]
 Status = Literal["finished", "running", "stopped"]
 Metrics = dict[str, list[float | None]]
 
 STOPPED = "stopped.json"  # why a run ended before its end, and when
-LOGS = ("metrics.csv", "scratch/metrics.csv", "cells.jsonl", "rungs.jsonl")  # what a run writes while it goes on
+TRAININGS = ("trials.csv", "steps.jsonl", "rungs.jsonl")  # what a search, the seven steps or a ladder records
+LOGS = ("metrics.csv", "scratch/metrics.csv", "cells.jsonl", *TRAININGS)  # what a run writes while it goes on
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class RunRecord:
         results: The content of results.json; of a run that was stopped, empty.
         metrics: The columns of metrics.csv.
         scratch: Those of the training from scratch of a fine-tuning run.
+        trainings: What is recorded of each training of a search, of the seven steps, or of a ladder.
         pictures: Files of pictures by name.
         reason: Why it was stopped, if that is known.
         ended: When it ended, or wrote something last.
@@ -57,6 +61,7 @@ class RunRecord:
     results: dict[str, Any] = field(default_factory=dict)
     metrics: Metrics = field(default_factory=dict)
     scratch: Metrics = field(default_factory=dict)
+    trainings: tuple[dict[str, Any], ...] = ()
     pictures: dict[str, Path] = field(default_factory=dict)
     reason: str = ""
     ended: datetime | None = None
@@ -111,6 +116,7 @@ def read_run(folder: Path, *, own: bool = False) -> RunRecord:
         results=results,
         metrics=_metrics(folder / "metrics.csv", problems),
         scratch=_metrics(folder / "scratch" / "metrics.csv", problems),
+        trainings=_trainings(folder, problems),
         pictures=_pictures(folder),
         reason=str(stopped.get("reason", "")) if status == "stopped" else "",
         ended=_ended(folder),
@@ -122,6 +128,8 @@ def kind_of(settings: Mapping[str, Any]) -> Kind:
     """Return the kind of a run, by the settings that only it has."""
     if "rungs" in settings:
         return "scale"
+    if "trial_epochs" in settings:
+        return "tune"
     if "protocol" in settings:
         return "probe"
     if "lr_ratio" in settings or "labels_per_class" in settings:
@@ -198,6 +206,24 @@ def _metrics(file: Path, problems: list[str]) -> Metrics:
     except (OSError, ValueError, SSLVisionError) as error:
         problems.append(f"{file.name} cannot be read: {error}")
         return {}
+
+
+def _trainings(folder: Path, problems: list[str]) -> tuple[dict[str, Any], ...]:
+    """Return what is recorded of the trainings of a folder; the last line may be incomplete after a kill."""
+    found: list[dict[str, Any]] = []
+    for name in TRAININGS:
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            text = file.read_text(encoding="utf-8")
+            if name.endswith(".csv"):
+                found += csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+            else:
+                found += [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        except (OSError, ValueError, csv.Error) as error:
+            problems.append(f"{name} cannot be read: {error}")
+    return tuple(found)
 
 
 def _pictures(folder: Path) -> dict[str, Path]:

@@ -17,6 +17,7 @@ KINDS = {
     "compare": "comparison of label efficiency",
     "probe": "probe of frozen features",
     "scale": "scaling ladder",
+    "tune": "tuning",
     "other": "run",
 }
 ROWS = {  # of the scores of pretraining, by the prefix of their names in results.json

@@ -22,6 +22,8 @@ from sslvision.system.files import written_whole
 from sslvision.system.signals import Interrupted
 from sslvision.workflows.report_of_run import run_page
 from sslvision.workflows.report_of_runs import runs_page
+from sslvision.workflows.report_of_scaling import scaling_page
+from sslvision.workflows.report_of_tuning import tuning_page
 from sslvision.workflows.report_settings import Report
 
 REPORT = "report.html"
@@ -68,10 +70,19 @@ def output_of(settings: Report, folders: Sequence[Path]) -> Path:
 
 def write(runs: Sequence[RunRecord], file: Path, *, refresh: int = 0, layout: Literal["tsne", "umap"] = "tsne") -> None:
     """Write the report of a run, or the comparison of several."""
-    text = run_page(runs[0], refresh=refresh, layout=layout) if len(runs) == 1 else runs_page(runs, refresh=refresh)
+    text = one_page(runs[0], refresh=refresh, layout=layout) if len(runs) == 1 else runs_page(runs, refresh=refresh)
     # Names of files need not be valid text.
     with written_whole(file, "w", concurrent=True, encoding="utf-8", errors="backslashreplace") as opened:
         opened.write(text)
+
+
+def one_page(run: RunRecord, *, refresh: int = 0, layout: Literal["tsne", "umap"] = "tsne") -> str:
+    """Return the report of one folder, by what kind of run it is."""
+    if run.kind == "tune":
+        return tuning_page(run, refresh=refresh)
+    if run.kind == "scale":
+        return scaling_page(run, refresh=refresh)
+    return run_page(run, refresh=refresh, layout=layout)
 
 
 def reports(

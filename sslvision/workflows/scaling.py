@@ -36,6 +36,7 @@ from sslvision.workflows.ladder import (
 )
 from sslvision.workflows.method import method_from_settings
 from sslvision.workflows.pretraining import open_data, open_evaluated
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.rung_training import Ground, measure, scores_of, train
 from sslvision.workflows.scaling_report import CONTENTS, print_plan, report
 from sslvision.workflows.scaling_settings import Scale
@@ -71,6 +72,7 @@ class Plan:
         }
 
 
+@reports
 def scale(settings: Scale, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Train a ladder, or the rest of it, and fit its laws.
 

@@ -21,6 +21,7 @@ from sslvision.workflows.rung_training import Ground
 from sslvision.workflows.scaling_settings import Scale
 
 FURTHER, POINTS = 10, 40  # times as many; points of a curve within the sizes, and beyond
+LAWS = "laws.csv"
 LABELS = {"knn": "k-NN error (%)", "loss": "held-out loss"}
 MEANS = {
     "parameters": "the same updates on the same images",
@@ -36,7 +37,9 @@ Made by `{command}`. The same command continues where it was stopped.
 | file | what it is |
 | --- | --- |
 | results.json | the law of each axis with intervals, ten times the largest size, and the checks |
+| report.html | all of it to look at: laws, tables, settings; opens in a browser without a network |
 | scaling.csv | every training: sizes, seed, scores with standard errors, seconds |
+| laws.csv | the curve of each law with its interval of 95 %, up to ten times the largest size |
 | figures/scaling.png | scores and laws, log-log |
 | plan.json | the time of an update of each size, and the length of the largest training |
 | rungs.jsonl | the trainings that are done, as they were recorded |
@@ -115,6 +118,7 @@ def report(
     }
     run_files.write_json(folder / "results.json", results)
     write_table(folder / "scaling.csv", done)
+    write_curves(folder / LAWS, panels)
     title = f"{settings.about or folder.name}: {ground.splits.train.name}"
     scaling_figure(panels, score=LABELS[score], title=title).savefig(folder / "figures" / "scaling.png")
     _print_laws(console, found, score)
@@ -186,6 +190,18 @@ def write_table(file: Path, done: Done) -> None:
         rows = csv.DictWriter(opened, columns, restval="", extrasaction="ignore")
         rows.writeheader()
         rows.writerows(done.values())
+
+
+def write_curves(file: Path, panels: Sequence[Panel]) -> None:
+    """Write the curves of the laws that are told from noise as a CSV file."""
+    with open(file, "w", newline="") as opened:
+        rows = csv.writer(opened)
+        rows.writerow(["axis", "x", "law", "low", "high", "extrapolated"])
+        for panel in panels:
+            curve = panel.curve if panel.exponent is not None else ()
+            rows.writerows(
+                [panel.axis, *(f"{value:.6g}" for value in point), int(point[0] > max(panel.x))] for point in curve
+            )
 
 
 def _print_laws(console: Console, laws: Mapping[str, Examined], score: str) -> None:

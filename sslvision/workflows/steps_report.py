@@ -23,6 +23,7 @@ Made by `{command}`. The same command goes on where it was stopped; a step that 
 
 | file | what it is |
 | --- | --- |
+| report.html | all of it to look at: the steps, the rates, the grids; opens in a browser without a network |
 | best.yaml | the recipe that was found, ready to run, with the verdicts of all steps in its first lines |
 | results.json | the verdicts with their numbers |
 | figures/rates.png | what short runs learned at each rate |

@@ -20,6 +20,7 @@ from sslvision.runs import run_files
 from sslvision.runs.redaction import redact
 from sslvision.training.trainer import silence_lightning
 from sslvision.workflows.console import print_configuration, print_findings
+from sslvision.workflows.reporting import reports
 from sslvision.workflows.search_space import flat_ranges, parse_space, with_setting, with_values
 from sslvision.workflows.studies import DONE, SearchPlan, SharedStudy, open_study
 from sslvision.workflows.trial_training import Bench, open_bench
@@ -43,6 +44,7 @@ class Length:
     rest: float = 0.0
 
 
+@reports
 def tune(settings: Tune | TuneFinetune, folder: Path, words: Sequence[str] = ()) -> dict[str, Any]:
     """Search, or go on with a search.
 

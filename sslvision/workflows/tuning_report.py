@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +40,7 @@ Made by `{command}`. The same command goes on where it was stopped; started seve
 | file | what it is |
 | --- | --- |
 | best.yaml | the recipe with the best settings, and the evidence for them in its first lines |
+| report.html | all of it to look at: trials, importance, the best recipe; opens in a browser without a network |
 | trials.csv | every trial: its settings, objective, length, seconds, and what became of it |
 | figures/search.png | how much each setting explains, and the objective against each |
 | results.json | the best trial, the importance of each setting, findings |
@@ -249,7 +251,9 @@ def report(
         advice.append(f"{diverged} of {len(rows)} trials diverged: their rates are too high, or a lack of warm-up.")
     results: dict[str, Any] = {
         "objective": bench.objective,
+        "unit": bench.unit,
         "best": None if best is None else {key: value for key, value in best.items() if key != "findings"},
+        "evidence": [] if best is None else evidence(settings, bench, space, rows, best, share),
         "importance": explained,
         "trials": {outcome: sum(row["outcome"] == outcome for row in rows) for outcome in (*DONE, CUT)},
         "findings": [*bench.remarks, *told, *advice],
@@ -257,18 +261,8 @@ def report(
     }
     run_files.write_json(folder / "results.json", results)
     if counted:
-        varied = [
-            Varied(key.removeprefix("method."), [row[key] for row in counted], one.kind == "log", explained[key])
-            for key, one in space.items()
-        ]
-        figure = search_figure(
-            varied,
-            [row["score"] for row in counted],
-            failed=[row["outcome"] == DIVERGED for row in counted],
-            objective=f"{bench.objective}{' (%)' if bench.unit else ''}",
-            title=f"{settings.about or folder.name}: {len(counted)} trials",
-        )
-        figure.savefig(folder / "figures" / "search.png")
+        title = f"{settings.about or folder.name}: {len(counted)} trials"
+        search_picture(space, counted, explained, bench, title=title).savefig(folder / "figures" / "search.png")
     print_table(console, space, rows, bench)
     print_importance(console, explained)
     print_findings(console, [*told, *advice])
@@ -283,6 +277,28 @@ def report(
     recipe = shlex.quote(f"recipe={shown(folder / 'best.yaml')}")
     console.print(f"  python -m sslvision.{command} {recipe}", markup=False)
     return results
+
+
+def search_picture(
+    space: Mapping[str, Range],
+    counted: Sequence[Row],
+    explained: Mapping[str, float | None],
+    bench: Bench,
+    *,
+    title: str,
+) -> Figure:
+    """Return the picture of the objective against each setting, and of what each explains."""
+    varied = [
+        Varied(key.removeprefix("method."), [row[key] for row in counted], one.kind == "log", explained[key])
+        for key, one in space.items()
+    ]
+    return search_figure(
+        varied,
+        [row["score"] for row in counted],
+        failed=[row["outcome"] == DIVERGED for row in counted],
+        objective=f"{bench.objective}{' (%)' if bench.unit else ''}",
+        title=title,
+    )
 
 
 def at_the_edge(space: Mapping[str, Range], best: Row) -> list[str]:
