@@ -25,6 +25,7 @@ import numpy as np
 
 from sslvision.data.encoded import InFile, PathTable
 from sslvision.data.image_plugins import BY_SUFFIX, unread_format
+from sslvision.data.remote_files import cache_folder
 from sslvision.data.sources import scanning
 from sslvision.data.sources.list_images import EXTENSIONS, Found
 from sslvision.data.sources.overlaps import Image
@@ -65,8 +66,7 @@ class Decided(NamedTuple):
 
 def index_folder(given: str | None) -> Path:
     """Return the folder where listings are kept."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / "folders"
-    return Path(given or usual).expanduser().absolute()
+    return cache_folder(given, "folders").absolute()  # workers that map its files may be started elsewhere
 
 
 def decided_in(
