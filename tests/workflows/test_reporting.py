@@ -156,7 +156,7 @@ def test_the_report_says_first_what_the_scores_mean(run_folder):
 def test_a_difference_within_the_noise_of_the_test_images_is_called_that():
     assert against(50, (45, 55), 40, (35, 45), "pixels") == "10.0 points above pixels"
     assert against(50, (45, 55), 44, (39, 49), "pixels") == "not told apart from pixels (44.0 %)"
-    assert against(40, None, 44, (39, 49), "pixels") == "-4.0 points against pixels"
+    assert against(40, None, 44, (39, 49), "pixels") == "4.0 points below pixels, with unknown noise"
 
 
 def test_every_curve_is_drawn_and_carries_its_values(run_folder):
@@ -168,7 +168,7 @@ def test_every_curve_is_drawn_and_carries_its_values(run_folder):
     assert [line["name"] for chart in charts for line in chart["lines"]] == [
         "training loss",
         "k-NN top-1 (%)",
-        "grad_norm",
+        "norm of the gradient",
     ]
     assert all(attrs["d"].startswith("M") for attrs in page.all("path"))
     assert "nan" not in "".join(attrs["d"] for attrs in page.all("path"))
