@@ -55,7 +55,9 @@ CAPTION_OF_CLASSIFIERS = CAPTION_OF_BARS + (
     "classes; neither changes the network."
 )
 CAPTION_OF_LOSS = "Thin: every logged value; thick: their running mean."
-CAPTION_OF_DINO = "DINO's loss is measured against a teacher that changes, too: alone it says little, and may rise at first: see Health."
+CAPTION_OF_DINO = (
+    "DINO's loss is measured against a teacher that changes, and may rise: alone it says little. See Health."
+)
 HEALTH = {  # by metric: its name, and what to see in it
     "rankme": ("RankMe", "How many dimensions the features use. A fall towards 1 is a collapse."),
     "grad_norm": ("norm of the gradient", "Jumps go with instability."),
