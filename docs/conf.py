@@ -1,8 +1,15 @@
 """Sphinx configuration. Build with: sphinx-build -n -W docs docs/_build"""
 
+import shutil
+from pathlib import Path
+
+HERE = Path(__file__).parent
+shutil.copy(HERE.parent / "notebooks" / "from_pixels_to_transfer.ipynb", HERE / "notebook.ipynb")  # as it is: not run
+
 project = "sslvision"
 author = "the sslvision authors"
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]  # MyST Markdown, and notebooks
+nb_execution_mode = "off"
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "sslvision"

@@ -28,8 +28,10 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 FILE = Path(__file__).parents[1] / "docs" / "settings.md"
@@ -45,6 +47,7 @@ short for `method.mask_ratio=0.6`. Defaults below are those of the code; a recip
 COMMANDS: dict[str, Any] = {
     "pretrain": Pretrain,
     "probe": Probe,
+    "segment": Segment,
     "finetune": Finetune,
     "predict": Predict,
     "inspect": Inspect,
@@ -59,6 +62,7 @@ COMMANDS: dict[str, Any] = {
     "outliers": Outliers,
     "select": Select,
     "cluster": Cluster,
+    "pack": Pack,
 }
 SOURCE = "`data.*`, in addition to the [settings of all data sources](#all-data-sources)."
 TARGETS: tuple[tuple[str, Callable[..., Any], str, Collection[str]], ...] = (
@@ -83,6 +87,8 @@ SOURCES = {  # of data sources, whose docstrings are prose
     "name": "Class name of a data set in torchvision.datasets, such as CIFAR10.",
     "download": "Download the data set if it is not in `root`.",
     "follow_symlinks": "Follow symbolic links that lead out of `root`; if false, they are left out, and named.",
+    "index_dir": "Folder where what was found is kept (default: sslvision/folders in $XDG_CACHE_HOME or ~/.cache).",
+    "rescan": "List all folders again, whether or not their times say that they have changed.",
     "at_least": "Decode large JPEGs at a fraction of their size, with at least this short side in pixels (default: in full).",
     "value_range": "`auto` or `[low, high]`: the values that become black and white in images of more than 8 bits.",
     "max_pixels": "Images with more pixels are rejected by their header, before they are decoded.",

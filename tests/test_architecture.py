@@ -5,8 +5,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = ["pretrain", "probe", "finetune", "predict", "inspect", "scale", "tune", "export", "report"]
-COMMANDS += ["embed", "search", "duplicates", "outliers", "select", "cluster"]
+COMMANDS = ["pretrain", "probe", "segment", "finetune", "predict", "inspect", "scale", "tune", "export", "report"]
+COMMANDS += ["embed", "search", "duplicates", "outliers", "select", "cluster", "pack"]
 # A folder imports those below it, and its own files.
 LAYERS = [
     {"__init__", "__main__", *COMMANDS},

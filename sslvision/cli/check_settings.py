@@ -17,6 +17,7 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
@@ -39,6 +40,7 @@ Settings = TypeVar(
     Outliers,
     Select,
     Cluster,
+    Pack,
 )
 
 # Trainer options that sslvision sets itself, and what to use instead.

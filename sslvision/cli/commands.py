@@ -15,8 +15,10 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
@@ -31,9 +33,13 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
         from sslvision.workflows.reporting import report
 
         return functools.partial(report, settings)
+    if isinstance(settings, Pack):
+        from sslvision.workflows.packing import pack
+
+        return functools.partial(pack, settings)
     if isinstance(settings, Search | Duplicates | Outliers | Select | Cluster):
         return functools.partial(_on_embeddings(settings), settings)
-    if not isinstance(settings, Probe | Inspect | Export | Embed):
+    if not isinstance(settings, Probe | Segment | Inspect | Export | Embed):
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
@@ -65,7 +71,7 @@ def _on_embeddings(settings: Search | Duplicates | Outliers | Select | Cluster) 
 
 
 def _workflow(
-    settings: Pretrain | Probe | Finetune | Inspect | Export | Embed, recipe: str
+    settings: Pretrain | Probe | Segment | Finetune | Inspect | Export | Embed, recipe: str
 ) -> tuple[Callable[..., Any], str, bool]:
     """Return a workflow, the default name of its run folder, and whether that name gets a date.
 
@@ -96,6 +102,11 @@ def _workflow(
         from sslvision.workflows.exporting import export_network
 
         return export_network, f"export-{_run(settings)}-{settings.format}", False
+    if isinstance(settings, Segment):
+        from sslvision.workflows.segmenting import segment
+
+        untrained = "" if settings.pretrained else "-untrained"
+        return segment, f"segment-{_run(settings)}-{Path(settings.masks or '').resolve().name}{untrained}", False
     name = _run_and_data(settings)
     if isinstance(settings, Embed):
         from sslvision.workflows.embedding import embed

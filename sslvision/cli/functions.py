@@ -153,6 +153,23 @@ def tune(recipe: str | Path | None = None, *, run: str | Path | None = None, **s
     return dict(_call(TUNE, _with(settings, recipe=recipe, run=run)))
 
 
+def segment(run: str | Path, masks: str | Path, **settings: Any) -> dict[str, Any]:
+    """Measure the features of patches on images with masks.
+
+    Args:
+        run: Folder of a run, or any other weights that `python -m sslvision.segment run=...` takes.
+        masks: Folder of images and masks.
+        settings: Any settings of `python -m sslvision.segment --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(COMMANDS["segment"], {"run": run, "masks": masks, **settings}))
+
+
 def embed(run: str | Path | None = None, **settings: Any) -> dict[str, Any]:
     """Write the embeddings of images to files.
 
@@ -204,6 +221,22 @@ def select(embeddings: str | Path, n: int = 100, **settings: Any) -> Path:
 def cluster(embeddings: str | Path, k: int = 10, **settings: Any) -> Path:
     """Group images that are alike into k clusters; other arguments, result and errors as of `search`, without `image`."""
     return Path(_call(COMMANDS["cluster"], {"embeddings": embeddings, "k": k, **settings}))
+
+
+def pack(output_dir: str | Path, **settings: Any) -> dict[str, Any]:
+    """Write images as tar shards with an index.
+
+    Args:
+        output_dir: Folder of the shards.
+        settings: Any settings of `python -m sslvision.pack --help`, such as data="photos".
+
+    Returns:
+        Counts of images, shards and bytes, and the path of the index.
+
+    Raises:
+        UsageError, DataError, StorageError: See sslvision.errors.
+    """
+    return dict(_call(COMMANDS["pack"], {"output_dir": str(output_dir), **settings}))
 
 
 def inspect(

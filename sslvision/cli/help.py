@@ -14,6 +14,7 @@ from sslvision.cli.recipes import Command
 ABOUT = {
     "pretrain": "Pretrain a vision backbone on unlabeled images.",
     "probe": "Measure how good the frozen features of a backbone are, on labeled images: k-NN and linear probe.",
+    "segment": "Measure how good the features of patches are, on images with masks: k-NN and linear segmentation.",
     "finetune": "Fine-tune a backbone on labeled images, and compare with training from scratch.",
     "predict": "Label new images with a fine-tuned run.",
     "export": "Export a run to timm, transformers, ONNX or torch.export, compared with the original, with a model card.",
@@ -27,6 +28,7 @@ ABOUT = {
     "outliers": "Find the images that are least like any others.",
     "select": "Choose a diverse subset of the images, to label first.",
     "cluster": "Group images that are alike.",
+    "pack": "Write images as tar shards with an index, for fast reading and for buckets.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -146,6 +148,14 @@ EXAMPLES = {
             "bad trials are stopped early, and machines with the same storage= work together",
         ),
     ),
+    "segment": (
+        ("run=outputs/a masks=scenes", "scenes/images/ and scenes/masks/, with train/ and val/ in them or around them"),
+        (
+            "run=vit_small_patch14_dinov2 masks=scenes backbone.image_size=448",
+            "a pretrained timm model, on larger images",
+        ),
+        ("run=outputs/a masks=scenes ignore=[0,255]", "two values of masks are no class"),
+    ),
     "embed": (
         ("run=outputs/a", "the images of a run by its backbone, in outputs/embed-a-...; the same command goes on"),
         ("run=outputs/a data=photos dtype=float16", "a folder of images; half the size"),
@@ -165,6 +175,12 @@ EXAMPLES = {
         ("embeddings=outputs/embed-a-photos n=100", "a hundred images that cover all others, to label first"),
         ("embeddings=outputs/embed-a-photos n=100 by=clusters", "the most typical image of each of a hundred clusters"),
         ("embeddings=outputs/embed-a-photos n=100 labeled=labels.csv", "a hundred more, unlike those that have labels"),
+    ),
+    "pack": (
+        ("data=photos output_dir=shards", "a folder of images, as train/ and val/ of shards; the same command goes on"),
+        ("data=photos output_dir=shards image_size=256", "photographs shrunk to a short side of 256 pixels"),
+        ("data=images.csv output_dir=shards shard_size=1000", "of a list, 1,000 images to a shard"),
+        ("data=hf data.path=flowers.parquet output_dir=shards", "of a Hugging Face data set"),
     ),
     "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
 }
@@ -189,6 +205,7 @@ def print_help(console: Console, command: Command[Any]) -> None:
         "inspect": "backbone.name=... ",
         "report": "RUN_FOLDER ... ",
         "search": "embeddings=... image=... ",
+        "pack": "data=... output_dir=... ",
     }
     of_others = "" if command.pretrains else "run=... " if hasattr(command.kind, "run") else "embeddings=... "
     console.print(

@@ -36,6 +36,7 @@ from sslvision.system.signals import (
     started_by_lightning,
 )
 from sslvision.workflows.embedding_settings import Embed
+from sslvision.workflows.packing_settings import Pack
 
 
 def main(name: str, words: Sequence[str] | None = None) -> None:
@@ -119,10 +120,10 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
     left = ""
     if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
         return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
-    if isinstance(settings, Embed):
+    if isinstance(settings, Embed | Pack):
         return Stopped(
             f"{signal.Signals(signum).name}. The files that are written are kept, and the same command goes on: "
-            f"{shlex.join(['python', '-m', 'sslvision.embed', *redact(_without_overwrite(words))])}",
+            f"{shlex.join(['python', '-m', f'sslvision.{command.name}', *redact(_without_overwrite(words))])}",
             signum,
         )
     if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):

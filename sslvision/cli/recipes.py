@@ -22,8 +22,10 @@ from sslvision.settings import Finetune, Predict, Pretrain, Probe, locate
 from sslvision.workflows.embedding_settings import Cluster, Duplicates, Embed, Outliers, Search, Select
 from sslvision.workflows.exporting_settings import Export
 from sslvision.workflows.inspecting_settings import Inspect
+from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 _IN_WHEEL = Path(__file__).parents[1] / "recipes"
@@ -71,20 +73,21 @@ PRETRAIN = Command("pretrain", Pretrain)
 PROBE = Command("probe", Probe)
 FINETUNE = Command("finetune", Finetune, recipe="default")
 PREDICT = Command("predict", Predict)
+SEGMENT = Command("segment", Segment)
 INSPECT = Command("inspect", Inspect)
 SCALE = Command("scale", Scale, folder="pretrain")
 EXPORT = Command("export", Export)
 REPORT = Command("report", Report, words="run")
 TUNE_FINETUNE = Command("tune", TuneFinetune, recipe="default", folder="finetune")
 TUNE = Command("tune", Tune, folder="pretrain", with_run=TUNE_FINETUNE)
-EMBED = Command("embed", Embed)
+EMBED, PACK = Command("embed", Embed), Command("pack", Pack)
 SEARCH, DUPLICATES = Command("search", Search), Command("duplicates", Duplicates)
 OUTLIERS, SELECT, CLUSTER = Command("outliers", Outliers), Command("select", Select), Command("cluster", Cluster)
 COMMANDS: dict[str, Command[Any]] = {
     one.name: one
     for one in (
-        *(PRETRAIN, PROBE, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
-        *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER),
+        *(PRETRAIN, PROBE, SEGMENT, FINETUNE, PREDICT, INSPECT, SCALE, TUNE, EXPORT, REPORT),
+        *(EMBED, SEARCH, DUPLICATES, OUTLIERS, SELECT, CLUSTER, PACK),
     )
 }
 

@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 import numpy as np
 
 from sslvision.data.encoded import EncodedSource, PathTable, file_stamp
+from sslvision.data.shard_order import Groups
 from sslvision.data.source import UnreadableImage
 from sslvision.errors import DataError
 
@@ -114,11 +115,13 @@ class ArchiveSource(EncodedSource):
         archives: Paths of the archives.
         archive: (N,) int32, which of them an image is in.
         members: Where in it.
+        groups: How the images lie in the archives, if these are to be read a few at a time.
     """
 
     archives: tuple[str, ...]
     archive: np.ndarray
     members: Members
+    groups: Groups | None = None
 
     def __len__(self) -> int:
         return len(self.archive)

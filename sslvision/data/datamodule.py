@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sslvision.augment.crops import Crop
-from sslvision.augment.randomness import permutation
 from sslvision.data.batch import Batch
 from sslvision.data.loader import Augment, cut_crops, evaluation_loader, training_loader
+from sslvision.data.order import Order
 from sslvision.data.sampler import EpochBatches
 from sslvision.data.source import Source, Splits, UnreadableImage, remarks_in_errors
 from sslvision.errors import DataError, UsageError
@@ -81,6 +81,7 @@ class ImageData(L.LightningDataModule):
                 world=world,
                 accumulate=accumulate,
                 updates_done=lambda: self.trainer.global_step if self.trainer else 0,
+                groups=getattr(self.splits.train, "groups", None),
             )
 
     def batches_of(self, trainer: L.Trainer) -> EpochBatches:
@@ -219,6 +220,6 @@ def _pixels_to_count(source: Source, seed: int) -> Iterator[Tensor]:
     if source.images is not None:
         yield from (images.transpose(0, 1).flatten(1) for images in source.images.split(1000))
         return
-    for index in permutation(len(source), seed=seed, epoch=0)[:1000].tolist():
+    for index in Order(len(source), seed=seed, epoch=0)[:1000].tolist():
         with suppress(UnreadableImage):  # reported when training reads it
             yield source.read(index).flatten(1)

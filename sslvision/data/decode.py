@@ -53,7 +53,7 @@ from sslvision.data.pil_pixels import (
     refuse_bomb,
     turn,
 )
-from sslvision.data.source import UnreadableImage
+from sslvision.data.source import SourceGone, UnreadableImage
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")  # by content; PIL's EPS reader would start Ghostscript
 Result = TypeVar("Result")
@@ -261,7 +261,7 @@ def _with_image(
             return of_array(array)
         try:
             return opened(file)
-        except UnreadableImage:
+        except (UnreadableImage, SourceGone):
             raise
         except Exception as error:
             file.seek(0)
@@ -309,7 +309,7 @@ def reasons_in_words() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
-    except UnreadableImage:
+    except (UnreadableImage, SourceGone):
         raise
     except Exception as error:  # on damaged files PIL raises many kinds of errors
         raise UnreadableImage(_reason(error)) from error

@@ -8,7 +8,7 @@ import os
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from sslvision.data.decode import MAX_PIXELS, File, read_image
 from sslvision.data.eight_bits import ValueRange
 from sslvision.data.source import SourceGone, UnreadableImage
+
+HASHED = 1 << 18  # paths hashed at a time
+FACTOR = np.uint64(0xD6E8FEB86659FD93)
 
 
 class PathTable:
@@ -32,12 +35,16 @@ class PathTable:
     @classmethod
     def of(cls, paths: Iterable[str | bytes]) -> "PathTable":
         """Return the table of some paths, which are read once."""
-        blob, ends = bytearray(), array("q")
+        blob, offsets = bytearray(), array("q", [0])
         for path in paths:
             blob += path if isinstance(path, bytes) else os.fsencode(path)
-            ends.append(len(blob))
-        table = np.array(ends, dtype=np.int64)  # (N,)
-        return cls(np.frombuffer(bytes(blob), np.uint8), np.concatenate([np.zeros(1, np.int64), table[:-1]]), table)
+            offsets.append(len(blob))
+        return cls.joined(np.frombuffer(blob, np.uint8), np.frombuffer(offsets, np.int64))
+
+    @classmethod
+    def joined(cls, blob: np.ndarray, offsets: np.ndarray) -> "PathTable":
+        """Return the table of paths that follow one another, path n from offsets[n] to offsets[n + 1]: (N + 1,) int64."""
+        return cls(blob, offsets[:-1], offsets[1:])
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -49,17 +56,62 @@ class PathTable:
         """Return the table of some of the paths, with the same bytes."""
         return PathTable(self.blob, self.starts[indices], self.ends[indices])
 
+    def hashes(self) -> np.ndarray:
+        """Return a hash of each path, (N,) uint64, of all its bytes, eight at a time."""
+        padded = len(self.blob) < 8
+        blob = np.append(self.blob, np.zeros(8, np.uint8)) if padded else self.blob
+        last = len(blob) - 8
+        words = np.ndarray((last + 1,), "<u8", blob, strides=(1,))  # the eight bytes from each byte on
+        hashes = np.empty(len(self), np.uint64)
+        for start in range(0, len(self), HASHED):
+            part = slice(start, start + HASHED)
+            begins, lengths = self.starts[part], self.ends[part] - self.starts[part]
+            mixed = lengths.astype(np.uint64)
+            for within in range(0, int(lengths.max()), 8):
+                live = np.flatnonzero(lengths > within)
+                place = np.minimum(begins[live] + within, last)
+                skipped = (begins[live] + within - place).astype(np.uint64)  # bytes, at the end of the blob
+                unused = (8 - np.minimum(8, lengths[live] - within)).astype(np.uint64)  # bytes of what follows
+                word = words[place] >> (skipped * np.uint64(8))
+                word &= np.uint64(0xFFFFFFFFFFFFFFFF) >> (unused * np.uint64(8))
+                word = (mixed[live] ^ word) * FACTOR
+                mixed[live] = word ^ (word >> np.uint64(29))
+            mixed *= FACTOR
+            hashes[part] = mixed ^ (mixed >> np.uint64(32))
+        return hashes
+
     def __getstate__(self) -> dict[str, Any]:
-        if not isinstance(self.blob, np.memmap):
-            return self.__dict__
-        return self.__dict__ | {
-            "blob": os.fspath(self.blob.filename or "")
-        }  # a process that is not forked maps it itself
+        """Return where arrays lie that are mapped from files: a process that is not forked maps them itself."""
+        return {name: _in_file(array) or array for name, array in self.__dict__.items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        if isinstance(self.blob, str):
-            self.blob = np.memmap(self.blob, mode="r")
+        self.__dict__ |= {name: one() if isinstance(one, InFile) else one for name, one in state.items()}
+
+
+class InFile(NamedTuple):
+    """Where an array lies in a file."""
+
+    file: str
+    dtype: str
+    offset: int
+    length: int
+
+    def __call__(self) -> np.ndarray:
+        """Return the array, mapped into memory; what is written to it stays in this process."""
+        if not self.length:
+            return np.zeros(0, self.dtype)
+        return np.asarray(np.memmap(self.file, self.dtype, "c", self.offset, (self.length,)))
+
+
+def _in_file(array: np.ndarray) -> InFile | None:
+    """Return where an array lies in a file; None if it lies elsewhere, or not in one piece."""
+    mapped: Any = array
+    while mapped is not None and not isinstance(mapped, np.memmap):
+        mapped = getattr(mapped, "base", None)
+    if mapped is None or not isinstance(mapped.filename, str | os.PathLike) or not array.flags.c_contiguous:
+        return None
+    within = array.ctypes.data - mapped.ctypes.data
+    return InFile(os.fspath(mapped.filename), array.dtype.str, mapped.offset + within, len(array))
 
 
 @dataclass(eq=False)

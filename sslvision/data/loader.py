@@ -17,6 +17,7 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.data.batch import Batch
 from sslvision.data.buffer_pool import BufferPool
 from sslvision.data.sampler import EpochBatches, Key
+from sslvision.data.shard_order import shards_ahead
 from sslvision.data.source import Source, UnreadableImage
 from sslvision.data.workers import begin_worker
 
@@ -43,6 +44,7 @@ class TrainingImages(Dataset[Batch]):
         if self.source.images is not None:
             whole = Batch([self.source.images[index]], index, epoch, [], shown=index)
             return whole if self.augment is None else self._augmented(cut_crops(whole, self.crops, self.seed))
+        self._prefetch(keys)
         rng = ImageRandom(self.seed, epoch, index)
         noise = crop_noise(rng, range(len(self.crops)))  # (V, B, ...)
         crops = self._take_buffers(len(keys))
@@ -60,6 +62,13 @@ class TrainingImages(Dataset[Batch]):
             for target, cut in zip(targets, crop_each(images, noise[:, part], self.crops), strict=True):
                 target.copy_(cut)
         return self._augmented(Batch(crops, index, epoch, unreadable, shown))
+
+    def _prefetch(self, keys: list[Key]) -> None:
+        """Let a source of shards that are elsewhere know which ones are needed soon."""
+        groups, prefetch = (getattr(self.source, name, None) for name in ("groups", "prefetch"))
+        if groups is not None and prefetch is not None:
+            epoch, image = keys[-1]
+            prefetch(shards_ahead(groups, image, seed=self.seed, epoch=epoch))
 
     def _read(self, number: int, unreadable: list[tuple[int, str]]) -> tuple[Tensor, int] | None:
         """Return the next readable image from `number` on, and its index."""

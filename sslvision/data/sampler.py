@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 
 from torch.utils.data import Sampler
 
-from sslvision.augment.randomness import permutation
+from sslvision.data.order import AT_ONCE, Order
+from sslvision.data.shard_order import Groups, ShardOrder
 from sslvision.errors import DataError, UsageError
 
 Key = tuple[int, int]  # (epoch, index), which all random numbers of an image depend on
@@ -13,10 +14,11 @@ Key = tuple[int, int]  # (epoch, index), which all random numbers of an image de
 class EpochBatches(Sampler[list[Key]]):
     """Yield the keys of one process's micro-batches from the trainer's position to the end of the epoch.
 
-    An epoch is a permutation of the images, cut into global batches; an incomplete last one is dropped (and consists of other
-    images in the next epoch). A global batch is cut into `accumulate` micro-batches, whose images are distributed over the
-    processes in turn, so an update sees the same images for any number of processes. The start is derived from the trainer's
-    number of updates, so a resumed run continues where it stopped.
+    An epoch is a permutation of the images, or one of shards and of the images in a few of them (`ShardOrder`), cut into global
+    batches; an incomplete last one is dropped (and consists of other images in the next epoch). A global batch is cut into
+    `accumulate` micro-batches, whose images are distributed over the processes in turn, so an update sees the same images for
+    any number of processes. The start is derived from the trainer's number of updates, so a resumed run continues where it
+    stopped.
 
     Args:
         images: Number of images.
@@ -25,6 +27,7 @@ class EpochBatches(Sampler[list[Key]]):
         rank, world: Index of this process, and number of processes.
         accumulate: Micro-batches per update.
         updates_done: Returns the trainer's number of optimizer updates.
+        groups: How the images lie in shards that are to be read a few at a time.
 
     Raises:
         UsageError: The global batch cannot be divided evenly.
@@ -41,6 +44,7 @@ class EpochBatches(Sampler[list[Key]]):
         world: int = 1,
         accumulate: int = 1,
         updates_done: Callable[[], int] = lambda: 0,
+        groups: Groups | None = None,
     ):
         if global_batch % (world * accumulate):
             raise UsageError(
@@ -55,7 +59,7 @@ class EpochBatches(Sampler[list[Key]]):
             )
         self.images, self.global_batch, self.seed = images, global_batch, seed
         self.rank, self.world, self.accumulate = rank, world, accumulate
-        self.updates_done = updates_done
+        self.updates_done, self.groups = updates_done, groups
         self.steps_per_epoch = images // global_batch
 
     def __len__(self) -> int:
@@ -65,13 +69,22 @@ class EpochBatches(Sampler[list[Key]]):
     def of_update(self, update: int) -> list[Key]:
         """Return all keys of the global batch of an update, counting from 0."""
         epoch, place = divmod(update, self.steps_per_epoch)
-        order = permutation(self.images, seed=self.seed, epoch=epoch)
-        return [(epoch, int(index)) for index in order[place * self.global_batch :][: self.global_batch]]
+        start = place * self.global_batch
+        return [(epoch, index) for index in self._order(epoch)[start : start + self.global_batch].tolist()]
 
     def __iter__(self) -> Iterator[list[Key]]:
         """Yield lists of (epoch, index)."""
         epoch, first = divmod(self.updates_done(), self.steps_per_epoch)
-        order = permutation(self.images, seed=self.seed, epoch=epoch).tolist()
+        order = self._order(epoch)
         micro = self.global_batch // self.accumulate
-        for start in range(first * self.global_batch, self.steps_per_epoch * self.global_batch, micro):
-            yield [(epoch, index) for index in order[start + self.rank : start + micro : self.world]]
+        end, together = self.steps_per_epoch * self.global_batch, micro * max(1, AT_ONCE // micro)
+        for start in range(first * self.global_batch, end, together):
+            images = order[start : min(start + together, end)]
+            for batch in range(0, len(images), micro):
+                yield [(epoch, index) for index in images[batch + self.rank : batch + micro : self.world].tolist()]
+
+    def _order(self, epoch: int) -> Order | ShardOrder:
+        """Return the order of an epoch, of which slices are taken."""
+        if self.groups is not None:
+            return ShardOrder(self.groups, seed=self.seed, epoch=epoch)
+        return Order(self.images, seed=self.seed, epoch=epoch)

@@ -3,6 +3,8 @@
 All draws depend only on (labels, seed).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,8 @@ class Subset:
         self.name, self.channels, self.classes = source.name, source.channels, source.classes
         self.version = getattr(source, "version", "")  # see EncodedSource
         self.labels = None if source.labels is None else source.labels[indices]  # (M,)
+        groups = getattr(source, "groups", None)  # see ArchiveSource
+        self.groups = None if groups is None else groups.take(indices.numpy())
         self.images = None if source.images is None else source.images[indices]  # (M, C, H, W), a copy
 
     def __len__(self) -> int:
@@ -32,6 +36,11 @@ class Subset:
     def read(self, index: int) -> Tensor:
         """Return image `index` of the subset as (C, H, W) uint8; raises what the source raises."""
         return self.source.read(int(self.indices[index]))
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Have the source fetch shards that are needed soon."""
+        if (prefetch := getattr(self.source, "prefetch", None)) is not None:
+            prefetch(shards)
 
     def describe(self, index: int) -> str:
         """Return the source's name of image `index` of the subset."""

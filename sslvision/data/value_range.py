@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sslvision.augment.randomness import permutation
 from sslvision.data.decode import Header, read_header, sampled_values
 from sslvision.data.eight_bits import Range, ValueRange, eight_bits
+from sslvision.data.order import Order
 from sslvision.data.source import UnreadableImage
 
 HEADERS, IMAGES = 64, 32  # files looked at, and those of them whose pixels are read
@@ -48,7 +48,7 @@ def look_at(
         of_run: Whether the images are predicted, and a run has determined the channels.
     """
     headers, sampled, unreadable = list[Header](), list[Sampled](), list[str]()
-    for index in permutation(len(source), seed=0, epoch=0)[:HEADERS].tolist():
+    for index in Order(len(source), seed=0, epoch=0)[:HEADERS].tolist():
         try:
             path = source.file(index)
             header = read_header(path, source.channels, max_pixels=source.max_pixels)

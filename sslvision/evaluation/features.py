@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sslvision.augment.crops import Crop, crop_one
-from sslvision.augment.randomness import ImageRandom, permutation
+from sslvision.augment.randomness import ImageRandom
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.vit import ViT
 from sslvision.data.loader import evaluation_loader
+from sslvision.data.order import Order
 from sslvision.data.source import Source
 from sslvision.errors import UsageError
 from sslvision.nn.compilation import force_eager
@@ -230,4 +231,4 @@ def dino_features(backbone: Backbone) -> FeatureKind:
 
 def sample_indices(source: Source, at_most: int, *, seed: int) -> list[int]:
     """Return all indices of a source, or a random sample of `at_most`, ascending."""
-    return sorted(permutation(len(source), seed=seed, epoch=0)[:at_most].tolist())
+    return sorted(Order(len(source), seed=seed, epoch=0)[:at_most].tolist())

@@ -5,7 +5,7 @@ appendix F): each test image takes its k most similar training images, by cosine
 class with weight exp(similarity_i / temperature). Temperature 0.07 and k = 20 are the field's; 10 is DINO's other k.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,37 @@ def knn_rankings(
     last, by index, as in DINO's evaluation. Raises UsageError for a k, `temperature` or `chunk` that is not positive,
     DataError for features that are not finite or labels that do not fit.
     """
+    rankings: dict[int, list[Tensor]] = {k: [] for k in ks}
+    for votes in knn_votes(
+        train_features,
+        train_labels,
+        test_features,
+        ks=ks,
+        temperature=temperature,
+        num_classes=num_classes,
+        chunk=chunk,
+    ):
+        for k, parts in rankings.items():
+            ranking = votes[k].sort(dim=1, descending=True, stable=True).indices[:, :5]
+            parts.append(ranking.clone())  # a slice would keep all C of them
+    return {k: torch.cat(parts) for k, parts in rankings.items()}
+
+
+@torch.no_grad()
+def knn_votes(
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    num_classes: int,
+    chunk: int | None = None,
+) -> Iterator[dict[int, Tensor]]:
+    """Yield for `chunk` test images at a time the votes of each k of `ks` for each class, (B, C).
+
+    Arguments and errors are those of `knn_rankings`.
+    """
     if not ks or min(ks) < 1 or temperature <= 0 or (chunk is not None and chunk < 1):
         raise UsageError(f"k-NN needs k, temperature and chunk above 0, but got k={ks}, {temperature=}, {chunk=}.")
     C = check_features(train_features, train_labels, test_features, num_classes=num_classes)
@@ -67,7 +98,6 @@ def knn_rankings(
     chunk = chunk or max(1, SIMILARITIES_AT_ONCE // max(N, C))
     keys = F.normalize(train_features.float(), dim=1)  # (N, D)
     labels = train_labels.to(device)
-    rankings: dict[int, list[Tensor]] = {k: [] for k in ks}
     for features in test_features.split(chunk):
         queries = F.normalize(features.to(device).float(), dim=1)  # (B, D)
         # Similarities in bf16 would tie by the dozen.
@@ -76,11 +106,7 @@ def knn_rankings(
         # Relative to the nearest, which leaves the ranking alone and keeps a small temperature from overflowing.
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         voted = labels[neighbors]  # (B, k)
-        for k, parts in rankings.items():
-            votes = weights.new_zeros(len(queries), C).scatter_add_(1, voted[:, :k], weights[:, :k])  # (B, C)
-            ranking = votes.sort(dim=1, descending=True, stable=True).indices[:, :5]
-            parts.append(ranking.clone())  # a slice would keep all C of them
-    return {k: torch.cat(parts) for k, parts in rankings.items()}
+        yield {k: weights.new_zeros(len(queries), C).scatter_add_(1, voted[:, :k], weights[:, :k]) for k in ks}
 
 
 def check_features(

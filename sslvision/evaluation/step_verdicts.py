@@ -13,7 +13,7 @@ LOSS_OFF = 0.15  # share by which the first loss may differ from what theory say
 DEAD = 1e-4  # spread of features over images, as a share of their size
 SPREAD = (0.2, 5.0)  # standard deviation of normalized pixels
 MAE_SHARE, MAE_SLOW = 0.5, 0.9  # of the first loss, after overfitting a handful
-RATE_OFF = 4.0  # times the best rate of the sweep from which a recipe's rate is named
+RATE_OFF = 4.0  # times the rates of the sweep that learn most, from which a recipe's rate is named
 STRONG = {  # regularizers, and from where on they are named when a handful cannot be learned with them
     "weight_decay": 0.5,
     "weight_decay_end": 1.0,
@@ -155,6 +155,12 @@ def initial_loss(start: Start) -> Verdict:
     )
 
 
+def last_loss(losses: Sequence[float]) -> float:
+    """Return the loss at the end: the mean of the last tenth of the updates."""
+    tail = losses[-max(1, len(losses) // 10) :]
+    return sum(tail) / len(tail)
+
+
 def overfit(kind: str, losses: Sequence[float], *, accuracy: float | None, images: int) -> Verdict:
     """Judge whether a handful of images was learned by heart, without regularization.
 
@@ -168,8 +174,7 @@ def overfit(kind: str, losses: Sequence[float], *, accuracy: float | None, image
     numbers: dict[str, Any] = {"images": images, "updates": len(losses), "accuracy": accuracy}
     if not losses or not all(math.isfinite(loss) for loss in losses):
         return Verdict(step, False, f"On {images} images, the loss is not finite.", _RATE_TOO_HIGH, numbers)
-    tail = losses[-max(1, len(losses) // 10) :]
-    first, last = losses[0], sum(tail) / len(tail)
+    first, last = losses[0], last_loss(losses)
     numbers |= {"first": first, "last": last}
     fell = f"On {images} images, {len(losses)} updates bring the loss from {first:.4g} to {last:.4g}"
     if kind == "supervised" and accuracy is not None:
@@ -244,6 +249,9 @@ class Tried:
 def judge_rates(tried: Sequence[Tried], *, own: float, name: str) -> tuple[Verdict, float | None]:
     """Judge a recipe's rate by a sweep of short runs; return also the best rate.
 
+    Short runs favor high rates. So a rate is too high where it learns clearly less than the best and is RATE_OFF times the
+    best, but too low only where it is so far below all that learn nearly as much.
+
     Args:
         tried: The runs.
         own: The recipe's rate.
@@ -265,7 +273,7 @@ def judge_rates(tried: Sequence[Tried], *, own: float, name: str) -> tuple[Verdi
         if lost and min(lost) > best.rate
         else "."
     )
-    if own > RATE_OFF * max(good):
+    if own > max(good) and own > RATE_OFF * best.rate:
         fault = f" The recipe's {own:.2g} is too high, {own / best.rate:.0f} times the best."
         return Verdict("rate", True, words + fault, f"Take {name}={best.rate:.2g}.", numbers), best.rate
     if own < min(good) / RATE_OFF:

@@ -55,3 +55,15 @@ def enlarged(maps: Tensor, images: Tensor) -> Tensor:
 def heat(shares: Tensor) -> Tensor:
     """Return values (N, H, W) in 0..1 as colors (N, 3, H, W): black, red, yellow, white."""
     return (3 * shares[:, None] - torch.arange(3, device=shares.device)[:, None, None]).clamp(0, 1)
+
+
+def class_colors(classes: Tensor, number: int) -> Tensor:
+    """Return classes (H, W) as colors (3, H, W): class 0 dark, others spread over the hues; gray outside of 0..number - 1."""
+    hues = torch.arange(number) * 0.618034 % 1  # neighbors far apart
+    lightness = torch.where(torch.arange(number) % 2 == 0, 0.95, 0.7)
+    wheel = (6 * hues[:, None] + torch.tensor([0.0, 4.0, 2.0])) % 6  # red, green, blue
+    palette = lightness[:, None] * (0.25 + 0.75 * ((wheel - 3).abs() - 1).clamp(0, 1))  # (number, 3)
+    palette[0] = 0.12
+    palette = torch.cat([palette, torch.tensor([[0.6, 0.6, 0.6]])])
+    inside = (classes >= 0) & (classes < number)
+    return palette[torch.where(inside, classes, number)].permute(2, 0, 1)

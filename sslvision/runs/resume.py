@@ -9,6 +9,7 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from sslvision import __version__
+from sslvision.data import order
 from sslvision.errors import UsageError
 from sslvision.runs import run_files
 from sslvision.runs.checkpoint import RECORD, newest_good, read_head
@@ -29,7 +30,8 @@ MAY_DIFFER = {
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
     "where and how the images are read; their number is compared": (
-        *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir"),
+        *("data.root", "data.workers", "data.max_unreadable", "data.cache_dir", "data.index_dir", "data.rescan"),
+        *("data.cache_gb", "data.shard_dir", "data.verify"),
     ),
     "the machine; every update has the same images on any": tuple(
         f"trainer.{key}"
@@ -64,7 +66,13 @@ class Resume:
         """Return what the user should know."""
         names = ", ".join(file.name for file in self.damaged)
         reasons = " ".join(self.damaged.values())
-        return [f"Resumed from {self.path.name} (update {self.step}) instead of {names}: {reasons}"] if names else []
+        found = [f"Resumed from {self.path.name} (update {self.step}) instead of {names}: {reasons}"] if names else []
+        if self.record.get("order", 1) != order.VERSION and self.record.get("images", 0) > order.SORTED:
+            found.append(
+                f"{self.path.name} is of an earlier version, which put more than {order.SORTED:,} images in another order: "
+                "in the epoch that it is in, some images will be seen twice and others not at all. Later epochs are whole."
+            )
+        return found
 
     def set_aside(self) -> None:
         """Rename the damaged checkpoints, so that none is mistaken for a good one later."""
@@ -148,7 +156,7 @@ def take_folder(folder: Path, settings: Any, resume: Resume | None) -> None:
 
 def record(settings: Any, **facts: Any) -> dict[str, Any]:
     """Return what a checkpoint records about its run: settings (a dataclass; secrets redacted), facts, and our version."""
-    return {"version": __version__, "settings": redact(dataclasses.asdict(settings)), **facts}
+    return {"version": __version__, "order": order.VERSION, "settings": redact(dataclasses.asdict(settings)), **facts}
 
 
 def check_same(resume: Resume, now: Mapping[str, Any]) -> None:

@@ -1,14 +1,21 @@
 """Files that appear whole or not at all, and the free space that they need."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from sslvision.errors import StorageError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
 SHARED_MEMORY = Path("/dev/shm")  # a folder whose files lie in main memory; Linux only
 
 
@@ -49,6 +56,27 @@ def written_whole(
     finally:
         with suppress(OSError):  # the disk may have become read-only
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(file: Path, waiting: str) -> Iterator[None]:
+    """Let one process at a time do what follows; on file systems without locks, and where `file` cannot be made, all.
+
+    Args:
+        file: Lock file, which is never deleted: two processes must not lock different files of one name.
+        waiting: What another process does meanwhile, for the message that this one waits.
+    """
+    with ExitStack() as until_done:
+        with suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = until_done.enter_context(open(file, "ab"))
+            if fcntl is not None:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    log.warning("Waiting: %s (%s).", waiting, file)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def free_bytes(path: Path) -> int:

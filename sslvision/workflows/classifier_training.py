@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sslvision.augment.randaugment import RandAugment
-from sslvision.augment.randomness import permutation
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.load import load_backbone
 from sslvision.data.datamodule import ImageData
 from sslvision.data.loader import evaluation_loader
+from sslvision.data.order import Order
 from sslvision.data.source import Splits
 from sslvision.evaluation.confidence import Scores, score
 from sslvision.evaluation.linear_probe import linear_probe
@@ -191,7 +191,7 @@ def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) ->
     batch_size = min(64, len(labeled.train))
     if not norms or batch_size < 2:
         return False
-    indices = permutation(len(labeled.train), seed=seed, epoch=0)[:ADAPT_ON].tolist()
+    indices = Order(len(labeled.train), seed=seed, epoch=0)[:ADAPT_ON].tolist()
     loader = evaluation_loader(
         labeled.train,
         backbone.image_size,

@@ -24,7 +24,7 @@ from sslvision.data.loader import EvaluationImages
 from sslvision.data.sources.archive_folder import is_archive, open_archive
 from sslvision.data.sources.folder import FileSource
 from sslvision.data.sources.list_file import open_list
-from sslvision.data.sources.list_images import scan
+from sslvision.data.sources.scanning import scan
 from sslvision.data.sources.tables import KINDS
 from sslvision.data.value_range import look_at
 from sslvision.errors import DataError, StorageError, UsageError

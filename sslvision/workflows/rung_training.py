@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import Callback
+from rich.console import Console
 
 from sslvision.augment.randomness import permutation
 from sslvision.backbones.backbone import Backbone
@@ -199,7 +200,7 @@ def fit_updates(
     watching: list[Callback] = [
         UnreadableImages(data.splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
         SkippedUpdates(folder, settings.max_skipped),
-        Health(settings.health),
+        Health(settings.health, Console(quiet=True)),  # advises to go on from checkpoints, which there are none of
     ]
     loggers = build_loggers(settings.logger, folder, dataclasses.asdict(settings))
     trainer = build_trainer(

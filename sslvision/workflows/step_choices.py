@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sslvision.settings import Finetune
+from sslvision.workflows.ladder import Times
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 EXPONENTS = [place / 2 for place in range(-5, 6)]  # of ten: factors on the recipe's rate
 DECAYS = (0.0, 1e-5, 1e-4)
 OF_TRANSFORMERS = 0.05
+SHORTEST, FEWEST_CELLS = 20, 3  # updates of a cell; cells of a grid
+SCORING, FEWEST_IMAGES = 1 / 3, 2_000  # share of a cell's time for its score, but at least so many images of each kind
 
 
 def next_exponent(tried: Mapping[float, float]) -> float:
@@ -50,18 +53,58 @@ def with_decay(settings: Any, decay: float, kind: str) -> Any:
 
 
 def coarse(settings: Tune | TuneFinetune, rate: float) -> list[tuple[float, float]]:
-    """Return the cells of step 4, rate and weight decay: those of the best rate first, and the recipe's own decay."""
+    """Return the cells of step 4, rate and weight decay: the rates with the recipe's decay first, then the best with others."""
     name = str(settings.backbone.get("name", "vit"))
     transformer = name.startswith(("vit", "swin", "deit", "beit", "eva"))
     own = float(settings.method.get("weight_decay", 0.05))
     decays = dict.fromkeys([own, *DECAYS, *([OF_TRANSFORMERS] if transformer else [])])
-    return [(float(f"{factor * rate:.3g}"), decay) for factor in (1.0, 1 / 3, 3.0) for decay in decays]
+    rates = [float(f"{factor * rate:.3g}") for factor in (1.0, 1 / 3, 3.0)]
+    first = [*((one, own) for one in rates), *((rates[0], decay) for decay in decays)]
+    return [*dict.fromkeys([*first, *((one, decay) for one in rates for decay in decays)])]
+
+
+def grid_length(
+    cells: int, seconds: Sequence[float], times: Times, *, least: float, most: float, full: int, scored: int | None
+) -> dict[str, Any]:
+    """Return how many "cells" of a grid are trained, and the length of each as `cell_length` returns it.
+
+    Where the time does not suffice for all at the least length, there are fewer, but FEWEST_CELLS at least.
+
+    Args:
+        cells: Number of cells.
+        seconds: Time of the grid: the first of these that suffices for all cells, or the last.
+        times, full, most, scored: See cell_length.
+        least: The least length, as a share of the recipe's.
+    """
+    rest = times.rest if scored is None else times.rest * min(1.0, FEWEST_IMAGES / scored)
+    shortest = rest + max(least * full, SHORTEST) * times.update
+    time = next((one for one in seconds if one >= cells * shortest), seconds[-1])
+    number = min(cells, max(FEWEST_CELLS, int(time / shortest)))
+    return {"cells": number, **cell_length(time / number, times, full=full, most=most, scored=scored)}
+
+
+def cell_length(seconds: float, times: Times, *, full: int, most: float, scored: int | None) -> dict[str, Any]:
+    """Return the length of a cell that takes some seconds: its "share" of the recipe's, and "images" to score it on.
+
+    Args:
+        seconds: Time of the cell.
+        times: Seconds of an update, and of the rest.
+        full: Updates of the recipe.
+        most: The largest share.
+        scored: Images of each kind for a score; fewer are taken where scoring took more than SCORING of the time. None if that
+            cannot be changed: then "images" is None.
+    """
+    rest, images = times.rest, None
+    if scored is not None and rest > SCORING * seconds:
+        images = min(scored, max(FEWEST_IMAGES, round(scored * SCORING * seconds / rest)))
+        rest *= images / scored
+    return {"share": min(most, max((seconds - rest) / times.update, SHORTEST) / full), "images": images}
 
 
 def finer(best: Mapping[str, Any], factor: float) -> list[tuple[float, float]]:
     """Return the cells of step 5, rate and weight decay, about the best one."""
     rate, decay = best["rate"], best["weight_decay"]
-    cells = [(rate, decay), (rate / factor, decay), (rate * factor, decay)]
+    cells = [(rate, decay), (rate / factor, decay), (rate * factor, decay)]  # if time is short, these
     if decay:
         cells += [(rate, decay / 3), (rate, decay * 3)]
     return [(float(f"{one:.3g}"), float(f"{other:.3g}")) for one, other in cells]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -258,18 +259,8 @@ def report(
     }
     run_files.write_json(folder / "results.json", results)
     if counted:
-        varied = [
-            Varied(key.removeprefix("method."), [row[key] for row in counted], one.kind == "log", explained[key])
-            for key, one in space.items()
-        ]
-        figure = search_figure(
-            varied,
-            [row["score"] for row in counted],
-            failed=[row["outcome"] == DIVERGED for row in counted],
-            objective=f"{bench.objective}{' (%)' if bench.unit else ''}",
-            title=f"{settings.about or folder.name}: {len(counted)} trials",
-        )
-        figure.savefig(folder / "figures" / "search.png")
+        title = f"{settings.about or folder.name}: {len(counted)} trials"
+        search_picture(space, counted, explained, bench, title=title).savefig(folder / "figures" / "search.png")
     print_table(console, space, rows, bench)
     print_importance(console, explained)
     print_findings(console, [*told, *advice])
@@ -284,6 +275,28 @@ def report(
     recipe = shlex.quote(f"recipe={shown(folder / 'best.yaml')}")
     console.print(f"  python -m sslvision.{command} {recipe}", markup=False)
     return results
+
+
+def search_picture(
+    space: Mapping[str, Range],
+    counted: Sequence[Row],
+    explained: Mapping[str, float | None],
+    bench: Bench,
+    *,
+    title: str,
+) -> Figure:
+    """Return the picture of the objective against each setting, and of what each explains."""
+    varied = [
+        Varied(key.removeprefix("method."), [row[key] for row in counted], one.kind == "log", explained[key])
+        for key, one in space.items()
+    ]
+    return search_figure(
+        varied,
+        [row["score"] for row in counted],
+        failed=[row["outcome"] == DIVERGED for row in counted],
+        objective=f"{bench.objective}{' (%)' if bench.unit else ''}",
+        title=title,
+    )
 
 
 def at_the_edge(space: Mapping[str, Range], best: Row) -> list[str]:

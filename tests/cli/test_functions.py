@@ -60,7 +60,7 @@ for name in {[*COMMANDS]}:
     assert getattr(sslvision, name) is module is not function
     for call in (function, module):
         try:
-            call("nothing", "images") if name in ("predict", "search") else call("nothing")
+            call("nothing", "images") if name in ("predict", "search", "segment") else call("nothing")
         except Exception as error:
             print(name, type(error).__name__)
 """

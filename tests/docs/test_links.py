@@ -38,7 +38,7 @@ def test_links_lead_somewhere():
 def test_every_page_of_the_manual_is_in_its_table_of_contents():
     listed = set(re.findall(r"^([\w/-]+)$", (ROOT / "docs" / "index.md").read_text(), re.MULTILINE))
     pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES if ROOT / "docs" in page.parents}
-    assert pages - {"index"} == listed
+    assert pages - {"index"} == listed - {"notebook"}  # copied there when the manual is built
 
 
 def test_folders_and_files_that_the_manual_names_exist():

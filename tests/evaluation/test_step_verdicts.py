@@ -101,6 +101,14 @@ def test_a_rate_that_is_thirty_times_off_is_named_on_both_sides(factor, told):
     assert (verdict.advice == "Take base_lr=0.001.") == (factor != 2)
 
 
+def test_a_rate_that_trains_but_learns_clearly_less_than_a_tenth_of_it_is_too_high():
+    """Muon does not diverge at 30 times the best rate: the losses of recipe=mae base_lr=0.48, 100 updates each."""
+    gains = {0.0048: 0.795, 0.0152: 0.835, 0.048: 0.846, 0.152: 0.798, 0.48: 0.692, 4.8: -21.5}
+    tried = [Tried(rate, gain) for rate, gain in gains.items()]
+    assert "The recipe's 0.48 is too high, 10 times" in judge_rates(tried, own=0.48, name="base_lr")[0].words
+    assert "among them or near" in judge_rates(tried, own=0.152, name="base_lr")[0].words
+
+
 def test_where_nothing_learns_the_rate_step_stops():
     verdict, best = judge_rates([Tried(1e-3, -0.1), Tried(1e-2, math.nan)], own=1e-3, name="lr")
     assert not verdict.passed

@@ -9,9 +9,18 @@ import pytest
 pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
-from sslvision.workflows import seven_steps, step_choices
+from sslvision.workflows import seven_steps, step_choices, steps
+from sslvision.workflows.ladder import Times
 from sslvision.workflows.seven_steps import tune_by_steps
-from sslvision.workflows.step_choices import asked, coarse, next_exponent, rate_name, with_decay
+from sslvision.workflows.step_choices import (
+    asked,
+    cell_length,
+    coarse,
+    grid_length,
+    next_exponent,
+    rate_name,
+    with_decay,
+)
 from sslvision.workflows.step_trainings import constant, plain
 
 SHORT = (
@@ -54,7 +63,8 @@ def test_rates_and_decays_are_changed_in_the_terms_of_the_recipe(settings_of):
     assert constant(1e-3, dino).method["warmup_epochs"] == 0
     assert constant(1e-3, dino, warm=True).method["warmup_epochs"] == dino.method["warmup_epochs"]
     cells = coarse(mae, 1e-2)
-    assert cells[0] == (1e-2, 0.05)  # the recipe's own decay at the best rate comes first
+    assert cells[:3] == [(1e-2, 0.05), (3.33e-3, 0.05), (3e-2, 0.05)]  # the recipe's own decay comes first
+    assert {rate for rate, _ in cells[3:6]} == {1e-2}
     assert len(cells) == len(set(cells)) == 12
     assert asked("all") == [1, 2, 3, 4, 5, 6, 7]
     assert asked([2, 3]) == [2, 3]
@@ -69,12 +79,35 @@ def test_the_sweep_tries_decades_and_then_what_is_near_the_best():
     assert len({next_exponent(tried), *tried}) == 8
 
 
+def test_a_cell_is_scored_on_fewer_images_where_scoring_would_take_most_of_its_time():
+    def length(seconds, rest, scored=10_000):
+        return cell_length(seconds, Times(0.1, rest), full=1000, most=0.5, scored=scored)
+
+    assert length(30, 5) == {"share": 0.25, "images": None}
+    assert length(100, 5) == {"share": 0.5, "images": None}  # no longer than it may be
+    assert length(30, 20) == {"share": pytest.approx(0.2), "images": 5_000}
+    assert length(3, 10) == {"share": 0.02, "images": 2_000}  # 10 updates would be too few
+    assert length(30, 20, scored=None) == {"share": pytest.approx(0.1), "images": None}
+
+
+def test_a_grid_has_fewer_cells_rather_than_cells_that_are_too_short():
+    def length(cells, *seconds, least=0.1):
+        found = grid_length(cells, seconds, Times(0.1, 5.0), least=least, most=0.5, full=1000, scored=None)
+        return found["cells"], pytest.approx(found["share"])
+
+    assert length(10, 300) == (10, 0.25)  # 25 of 30 seconds each
+    assert length(10, 100, 300) == (10, 0.25)  # the time that suffices for all
+    assert length(10, 60) == (4, 0.1)
+    assert length(10, 15) == (3, 0.02)  # at least three, as short as it must be
+    assert length(10, 60, least=0.0) == (8, 0.025)
+
+
 def run(folder, *words):
     given = {word.split("=")[0] for word in words}
     kept = [word for word in SHORT if word.split("=")[0] not in given]
     from sslvision.cli.recipes import TUNE
 
-    with mock.patch.multiple(seven_steps, HEART=40, SWEPT=10):
+    with mock.patch.multiple(steps, HEART=40, SWEPT=10):
         return tune_by_steps(compose_settings([*kept, *words], TUNE), folder, words)
 
 
@@ -95,7 +128,7 @@ def test_steps_that_passed_are_not_done_again_and_end_in_a_recipe(tmp_path):
     assert all(one["passed"] for one in first["verdicts"])
     assert (folder / "figures" / "rates.png").stat().st_size > 10_000
     with (
-        mock.patch.object(seven_steps, "train_for", side_effect=RuntimeError("done again")),
+        mock.patch.object(steps, "train_for", side_effect=RuntimeError("done again")),
         mock.patch.multiple(seven_steps, COARSE_EPOCHS=1, FINE_EPOCHS=2),
         mock.patch.object(step_choices, "DECAYS", (0.0,)),
     ):

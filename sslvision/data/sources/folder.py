@@ -10,16 +10,16 @@
 - Folders that belong to images, such as masks/ beside images/, are left out (see companions.py).
 - A zip file, or a tar file that is not compressed, is read as the folder that it holds, without unpacking it.
 - What is left out or guessed is said in the splits' `remarks`.
+- What was found among many images is remembered, and only folders that have changed are listed again (see remembered.py).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
@@ -28,8 +28,9 @@ from sslvision.data.source import Splits
 from sslvision.data.sources.archive_folder import is_archive, open_archive
 from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
-from sslvision.data.sources.list_images import Found, scan, share, some
-from sslvision.data.sources.overlaps import Image, same_files, tell_overlaps
+from sslvision.data.sources.list_images import Found, share, some
+from sslvision.data.sources.overlaps import Image, chosen, same_files, tell_joined_names, tell_overlaps
+from sslvision.data.sources.remembered import Decided, Part, decided_in, index_folder
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
 
@@ -75,6 +76,8 @@ def open_folder(
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
     value_range: str | Sequence[float] | Mapping[str, Sequence[float]] = "auto",
+    index_dir: str | None = None,
+    rescan: bool = False,
 ) -> Splits:
     """Return the images in `root`, as described at the top of this module.
 
@@ -87,6 +90,9 @@ def open_folder(
 
     `value_range`: For images of more than 8 bits, the values that become black and white in all of them, [low, high];
     "auto": from a sample of the training images (data/value_range.py).
+
+    `index_dir`: Folder where the listings of more than 10,000 images are kept (default: sslvision/folders in $XDG_CACHE_HOME or
+    ~/.cache), so that later only folders that have changed are listed; `rescan`: list all of them again.
 
     Raises UsageError for settings out of range, DataError if there are no images, or if the classes of val/ or test/ differ
     from those of train/.
@@ -101,28 +107,53 @@ def open_folder(
     given = value_range_from(value_range)
     root = os.path.abspath(os.path.expanduser(root))
     archive = open_archive(root) if is_archive(root) else None
-    found = scan(root, follow_symlinks=follow_symlinks) if archive is None else archive.scan()
-    remarks = found.remarks() + found.remark_on_labels()
-    found = without_companions(found, remarks)
-    top, found = unwrapped(found, remarks)
-    title, root = os.path.basename(root) or root, os.path.join(root, top) if top else root
-    splits = _splits(root, found, remarks, title=title, holdout=holdout)
-    tell_overlaps(root, _labeled(splits), remarks, same_files if archive is None else archive.same_files)
-    name = f"{title} ({' + '.join(f'{len(images):,}' for _, images, _ in splits)})"
+    title = os.path.basename(root) or root
 
-    def source(folder: str, images: list[str], classes: tuple[str, ...] | None) -> EncodedSource:
-        labels = _labels(images, classes) if classes else None
-        where = os.path.join(root, folder) if folder else root
+    def decide(found: Found) -> Decided:
+        return _decide(found, root, title, holdout)
+
+    if archive is not None:
+        decided = decide(archive.scan())
+    else:
+        index = index_folder(index_dir)
+        decided = decided_in(
+            root, decide, follow_symlinks=follow_symlinks, options=[holdout], folder=index, rescan=rescan
+        )
+    root = os.path.join(root, decided.top) if decided.top else root
+    remarks, parts = [*decided.remarks], decided.parts
+    labeled = sum(len(part.labels) for part in parts if part.labels is not None)
+    tell_overlaps(root, decided.looked_at, labeled, remarks, same_files if archive is None else archive.same_files)
+    name = f"{title} ({' + '.join(f'{len(part.paths):,}' for part in parts)})"
+
+    def source(part: Part) -> EncodedSource:
+        labels = None if part.labels is None else torch.from_numpy(part.labels)
+        where = os.path.join(root, part.folder) if part.folder else root
         if archive is not None:
-            return archive.source(where, images, name, (channels, classes, labels, at_least, max_pixels))
-        return FileSource(name, channels, classes, labels, at_least, max_pixels, root=where, paths=PathTable.of(images))
+            return archive.source(where, part.paths, name, (channels, part.classes, labels, at_least, max_pixels))
+        return FileSource(name, channels, part.classes, labels, at_least, max_pixels, root=where, paths=part.paths)
 
-    first, *held_sources = [source(*split) for split in splits]
+    first, *held_sources = map(source, parts)
     decided, of_values = look_at(first, given)
     for one in (first, *held_sources):
         one.value_range = decided
     test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
     return Splits(first, test, validation, (*remarks, *of_values))
+
+
+def _decide(found: Found, root: str, title: str, holdout: float) -> Decided:
+    """Return the splits and classes of what was found in a folder, and what to say of it."""
+    remarks = found.remarks() + found.remark_on_labels()
+    found = without_companions(found, remarks)
+    top, found = unwrapped(found, remarks)
+    splits = _splits(os.path.join(root, top) if top else root, found, remarks, title=title, holdout=holdout)
+    parts = [
+        Part(folder, PathTable.of(images), classes, _labels(images, classes) if classes else None)
+        for folder, images, classes in splits
+    ]
+    labels = {name for part in parts for name in part.classes or ()}
+    tell_joined_names(sorted(labels), remarks)
+    labeled = sum(len(part.paths) for part in parts if part.classes)
+    return Decided(top, parts, remarks, chosen(_labeled(splits), labeled))
 
 
 def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout: float) -> list[Split]:
@@ -158,14 +189,11 @@ def _splits(root: str, found: Found, remarks: list[str], *, title: str, holdout:
     return splits
 
 
-def _labeled(splits: Sequence[Split]) -> list[Image]:
-    """Return the labeled images of all splits; all but the first are held out."""
-    return [
-        Image(f"{folder}/{path}" if folder else path, path.partition("/")[0], number > 0)
-        for number, (folder, images, classes) in enumerate(splits)
-        if classes
-        for path in images
-    ]
+def _labeled(splits: Sequence[Split]) -> Iterator[Image]:
+    """Yield the labeled images of all splits; all but the first are held out."""
+    for number, (folder, images, classes) in enumerate(splits):
+        for path in images if classes else ():
+            yield Image(f"{folder}/{path}" if folder else path, path.partition("/")[0], number > 0)
 
 
 def check_holdout(holdout: float) -> None:
@@ -174,18 +202,23 @@ def check_holdout(holdout: float) -> None:
         raise UsageError(f"data.holdout is the fraction of images to hold out, from 0 to 0.9, not {holdout}.")
 
 
-def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
+def hold_out(keys: Iterable[str], fraction: float, count: int | None = None) -> np.ndarray:
     """Return (N,) bool, True for the images to hold out: those whose keys have the lowest hashes.
 
-    Exactly `fraction` of them, rounded, but at least 1, at most 5,000, and never all.
+    Exactly `fraction` of them, rounded, but at least 1, at most 5,000, and never all. `count`: N, for keys without a length.
     """
-    held_out = np.zeros(len(keys), dtype=bool)
-    count = min(max(1, round(fraction * len(keys))), MOST_HELD_OUT, len(keys) - 1) if fraction else 0
-    digests = b"".join(blake2b(os.fsencode(key), digest_size=8).digest() for key in keys)
-    held_out[np.argsort(np.frombuffer(digests, ">u8"), kind="stable")[:count]] = True
+    count = len(keys) if isinstance(keys, Sized) else count
+    assert count is not None
+    held_out = np.zeros(count, dtype=bool)
+    most = min(max(1, round(fraction * count)), MOST_HELD_OUT, count - 1) if fraction else 0
+    if most > 0:
+        digests = (int.from_bytes(blake2b(os.fsencode(key), digest_size=8).digest(), "big") for key in keys)
+        hashes = np.fromiter(digests, np.uint64, count)
+        lowest = np.flatnonzero(hashes <= np.partition(hashes, most - 1)[most - 1])
+        held_out[lowest[np.argsort(hashes[lowest], kind="stable")[:most]]] = True
     return held_out
 
 
-def _labels(images: Sequence[str], classes: tuple[str, ...]) -> Tensor:
+def _labels(images: Sequence[str], classes: tuple[str, ...]) -> np.ndarray:
     indices = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([indices[path.partition("/")[0]] for path in images], dtype=torch.int64)
+    return np.fromiter((indices[path.partition("/")[0]] for path in images), np.int64, len(images))

@@ -1,4 +1,4 @@
-"""Listing the images in a folder, a million files in seconds, and what else is there."""
+"""Which files are images, by their names, and what to say of the others."""
 
 import os
 from collections import Counter, defaultdict
@@ -128,60 +128,6 @@ def _by_content(files: Sequence[str]) -> list[str]:
     ]
 
 
-def scan(root: str, *, follow_symlinks: bool = True, setting: str = "data.root") -> Found:
-    """Return what is in `root`.
-
-    Links within `root` are always followed: an image with two paths counts twice.
-
-    Args:
-        root: A folder.
-        follow_symlinks: Follow links that lead out of it.
-        setting: Setting that names the folder, for messages.
-
-    Raises:
-        DataError: It is not a folder, or has no images.
-    """
-    if not os.path.isdir(root):
-        what = "is a file, not a folder: unpack it if it is an archive" if os.path.exists(root) else "does not exist"
-        raise DataError(f"{root} {what}. Set {setting} to the folder of the images.")
-    found = Found()
-    real_root = os.path.realpath(root)
-    waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # folders, with the real folders that links to them left
-    while waiting:
-        folder, left = waiting.pop()
-        try:
-            with os.scandir(os.path.join(root, folder)) as listing:
-                entries = list(listing)
-        except OSError as error:
-            found.left_out["closed"].append(f"{folder or root} ({error.strerror})")
-            continue
-        if {entry.name for entry in entries} >= RUN:
-            found.left_out["runs"].append(folder or root)
-            continue
-        for entry in entries:
-            path = folder + entry.name
-            try:
-                kind, links = _kind(entry, left, real_root, follow_symlinks)
-            except OSError:  # a link into a folder without access permission
-                kind, links = "lost", left
-            if kind == "folder":
-                waiting.append((f"{path}/", links))
-                if path.count("/") < 3:
-                    found.folders.add(path)
-            elif kind == "image":
-                found.images.append(path)
-            elif kind in ("unread", "other"):
-                extension = extension_of(path)
-                if kind == "other" and len(found.samples) < SAMPLES:
-                    found.samples.append(os.path.join(root, path))
-                (found.unread if kind == "unread" else found.other)[extension] += 1
-            elif kind in LEFT_OUT:
-                found.left_out[kind].append(path)
-    if not found.images:
-        raise no_images(root, found, setting)
-    return found
-
-
 def no_images(root: str, found: Found, setting: str) -> DataError:
     """Return the error that there are no images, and what there is."""
     return DataError(
@@ -197,10 +143,11 @@ def kind_of_file(path: str) -> str:
         return "of the system"
     if any(part.startswith(".") and part not in (".", "..") for part in parts):
         return "hidden" if path.lower().endswith(EXTENSIONS) else "of the system"
-    return _by_extension(path)
+    return kind_by_extension(path)
 
 
-def _by_extension(path: str) -> str:
+def kind_by_extension(path: str) -> str:
+    """Return the kind of a file by the ending of its name: image, unread, or other."""
     extension = _extension(path)
     if extension in BY_SUFFIX and unread_format(extension) is not None:
         return "unread"
@@ -210,32 +157,3 @@ def _by_extension(path: str) -> str:
 def extension_of(path: str) -> str:
     """Return the ending of a path in lower case, in words if it has none."""
     return _extension(path) or "without an extension"
-
-
-def _kind(
-    entry: os.DirEntry[str], left: tuple[str, ...], real_root: str, follow_symlinks: bool
-) -> tuple[str, tuple[str, ...]]:
-    """Return the kind of an entry, and for a folder the real folders that links on its path have left."""
-    name = entry.name
-    if name[0] in "._":
-        if name.startswith("._") or name == "__MACOSX":  # what macOS adds to archives and disks
-            return "of the system", left
-        if name[0] == ".":
-            return ("hidden" if entry.is_dir() or name.lower().endswith(EXTENSIONS) else "of the system"), left
-    is_folder = entry.is_dir()
-    if entry.is_symlink() and (is_folder or not follow_symlinks):
-        target = os.path.realpath(entry.path)
-        if not follow_symlinks and not _is_inside(target, real_root):
-            return "outside", left
-        left = (*left, os.path.realpath(os.path.dirname(entry.path)))
-        if is_folder and any(_is_inside(folder, target) for folder in left):
-            return "lost", left  # a cycle: the target is one of its parents
-    if is_folder:
-        return "folder", left
-    if not entry.is_file():
-        return "lost", left
-    return _by_extension(name), left
-
-
-def _is_inside(path: str, folder: str) -> bool:
-    return os.path.join(path, "").startswith(os.path.join(folder, ""))

@@ -8,13 +8,14 @@ than 10,000 images those are looked at whose names have the lowest hashes, so th
 """
 
 import filecmp
+import heapq
 import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sslvision.data.sources.list_images import share, some
 
@@ -31,9 +32,19 @@ class Image(NamedTuple):
     held_out: bool
 
 
+def chosen(images: Iterable[Image], count: int) -> list[Image]:
+    """Return those of `count` images to look at: all, or 10,000 with the lowest hashes of their names."""
+
+    def key(image: Image) -> bytes:
+        return blake2b(os.fsencode(image.path.rpartition("/")[2]), digest_size=8).digest()
+
+    return list(images) if count <= LOOK_AT else heapq.nsmallest(LOOK_AT, images, key=key)
+
+
 def tell_overlaps(
     root: str,
-    images: Sequence[Image],
+    looked_at: Sequence[Image],
+    count: int,
     remarks: list[str],
     same: Callable[[str, Iterable[Image]], Iterable[list[Image]]],
 ) -> None:
@@ -41,15 +52,14 @@ def tell_overlaps(
 
     Args:
         root: Folder that the paths are relative to.
-        images: All labeled images of the set.
+        looked_at: Labeled images of the set, from `chosen`.
+        count: Number of all labeled images.
         remarks: Receives what the user should know.
         same: Returns groups of images with the same bytes, as `same_files` does.
     """
-    if not images:
+    if not looked_at:
         return
-    _tell_joined_names(sorted({image.label for image in images}), remarks)
-    looked_at = _sample(images)
-    of = f"of {len(looked_at):,} images" + (" looked at" if len(looked_at) < len(images) else "")
+    of = f"of {len(looked_at):,} images" + (" looked at" if len(looked_at) < count else "")
     groups = [sorted(group) for group in same(root, looked_at)]
     if several := [group for group in groups if len({image.label for image in group}) > 1]:
         count = sum(map(len, several))
@@ -75,30 +85,39 @@ def tell_overlaps(
 
 def same_files(root: str, images: Iterable[Image]) -> Iterator[list[Image]]:
     """Yield groups of two or more images whose files have the same bytes. Files that cannot be read are left out."""
-    by_size = defaultdict[int, list[Image]](list)
+    by_size = defaultdict[int, defaultdict[Any, list[Image]]](
+        lambda: defaultdict(list)
+    )  # and then by file: links to one
     for image in images:
         with suppress(OSError):
-            by_size[os.stat(os.path.join(root, image.path)).st_size].append(image)
-    for size, group in by_size.items():
-        if len(group) > 1 and size:
-            by_piece = defaultdict[bytes, list[Image]](list)
-            for image in group:
-                with suppress(OSError):
-                    by_piece[_pieces(os.path.join(root, image.path), size)].append(image)
-            for alike in by_piece.values():
-                yield from _equal(root, alike)
+            status = os.stat(os.path.join(root, image.path))
+            by_size[status.st_size][(status.st_dev, status.st_ino) if status.st_ino else image.path].append(image)
+    for size, files in by_size.items():
+        if not size:
+            continue
+        by_piece = defaultdict[bytes, list[list[Image]]](list)
+        for links in files.values():
+            with suppress(OSError):
+                piece = _pieces(os.path.join(root, links[0].path), size) if len(files) > 1 else b""
+                by_piece[piece].append(links)
+        for alike in by_piece.values():
+            yield from _equal(root, alike)
 
 
-def _equal(root: str, alike: list[Image]) -> Iterator[list[Image]]:
-    """Yield those of some images that are equal to the last byte."""
-    while len(alike) > 1:
+def _equal(root: str, alike: list[list[Image]]) -> Iterator[list[Image]]:
+    """Yield those of some images that are equal to the last byte; links to one file are given together."""
+    while alike:
         first, *others = alike
-        same, different = [first], list[Image]()
+        same, different = [*first], list[list[Image]]()
         for other in others:
             equal = False
             with suppress(OSError):
-                equal = filecmp.cmp(os.path.join(root, first.path), os.path.join(root, other.path), shallow=False)
-            (same if equal else different).append(other)
+                paths = (os.path.join(root, links[0].path) for links in (first, other))
+                equal = filecmp.cmp(*paths, shallow=False)
+            if equal:
+                same += other
+            else:
+                different.append(other)
         if len(same) > 1:
             yield same
         alike = different
@@ -112,22 +131,11 @@ def _pieces(file: str, size: int) -> bytes:
         return blake2b(middle + opened.read(PIECE), digest_size=16).digest()
 
 
-def _sample(images: Sequence[Image]) -> Sequence[Image]:
-    """Return all images, or 10,000 with the lowest hashes of their names."""
-    if len(images) <= LOOK_AT:
-        return images
-
-    def key(image: Image) -> bytes:
-        return blake2b(os.fsencode(image.path.rpartition("/")[2]), digest_size=8).digest()
-
-    return sorted(images, key=key)[:LOOK_AT]
-
-
 def _shown(groups: Sequence[Sequence[Image]]) -> str:
     return some([" = ".join(image.path for image in group[:3]) for group in groups], most=3)
 
 
-def _tell_joined_names(classes: Sequence[str], remarks: list[str]) -> None:
+def tell_joined_names(classes: Sequence[str], remarks: list[str]) -> None:
     """Say that the names of some classes are those of others together: cat, dog and cat_dog."""
     names = set(classes)
     joined = [name for name in classes if len(parts := JOINED.split(name)) > 1 and names.issuperset(parts)]

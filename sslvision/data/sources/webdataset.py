@@ -2,18 +2,18 @@
 
 Shards are indexed once (data/shard_index.py), and then every image is read where it is. So an image has an index as in a
 folder, and order, crops and masks are functions of (seed, epoch, index): nothing depends on a shuffle buffer, on the number of
-processes or on where a run was stopped.
+processes or on where a run was stopped. Shards in a bucket are fetched whole, a window of them at a time (data/shard_order.py,
+data/shard_cache.py).
 
-- Labels: the file .cls of a sample, or a key of its .json. With `classes.txt` beside the shards, one name in each line, numbers
-  get these names.
-- Splits: shards of their own settings, or shards whose names or folders say so (train-000000.tar, val-000000.tar).
+- Labels: the file .cls of a sample, or a key of its .json. With `classes.txt` beside the shards, one name in each line, or with
+  the index of `sslvision pack`, numbers get these names.
+- Splits: those of the index; or shards of their own settings, or shards whose names or folders say so (train-000000.tar,
+  val-000000.tar).
 - Order: that of the shards, and of the files in each.
 """
 
-import glob
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +23,23 @@ import numpy as np
 from sslvision.data.archive import ArchiveSource, Members
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
-from sslvision.data.encoded import PathTable, file_stamp
-from sslvision.data.shard_index import Shard, key_and_ending, open_shards
+from sslvision.data.encoded import PathTable
+from sslvision.data.packed_index import NAME
+from sslvision.data.remote_files import RemoteError, cache_folder, is_remote, read_whole, shown
+from sslvision.data.remote_shards import RemoteShards
+from sslvision.data.shard_cache import ShardCache
+from sslvision.data.shard_index import Shard, ShardFile, key_and_ending, open_shards
+from sslvision.data.shard_order import Groups
 from sslvision.data.source import Splits
 from sslvision.data.sources.layout import split_of
 from sslvision.data.sources.list_file import LABELS, check_options, with_values
 from sslvision.data.sources.list_images import EXTENSIONS, share, some
-from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of
+from sslvision.data.sources.rows import NONE, Codes, check_single, parts_of
+from sslvision.data.sources.shard_files import find_shards
 from sslvision.errors import DataError, UsageError
 
-RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 CLASSES = "classes.txt"
+WINDOW = 16  # shards that are mixed, where they are elsewhere
 
 
 class Samples(NamedTuple):
@@ -53,6 +59,10 @@ def open_webdataset(
     column: str | None = None,
     label: str | None = None,
     index_dir: str | None = None,
+    verify: bool = False,
+    window: int | None = None,
+    cache_gb: float = 50.0,
+    shard_dir: str | None = None,
     channels: int = 3,
     holdout: float = 0.05,
     at_least: int | None = None,
@@ -62,134 +72,101 @@ def open_webdataset(
     """Return the images in tar shards, as described at the top of this module.
 
     Args:
-        urls: Shards: a folder, a pattern (`shards/*.tar`), a range (`train-{000000..000146}.tar`), or a list of these.
+        urls: Shards: a folder, a pattern (`shards/*.tar`), a range (`train-{000000..000146}.tar`), or a list of these;
+            on disks, or at `s3://`, `gs://` or `https://`.
         test_urls, validation_urls: Shards that are held out.
         column: Ending of the images where samples have several, such as `jpg`.
         label: Ending of the labels (`cls`), or a key in the `.json` of a sample (default: found; `none`: not read).
         index_dir: Folder where the indices of shards are kept (default: sslvision/shards in $XDG_CACHE_HOME or ~/.cache).
+        verify: Compare the checksums of packed shards with those of their index first, which reads all of them.
+        window: Shards whose images are mixed: an epoch goes through so many at a time, in random order (default: 16 of
+            shards that are elsewhere; of others all, which 0 asks for, too).
+        cache_gb: Bound of the folder in which shards that are elsewhere are kept while they are used, in GB.
+        shard_dir: That folder (default: sslvision/remote in $XDG_CACHE_HOME or ~/.cache).
         channels: Channels of an image: 1, 3, or as many as the files have.
 
     Raises:
+        RemoteError: A bucket cannot be read.
         UsageError: Settings out of range.
-        DataError: No such shards, no images in them, several labels for an image, or held-out classes that training has not.
+        DataError: No such shards, other ones than their index tells, no images in them, several labels for an image, or
+            held-out classes that training has not.
     """
     check_options(channels, holdout, max_pixels)
     given, remarks = value_range_from(value_range), list[str]()
-    files, splits = _files(urls, validation_urls, test_urls, remarks)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / "shards"
-    shards = open_shards(files, Path(index_dir or cache).expanduser())
-    title = os.path.basename(os.path.dirname(files[0])) or "shards"
+    files, splits, classes_told = find_shards(urls, validation_urls, test_urls, remarks, verified=verify)
+    paths = [file.url for file in files]
+    remote = any(is_remote(path) for path in paths)
+    window = _checked_window(window, cache_gb, files, remote=remote)
+    cache = ShardCache(cache_folder(shard_dir, "remote"), cache_gb)
+    shards = open_shards(files, cache_folder(index_dir, "shards"), cache.fetch)
+    title = _title(paths[0])
     samples = _samples(files, shards, column, label, remarks)
-    names = _class_names(files, samples.names)
-    check_single(samples.names)
-    labels, in_order = samples.labels, names is not None
-    if names is not None:
-        numbers = np.array([*(int(name) for name in samples.names), NONE], np.int64)
-        labels = numbers[labels]
+    labels, names, in_order = _named(paths, samples, classes_told)
     parts, classes = parts_of(
-        *(samples.members.names.__getitem__, labels, names or samples.names, splits[samples.shard]),
+        *(samples.members.names.__getitem__, labels, names, np.array(splits, np.int8)[samples.shard]),
         title=title,
         holdout=holdout,
         remarks=remarks,
         in_order=in_order,
     )
     name = f"{title} ({' + '.join(f'{len(part.rows):,}' for part in parts)})"
-    version = "".join(map(file_stamp, files))
+    more: dict[str, Any] = {"files": tuple(files), "cache": cache} if remote else {}
     sources = [
-        ArchiveSource(
+        (RemoteShards if remote else ArchiveSource)(
             *(name, channels, classes, part.labels, at_least, max_pixels),
-            archives=tuple(files),
+            archives=tuple(map(shown, paths)),
             archive=samples.shard[part.rows],
             members=samples.members.take(part.rows),
-            version=version,
+            groups=_groups(samples.shard[part.rows], len(files), window),
+            version="".join(file.stamp for file in files),
+            **more,
         )
         for part in parts
     ]
     return with_values(sources, given, remarks)
 
 
-def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]:
-    """Return the paths of shards that folders, patterns and ranges name.
+def _checked_window(window: int | None, cache_gb: float, files: Sequence[ShardFile], *, remote: bool) -> int:
+    """Return how many shards are mixed; 0: all.
 
     Raises:
-        DataError: A folder or a pattern names none, or one does not exist.
-        UsageError: They are elsewhere than on this machine's disks.
+        UsageError: Two windows of shards that are elsewhere, the one being read and the next, are larger than their folder.
     """
-    found = []
-    for url in [urls] if isinstance(urls, str) else urls:
-        if "://" in url and not url.startswith("file://"):
-            scheme = url.partition("://")[0]
-            raise UsageError(
-                f"{setting}: shards are read from disks, and not over {scheme}. Copy or mount them first (aws s3 sync, gsutil "
-                "rsync, rclone mount), and give their paths."
-            )
-        path = os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
-        if os.path.isdir(path):
-            some_of = sorted(glob.glob(os.path.join(glob.escape(path), "**", "*.tar"), recursive=True))
-        else:
-            some_of = [
-                one for name in _ranges(path) for one in (sorted(glob.glob(name)) if set(name) & {*"*?["} else [name])
-            ]
-        if not some_of:
-            raise DataError(f"{setting}={url} names no shards (.tar) that exist.")
-        found += some_of
-    if missing := [path for path in found if not os.path.isfile(path)]:
-        raise DataError(f"{len(missing):,} of {len(found):,} shards do not exist: {some(missing)}. Check {setting}.")
-    return found
+    if window is not None and window < 0:
+        raise UsageError(f"data.window={window} is a number of shards: 1 or more, or 0 for all.")
+    if not remote:
+        return window or 0
+    window = min(WINDOW if window is None else window or len(files), len(files))
+    largest = sorted((file.size for file in files), reverse=True)[: 2 * window]
+    if sum(largest) > cache_gb * 1e9:
+        needed = sum(largest) / 1e9
+        raise UsageError(
+            f"data.window={window} needs {needed:.3g} GB on the disk, for the shards whose images are mixed and as many that "
+            f"are fetched ahead, and data.cache_gb={cache_gb:g}: set data.cache_gb={needed * 1.01:.3g} or more, or a smaller "
+            "data.window."
+        )
+    return window
 
 
-def _ranges(path: str) -> Iterator[str]:
-    """Yield the paths that braces name: {000..003} and {a,b}."""
-    if (found := RANGE.search(path)) is None:
-        yield path
-        return
-    if found[3] is not None:
-        values = found[3].split(",")
-    else:
-        values = [str(number).zfill(len(found[1])) for number in range(int(found[1]), int(found[2]) + 1)]
-    for value in values:
-        yield from _ranges(path[: found.start()] + value + path[found.end() :])
+def _groups(shard: np.ndarray, shards: int, window: int) -> Groups | None:
+    """Return how images lie in shards, by the shard (N,) of each; None if all are mixed."""
+    return Groups(np.searchsorted(shard, np.arange(shards + 1)).astype(np.int64), window) if window else None
 
 
-def _files(
-    urls: str | Sequence[str],
-    validation: str | Sequence[str] | None,
-    test: str | Sequence[str] | None,
-    remarks: list[str],
-) -> tuple[list[str], np.ndarray]:
-    """Return all shards, and the split of each."""
-    files = expanded(urls)
-    held = {1: expanded(validation, "data.validation_urls") if validation else [],
-            2: expanded(test, "data.test_urls") if test else []}  # fmt: skip
-    splits = [0] * len(files)
-    if not held[1] and not held[2]:
-        told = [_split_told(file) for file in files]
-        if len({*told}) > 1 and "train" in told and None not in told:
-            splits = [SPLITS.index(split) for split in told if split is not None]
-            of = [f"{splits.count(number):,} {split}" for number, split in enumerate(SPLITS) if number in splits]
-            remarks.append(f"By their names, shards are of several splits: {', '.join(of)}.")
-    for number, more in held.items():
-        if both := {*files} & {*more}:
-            raise UsageError(f"{min(both)} is among the shards of two splits.")
-        files, splits = files + more, splits + [number] * len(more)
-    return files, np.array(splits, np.int8)
-
-
-def _split_told(file: str) -> str | None:
-    """Return the split that the name of a shard tells, or that of its folder."""
-    for name in (os.path.splitext(os.path.basename(file))[0], os.path.basename(os.path.dirname(file))):
-        if (split := split_of(name)[0]) is not None:
-            return split
-    return None
+def _title(path: str) -> str:
+    """Return the name of the folder of a shard, or of the one above that of a split."""
+    folders = os.path.dirname(path).split("/")
+    return next((folder for folder in reversed(folders) if folder and split_of(folder)[0] is None), "shards")
 
 
 def _samples(
-    files: Sequence[str], shards: Sequence[Shard], column: str | None, label: str | None, remarks: list[str]
+    files: Sequence[ShardFile], shards: Sequence[Shard], column: str | None, label: str | None, remarks: list[str]
 ) -> Samples:
     """Return the images of all shards with their labels."""
     places, codes, labels = list[tuple[int, int]](), Codes(), list[int]()
     wanted, without, parsed = (column.lower().lstrip(".") if column else None), 0, _Labels(label)
     for number, shard in enumerate(shards):
+        begun = len(places)
         texts = dict(zip(shard.with_text.tolist(), range(len(shard.with_text)), strict=True))
         for key, rows in _grouped(shard.members.names):
             found = [
@@ -199,7 +176,8 @@ def _samples(
             ]
             if len(found) > 1:
                 raise UsageError(
-                    f"{files[number]}: sample {key} has several images ({some(list(rows))}): say which, data.column=..."
+                    f"{shown(files[number].url)}: sample {key} has several images ({some(list(rows))}): say "
+                    "which, data.column=..."
                 )
             if not found:
                 without += 1
@@ -207,9 +185,15 @@ def _samples(
             places.append((number, found[0]))
             of_sample = {ending: shard.texts[texts[row]] for ending, row in rows.items() if row in texts}
             labels.append(codes(parsed(of_sample)))
+        packed = files[number].packed
+        if packed is not None and wanted is None and len(places) - begun != packed.images:
+            raise DataError(
+                f"{shown(files[number].url)} has {len(places) - begun:,} images, and its {NAME} tells of {packed.images:,}: "
+                "copy or pack it again."
+            )
     if not places:
         raise DataError(
-            f"No images in {len(files):,} shards, such as {files[0]}: expected samples with a file ending in one of "
+            f"No images in {len(files):,} shards, such as {shown(files[0].url)}: expected samples with a file ending in one of "
             f"{', '.join(EXTENSIONS[:8])}, ...; data.column=... names another ending."
         )
     if without:
@@ -275,12 +259,27 @@ class _Labels:
         return values.get(self.label or self.key or "")
 
 
-def _class_names(files: Sequence[str], labels: Sequence[str]) -> list[str] | None:
-    """Return the lines of classes.txt beside the first shard, if labels are numbers of its lines."""
-    try:
-        with open(os.path.join(os.path.dirname(files[0]), CLASSES), encoding="utf-8") as opened:
-            names = opened.read().splitlines()
-    except OSError:
-        return None
+def _named(
+    paths: Sequence[str], samples: Samples, told: Sequence[str] | None
+) -> tuple[np.ndarray, Sequence[str], bool]:
+    """Return labels (N,), the names of the classes, and whether these have an order of their own."""
+    names = _class_names(paths, samples.names, told)
+    check_single(samples.names)
+    if names is None:
+        return samples.labels, samples.names, False
+    numbers = np.array([*(int(name) for name in samples.names), NONE], np.int64)
+    return numbers[samples.labels], names, True
+
+
+def _class_names(paths: Sequence[str], labels: Sequence[str], told: Sequence[str] | None) -> list[str] | None:
+    """Return the classes of an index, or the lines of classes.txt beside the first shard, if labels are numbers of them."""
+    names = told
+    if names is None:
+        file = os.path.join(os.path.dirname(paths[0]), CLASSES)
+        try:
+            content = read_whole(file) if is_remote(file) else Path(file).read_bytes()
+        except (OSError, RemoteError):
+            return None
+        names = content.decode("utf-8", "replace").splitlines()
     fits = labels and all(label.isdecimal() and int(label) < len(names) for label in labels)
-    return names if fits and len({*names}) == len(names) else None
+    return list(names) if fits and len({*names}) == len(names) else None

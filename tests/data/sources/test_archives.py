@@ -7,7 +7,8 @@ from PIL import Image
 
 from sslvision.data.source import SourceGone, UnreadableImage
 from sslvision.data.sources.folder import open_folder
-from sslvision.data.sources.webdataset import _ranges, expanded, open_webdataset
+from sslvision.data.sources.shard_files import _ranges, expanded
+from sslvision.data.sources.webdataset import open_webdataset
 from sslvision.errors import DataError, UsageError
 
 

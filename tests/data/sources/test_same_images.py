@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 
 from sslvision.augment.crops import Crop
+from sslvision.cli.compose import compose_settings
+from sslvision.cli.recipes import COMMANDS
 from sslvision.data import shard_index
 from sslvision.data.archive import members_of
 from sslvision.data.cache import cached
@@ -22,6 +24,7 @@ from sslvision.data.sampler import EpochBatches
 from sslvision.data.sources.folder import open_folder
 from sslvision.data.sources.list_file import open_list
 from sslvision.data.sources.webdataset import open_webdataset
+from sslvision.workflows.packing import pack
 
 CLASSES = ("cat", "dog", "fox")
 
@@ -79,6 +82,14 @@ def as_shards(folder, paths):
     return open_webdataset(str(shards), index_dir=str(folder.parent / "index"))
 
 
+def as_packed_shards(folder, paths):
+    packed = folder.parent / "packed"
+    if not packed.exists():
+        words = [f"data={folder}", "data.channels=3", f"output_dir={packed}", "shard_size=25", "workers=0"]
+        pack(compose_settings(words, COMMANDS["pack"]))
+    return open_webdataset(str(packed), index_dir=str(folder.parent / "index"))
+
+
 def as_table(folder, paths):
     datasets = pytest.importorskip("datasets")
     from sslvision.data.sources.hugging_face import open_hugging_face
@@ -96,7 +107,7 @@ def as_table(folder, paths):
     return open_hugging_face(str(folder.parent / "table"))
 
 
-WAYS = {way.__name__: way for way in (as_list, as_zip, as_tar, as_shards, as_table)}
+WAYS = {way.__name__: way for way in (as_list, as_zip, as_tar, as_shards, as_packed_shards, as_table)}
 
 
 def batches(source, workers=0):
@@ -146,6 +157,7 @@ WORDS = {
     "as_list": ["data=list", "data.file=photos.csv", "data.root=photos"],
     "as_zip": ["data=photos.zip"],
     "as_shards": ["data=webdataset", "data.urls=shards", "data.index_dir=index"],
+    "as_packed_shards": ["data=webdataset", "data.urls=packed", "data.index_dir=index"],
     "as_table": ["data=hf", "data.path=table"],
 }
 
