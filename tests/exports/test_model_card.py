@@ -171,9 +171,9 @@ def test_what_a_card_says_to_install_has_what_its_code_imports(format, facts, tm
     installed, named = set(), re.search(r"`pip install ([^`]+)`", text).group(1).split()
     while named:  # and what these require
         name = named.pop().lower()
-        if name not in installed and (required := requirements_of(name)) is not None:
+        if name not in installed:
             installed.add(name)
-            named += required
+            named += requirements_of(name)
     code = ast.parse(code_of(text))
     imported = {alias.name for line in code.body if isinstance(line, ast.Import) for alias in line.names}
     imported |= {line.module for line in code.body if isinstance(line, ast.ImportFrom)}
@@ -181,9 +181,9 @@ def test_what_a_card_says_to_install_has_what_its_code_imports(format, facts, tm
 
 
 def requirements_of(package):
-    """Return what a package requires without being asked for more; None if it is not installed here."""
+    """Return what a package requires without being asked for more; nothing if it is not installed here."""
     try:
         required = importlib.metadata.requires(package) or []
     except importlib.metadata.PackageNotFoundError:
-        return None
+        return []
     return [re.match(r"[\w.-]+", one).group(0) for one in required if "extra ==" not in one]
