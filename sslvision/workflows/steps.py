@@ -279,7 +279,8 @@ class Steps:
         verdict = judge_grid(
             [{key: one[key] for key in ("rate", "weight_decay", "score", "metrics", "updates")} for one in trained],
             own_decay=float(self.settings.method.get("weight_decay", 0.05)),
-            objective=f"{self.bench.objective}{self.bench.unit}",
+            objective=self.bench.objective,
+            unit=self.bench.unit,
             chance=self.chance(),
             sigma=sigma,
         )
