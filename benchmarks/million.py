@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 LINKS = 60_000  # to one file; ext4 has 65,000
 TINY = (
     "recipe=mae data.channels=3 backbone.image_size=32 backbone.patch_size=8 batch_size=64 epochs=1 knn_every_epochs=0"
@@ -78,18 +80,28 @@ def linked(files, root, images, folders):
 def listed(files, table, rows):
     """Write a Parquet list whose first rows are the files, and whose others do not exist."""
     import pyarrow as pa
-    from pyarrow import parquet
+    from pyarrow import compute, parquet
 
     if table.is_file():
         return table
-    schema = pa.schema([("path", pa.string()), ("label", pa.string())])
+    classes = pa.array([f"class_{number:04}" for number in range(1000)])
+    schema = pa.schema([("path", pa.string()), ("label", pa.dictionary(pa.int32(), pa.string()))])
+
+    def padded(numbers, width):
+        return compute.utf8_lpad(pa.array(numbers).cast(pa.string()), width, "0")
+
     with parquet.ParquetWriter(table, schema) as writer:
         for start in range(0, rows, 1 << 20):
-            numbers = range(start, min(rows, start + (1 << 20)))
-            paths = [f"images/{number // 10_000:06}/image_{number:010}.jpg" for number in numbers]
+            numbers = np.arange(start, min(rows, start + (1 << 20)))
+            parts = (
+                "images",
+                padded(numbers // 10_000, 6),
+                compute.binary_join_element_wise("image", padded(numbers, 10), "_"),
+            )
+            paths = compute.binary_join_element_wise(compute.binary_join_element_wise(*parts, "/"), ".jpg", "")
             if not start:
-                paths[: len(files)] = map(str, files)
-            labels = [f"class_{number % 1000:04}" for number in numbers]
+                paths = pa.concat_arrays([pa.array([str(file) for file in files]), paths[len(files) :]])
+            labels = pa.DictionaryArray.from_arrays(pa.array((numbers % 1000).astype(np.int32)), classes)
             writer.write_table(pa.table({"path": paths, "label": labels}, schema=schema))
     return table
 
@@ -113,7 +125,7 @@ def run(arguments, words, cache):
             *words,
             f"data.workers={arguments.workers}",
         ]
-        command += ["name=run", f"output_dir={output}", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
+        command += [f"output_dir={output}/run", "trainer.log_every_n_steps=1", "trainer.accelerator=cpu"]
         environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
         log = Path(output, "log")
         begun = time.perf_counter()

@@ -87,6 +87,8 @@ SOURCES = {  # of data sources, whose docstrings are prose
     "name": "Class name of a data set in torchvision.datasets, such as CIFAR10.",
     "download": "Download the data set if it is not in `root`.",
     "follow_symlinks": "Follow symbolic links that lead out of `root`; if false, they are left out, and named.",
+    "index_dir": "Folder where what was found is kept (default: sslvision/folders in $XDG_CACHE_HOME or ~/.cache).",
+    "rescan": "List all folders again, whether or not their times say that they have changed.",
     "at_least": "Decode large JPEGs at a fraction of their size, with at least this short side in pixels (default: in full).",
     "value_range": "`auto` or `[low, high]`: the values that become black and white in images of more than 8 bits.",
     "max_pixels": "Images with more pixels are rejected by their header, before they are decoded.",

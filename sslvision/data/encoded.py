@@ -17,6 +17,9 @@ from sslvision.data.decode import MAX_PIXELS, File, read_image
 from sslvision.data.eight_bits import ValueRange
 from sslvision.data.source import SourceGone, UnreadableImage
 
+HASHED = 1 << 18  # paths hashed at a time
+FACTOR = np.uint64(0xD6E8FEB86659FD93)
+
 
 class PathTable:
     """Paths, or names, as one array of bytes with offsets: millions cost no Python objects, and nothing per worker.
@@ -53,6 +56,30 @@ class PathTable:
         """Return the table of some of the paths, with the same bytes."""
         return PathTable(self.blob, self.starts[indices], self.ends[indices])
 
+    def hashes(self) -> np.ndarray:
+        """Return a hash of each path, (N,) uint64, of all its bytes, eight at a time."""
+        padded = len(self.blob) < 8
+        blob = np.append(self.blob, np.zeros(8, np.uint8)) if padded else self.blob
+        last = len(blob) - 8
+        words = np.ndarray((last + 1,), "<u8", blob, strides=(1,))  # the eight bytes from each byte on
+        hashes = np.empty(len(self), np.uint64)
+        for start in range(0, len(self), HASHED):
+            part = slice(start, start + HASHED)
+            begins, lengths = self.starts[part], self.ends[part] - self.starts[part]
+            mixed = lengths.astype(np.uint64)
+            for within in range(0, int(lengths.max()), 8):
+                live = np.flatnonzero(lengths > within)
+                place = np.minimum(begins[live] + within, last)
+                skipped = (begins[live] + within - place).astype(np.uint64)  # bytes, at the end of the blob
+                unused = (8 - np.minimum(8, lengths[live] - within)).astype(np.uint64)  # bytes of what follows
+                word = words[place] >> (skipped * np.uint64(8))
+                word &= np.uint64(0xFFFFFFFFFFFFFFFF) >> (unused * np.uint64(8))
+                word = (mixed[live] ^ word) * FACTOR
+                mixed[live] = word ^ (word >> np.uint64(29))
+            mixed *= FACTOR
+            hashes[part] = mixed ^ (mixed >> np.uint64(32))
+        return hashes
+
     def __getstate__(self) -> dict[str, Any]:
         """Return where arrays lie that are mapped from files: a process that is not forked maps them itself."""
         return {name: _in_file(array) or array for name, array in self.__dict__.items()}
@@ -81,7 +108,7 @@ def _in_file(array: np.ndarray) -> InFile | None:
     mapped: Any = array
     while mapped is not None and not isinstance(mapped, np.memmap):
         mapped = getattr(mapped, "base", None)
-    if mapped is None or mapped.filename is None or not array.flags.c_contiguous:
+    if mapped is None or not isinstance(mapped.filename, str | os.PathLike) or not array.flags.c_contiguous:
         return None
     within = array.ctypes.data - mapped.ctypes.data
     return InFile(os.fspath(mapped.filename), array.dtype.str, mapped.offset + within, len(array))

@@ -1,5 +1,6 @@
 """How many processes train, what they are told of one another, and how long they wait for one another."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as L
+import torch.distributed as dist
 from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy, Strategy, StrategyRegistry
 
 from sslvision.errors import UsageError
@@ -58,6 +60,35 @@ def set_timeout(strategy: Strategy, timeout: int) -> None:
     """Set the timeout of a strategy that Lightning has chosen itself, as for several devices without `trainer.strategy`."""
     if isinstance(strategy, DDPStrategy):
         strategy._timeout = timedelta(seconds=timeout)
+
+
+def join_restarted(strategy: Strategy, environment: Mapping[str, str] = os.environ) -> bool:
+    """Join the other processes if torchrun has started all of them again, on one node; return whether it did.
+
+    torchrun (2.14) keeps the store where processes leave their addresses, so that one that is started again finds the address
+    of a process that is gone, if it is faster than its successor (pytorch/pytorch#135712). Here each start has keys of its
+    own. On several nodes, no number of the start is the same everywhere.
+
+    Args:
+        strategy: The Trainer's, before training.
+        environment: The environment variables.
+    """
+    start = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or environment.get("GROUP_WORLD_SIZE", "1") != "1" or dist.is_initialized():
+        return False
+    if not isinstance(strategy, ParallelStrategy) or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    timeout = getattr(strategy, "_timeout", timedelta(seconds=1800))
+    address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    dist.init_process_group(
+        "nccl" if strategy.root_device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"start {start}", dist.TCPStore(*address, is_master=False, timeout=timeout)),
+        rank=int(environment["RANK"]),
+        world_size=int(environment["WORLD_SIZE"]),
+        timeout=timeout,
+    )
+    atexit.register(dist.destroy_process_group)
+    return True
 
 
 def check_processes(devices: int, nodes: int, environment: Mapping[str, str] = os.environ) -> None:

@@ -33,6 +33,7 @@ from sslvision.training.processes import (
     REFUSED,
     SHARDED,
     check_processes,
+    join_restarted,
     refuse_wrong,
     set_timeout,
     strategy_for,
@@ -197,6 +198,7 @@ def fit(trainer: L.Trainer, method: Method, data: L.LightningDataModule, *, chec
     # Lightning would load the checkpoint into a single-precision method, and convert that to double afterwards.
     trainer.precision_plugin.convert_module(method)
     tell_of_lost_processes(trainer)
+    join_restarted(trainer.strategy)
     trainer.fit(method, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
 
 

@@ -5,10 +5,12 @@ import sys
 from datetime import timedelta
 
 import pytest
-from pytorch_lightning.strategies import DDPStrategy
+import torch
+import torch.distributed as dist
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 
 from sslvision.errors import UsageError
-from sslvision.training.processes import check_processes, lost, strategy_for
+from sslvision.training.processes import check_processes, join_restarted, lost, strategy_for
 from sslvision.training.sharding import FSDP2
 from sslvision.training.trainer import build_trainer, check_options
 
@@ -96,3 +98,29 @@ def test_a_process_that_was_killed_is_told_from_one_that_ended_by_itself():
     own = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
     own.wait()
     assert lost([own]) == []
+
+
+def test_processes_that_torchrun_starts_again_do_not_read_the_addresses_of_those_that_are_gone(monkeypatch):
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    again = {
+        **{"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "1"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port), "RANK": "1", "WORLD_SIZE": "4"},
+    }
+    ddp = DDPStrategy(parallel_devices=[torch.device("cpu")], timeout=timedelta(seconds=90))
+    for other in (
+        {"TORCHELASTIC_RESTART_COUNT": "0"},
+        {"GROUP_WORLD_SIZE": "2"},
+        {"TORCHELASTIC_USE_AGENT_STORE": "False"},
+    ):
+        assert not join_restarted(ddp, again | other)
+    assert not join_restarted(SingleDeviceStrategy("cpu"), again)
+    joined = []
+    monkeypatch.setattr(dist, "init_process_group", lambda *names, **given: joined.append((names, given)))
+    monkeypatch.setattr("atexit.register", lambda call: joined.append(call))
+    assert join_restarted(ddp, again)
+    (names, given), at_exit = joined
+    assert names == ("gloo",)
+    assert (given["rank"], given["world_size"], given["timeout"]) == (1, 4, timedelta(seconds=90))
+    given["store"].set("address", "new")
+    assert kept.get("start 2/address") == b"new"
+    assert at_exit is dist.destroy_process_group

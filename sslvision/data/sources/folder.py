@@ -14,7 +14,7 @@
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -202,15 +202,20 @@ def check_holdout(holdout: float) -> None:
         raise UsageError(f"data.holdout is the fraction of images to hold out, from 0 to 0.9, not {holdout}.")
 
 
-def hold_out(keys: Sequence[str], fraction: float) -> np.ndarray:
+def hold_out(keys: Iterable[str], fraction: float, count: int | None = None) -> np.ndarray:
     """Return (N,) bool, True for the images to hold out: those whose keys have the lowest hashes.
 
-    Exactly `fraction` of them, rounded, but at least 1, at most 5,000, and never all.
+    Exactly `fraction` of them, rounded, but at least 1, at most 5,000, and never all. `count`: N, for keys without a length.
     """
-    held_out = np.zeros(len(keys), dtype=bool)
-    count = min(max(1, round(fraction * len(keys))), MOST_HELD_OUT, len(keys) - 1) if fraction else 0
-    digests = b"".join(blake2b(os.fsencode(key), digest_size=8).digest() for key in keys)
-    held_out[np.argsort(np.frombuffer(digests, ">u8"), kind="stable")[:count]] = True
+    count = len(keys) if isinstance(keys, Sized) else count
+    assert count is not None
+    held_out = np.zeros(count, dtype=bool)
+    most = min(max(1, round(fraction * count)), MOST_HELD_OUT, count - 1) if fraction else 0
+    if most > 0:
+        digests = (int.from_bytes(blake2b(os.fsencode(key), digest_size=8).digest(), "big") for key in keys)
+        hashes = np.fromiter(digests, np.uint64, count)
+        lowest = np.flatnonzero(hashes <= np.partition(hashes, most - 1)[most - 1])
+        held_out[lowest[np.argsort(hashes[lowest], kind="stable")[:most]]] = True
     return held_out
 
 

@@ -14,13 +14,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.encoded import EncodedSource, PathTable
 from sslvision.data.source import Splits
+from sslvision.data.sources.columns import (
+    PathColumns,
+    batches_of,
+    changed_paths,
+    check_filled,
+    has_columns,
+    numbers_of,
+)
 from sslvision.data.sources.folder import FileSource, check_holdout
 from sslvision.data.sources.list_images import share, some
+from sslvision.data.sources.remembered import Decided, Part, decided_of_files, index_folder
 from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of, refuse_several, split_code
 from sslvision.data.sources.tables import Table, is_image_path, open_table
 from sslvision.data.value_range import look_at
@@ -59,6 +69,7 @@ def open_list(
     at_least: int | None = None,
     max_pixels: int = MAX_PIXELS,
     value_range: str | Sequence[float] | Mapping[str, Sequence[float]] = "auto",
+    index_dir: str | None = None,
 ) -> Splits:
     """Return the images that a file lists, as described at the top of this module.
 
@@ -71,13 +82,15 @@ def open_list(
         suffix: Appended to every path, such as `.jpg` where a list has names without it.
         test_file, validation_file: Further lists, with the same columns.
         channels: Channels of an image: 1, 3, or as many as the files have.
+        index_dir: Folder where what is read of large lists is kept for later starts (default: sslvision/folders in
+            $XDG_CACHE_HOME or ~/.cache).
 
     Raises:
         UsageError: Unknown columns, or settings out of range.
         DataError: No such file, no images, several labels for an image, or held-out classes that training has not.
     """
     check_options(channels, holdout, max_pixels)
-    given, remarks = value_range_from(value_range), list[str]()
+    given = value_range_from(value_range)
     file = os.path.abspath(os.path.expanduser(file))
     files = [(file, "file", 0)]
     files += [(os.path.abspath(os.path.expanduser(one)), f"{SPLITS[number]}_file", number)
@@ -87,22 +100,49 @@ def open_list(
             f"data.split={split} tells splits within data.file: leave it out, or data.test_file and the like."
         )
     where = os.path.abspath(os.path.expanduser(root)) if root is not None else os.path.dirname(file)
-    listed = _read(files, column, label, split, suffix, remarks)
-    listed = _without_repeats(listed, remarks)
-    _check_files(listed.paths, where, remarks, given_root=root is not None)
+
+    def decide() -> Decided:
+        return _decide(files, column, label, split, suffix, holdout)
+
+    decided = decided_of_files(
+        [one for one, _, _ in files],
+        decide,
+        options=[files, column, label, split, suffix, holdout],
+        folder=index_folder(index_dir),
+    )
+    remarks, parts = [*decided.remarks], decided.parts
+    _check_files([part.paths for part in parts], where, remarks, given_root=root is not None)
+    name = f"{os.path.basename(file)} ({' + '.join(f'{len(part.paths):,}' for part in parts)})"
+    sources = []
+    for part in parts:
+        labels = None if part.labels is None else torch.from_numpy(part.labels)
+        about = (channels, part.classes, labels, at_least, max_pixels)
+        sources.append(FileSource(name, *about, root=where, paths=part.paths))
+    return with_values(sources, given, remarks)
+
+
+def _decide(
+    files: Sequence[tuple[str, str, int]],
+    column: str | None,
+    label: str | None,
+    split: str | None,
+    suffix: str,
+    holdout: float,
+) -> Decided:
+    """Return the splits and classes of some lists, and what to say of them."""
+    remarks = list[str]()
+    listed = _without_repeats(_read(files, column, label, split, suffix, remarks), remarks)
     parts, classes = parts_of(
         *(listed.paths.__getitem__, listed.labels, listed.names, listed.splits),
-        title=os.path.basename(file),
+        title=os.path.basename(files[0][0]),
         holdout=holdout,
         remarks=remarks,
     )
-    name = f"{os.path.basename(file)} ({' + '.join(f'{len(part.rows):,}' for part in parts)})"
-    about = (at_least, max_pixels)
-    sources = [
-        FileSource(name, channels, classes, part.labels, *about, root=where, paths=listed.paths.take(part.rows))
-        for part in parts
-    ]
-    return with_values(sources, given, remarks)
+    tables = (listed.paths.take(part.rows) for part in parts)
+    labels = (None if part.labels is None else part.labels.numpy() for part in parts)
+    return Decided(
+        "", [Part("", *one) for one in zip(tables, [classes] * len(parts), labels, strict=True)], remarks, []
+    )
 
 
 def check_options(channels: int, holdout: float, max_pixels: int) -> None:
@@ -139,6 +179,8 @@ def _read(
         path = _path_column(table, column, suffix, remarks)
         tables.append((table, path, _named(table, label, LABELS, "label", remarks), number))
     split_column = _named(tables[0][0], split, SPLIT_NAMES, "split", remarks) if len(files) == 1 else None
+    if all(has_columns(table, path, [one for one in (of, split_column) if one]) for table, path, of, _ in tables):
+        return _read_columns(tables, split_column, suffix, remarks)
 
     def paths() -> Iterator[str]:
         for table, path, label_column, number in tables:
@@ -165,6 +207,32 @@ def _read(
     names = list(of_label.names)
     check_single(names)
     return Listed(listed, np.array(labels, np.int64), names, np.array(splits, np.int8))
+
+
+def _read_columns(
+    tables: Sequence[tuple[Table, str, str | None, int]], split_column: str | None, suffix: str, remarks: list[str]
+) -> Listed:
+    """Return the same as `_read`, from Parquet files."""
+    paths, labels, splits, of_label = PathColumns(), list[np.ndarray](), list[np.ndarray](), Codes()
+    for table, path, label_column, number in tables:
+        change, rows = changed_paths(suffix, _has_backslashes(table, path, remarks)), 0
+        for batch in batches_of(table, [one for one in (path, label_column, split_column) if one]):
+            count = len(batch[path])
+            check_filled(batch[path], table, path, rows)
+            paths.add(batch[path], change)
+            labels.append(
+                numbers_of(batch[label_column], of_label, NONE) if label_column else np.full(count, NONE, np.int32)
+            )
+            if split_column and batch[split_column].null_count:
+                split_code(None)
+            of_split = numbers_of(batch[split_column], split_code, NONE) if split_column else np.full(count, number)
+            splits.append(of_split.astype(np.int8))
+            rows += count
+        if not rows:
+            raise DataError(f"{table.file} lists no images: it has a line of names and nothing else.")
+    names = list(of_label.names)
+    check_single(names)
+    return Listed(paths.table(), np.concatenate(labels, dtype=np.int64), names, np.concatenate(splits))
 
 
 def _path_column(table: Table, column: str | None, suffix: str, remarks: list[str]) -> str:
@@ -242,10 +310,12 @@ def _without_repeats(listed: Listed, remarks: list[str]) -> Listed:
         DataError: An image is listed with two labels.
     """
     paths = listed.paths
-    hashes = np.fromiter((hash(paths[row]) for row in range(len(paths))), np.int64, len(paths))
-    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    if len(first) == len(paths):
+    hashes = paths.hashes()
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():
         return listed
+    del ordered
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(paths)))
     earlier = first[inverse[again]]
     differ = listed.labels[again] != listed.labels[earlier]
@@ -271,14 +341,17 @@ def _without_repeats(listed: Listed, remarks: list[str]) -> Listed:
     return Listed(paths.take(kept), listed.labels[kept], listed.names, listed.splits[kept])
 
 
-def _check_files(paths: PathTable, root: str, remarks: list[str], *, given_root: bool) -> None:
+def _check_files(tables: Sequence[PathTable], root: str, remarks: list[str], *, given_root: bool) -> None:
     """Look whether some of the files exist.
 
     Raises:
         DataError: None of them does.
     """
-    rows = np.unique(np.linspace(0, len(paths) - 1, LOOK_AT).astype(np.int64)).tolist()
-    missing = [paths[row] for row in rows if not os.path.exists(os.path.join(root, paths[row]))]
+    begins = np.cumsum([0, *map(len, tables)])
+    rows = np.unique(np.linspace(0, begins[-1] - 1, LOOK_AT).astype(np.int64))
+    of_table = np.searchsorted(begins, rows, side="right") - 1
+    looked_at = [tables[table][int(row - begins[table])] for table, row in zip(of_table, rows, strict=True)]
+    missing = [path for path in looked_at if not os.path.exists(os.path.join(root, path))]
     if len(missing) == len(rows):
         here = os.path.exists(missing[0])
         hint = f" They exist relative to the current folder: data.root={os.getcwd()}." if here else ""

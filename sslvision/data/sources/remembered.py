@@ -1,18 +1,20 @@
-"""What was found in a folder of many images, remembered in files: later starts, and other processes, read them.
+"""What was found in a folder of many images, or in a large list, kept in files: later starts and other processes read them.
 
 - `KEY.npz` has the listings of the folders in it. A folder whose times have not changed is not listed again (scanning.py).
 - `KEY-DIGEST/` has what was decided of these: paths, labels, splits and remarks, as arrays that are mapped into memory.
 
-KEY is of the folder's path and of all that listing depends on, DIGEST of the listings and of what deciding depends on. All
-may be deleted at any time, and is found again then.
+KEY is of the folder's path and of all that listing depends on, DIGEST of the listings and of what deciding depends on; for a
+list they are of its path, and of its size, times of change and the settings. All may be deleted at any time, and is found again
+then.
 """
 
 import json
 import logging
 import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +25,8 @@ import numpy as np
 
 from sslvision.data.encoded import InFile, PathTable
 from sslvision.data.image_plugins import BY_SUFFIX, unread_format
+from sslvision.data.remote_files import cache_folder
+from sslvision.data.sources import scanning
 from sslvision.data.sources.list_images import EXTENSIONS, Found
 from sslvision.data.sources.overlaps import Image
 from sslvision.data.sources.scanning import Listing, check_folder, found_in, list_all
@@ -30,6 +34,7 @@ from sslvision.system.files import locked, written_whole
 
 VERSION = 1  # increment it when the same folder is listed or decided in another way
 MANY = 10_000  # images; fewer are listed in a fraction of a second, and nothing is kept of them
+LARGE = 1 << 20  # bytes of lists; smaller ones are read in a fraction of a second
 KEPT = 3  # decisions on one folder: those of its last changes
 log = logging.getLogger(__name__)
 
@@ -61,8 +66,7 @@ class Decided(NamedTuple):
 
 def index_folder(given: str | None) -> Path:
     """Return the folder where listings are kept."""
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / "folders"
-    return Path(given or usual).expanduser().absolute()
+    return cache_folder(given, "folders").absolute()  # workers that map its files may be started elsewhere
 
 
 def decided_in(
@@ -104,13 +108,43 @@ def decided_in(
         decision = file.with_suffix("").with_name(f"{file.stem}-{_digest(of_listings, *options)}")
         if known != listings:
             _keep(file, lambda: _save_listings(file, listings))
-        with suppress(OSError, ValueError, KeyError):
-            return _load(decision)
-        found = decide(found_in(root, listings))
-        _keep(decision, lambda: _save(decision, found))
-        with suppress(OSError, ValueError, KeyError):
-            return _load(decision)  # mapped, so that processes share it
-        return found
+        return _kept(decision, lambda: decide(found_in(root, listings)))
+
+
+def decided_of_files(
+    files: Sequence[str], decide: Callable[[], Decided], *, options: Iterable[Any], folder: Path
+) -> Decided:
+    """Return what is decided of lists of images, from `folder` where it is known there; of small lists nothing is kept.
+
+    Args:
+        files: The lists.
+        decide: Reads them, and decides.
+        options: All else that `decide` depends on.
+        folder: Where it is remembered.
+    """
+    try:
+        changes = [os.stat(file) for file in files]
+    except OSError:  # `decide` says what is wrong
+        return decide()
+    if sum(one.st_size for one in changes) < LARGE:
+        return decide()
+    stamps = [(one.st_size, one.st_mtime_ns, one.st_ctime_ns, one.st_ino) for one in changes]
+    decision = folder / f"{_digest(VERSION, [*map(os.path.realpath, files)])}-{_digest(stamps, *options)}"
+    if max(times for _, *both, _ in stamps for times in both) > time.time_ns() - scanning.SETTLED:
+        return decide()  # it may be changed once more, in the same tick of the clock
+    with locked(folder / f"{decision.name.partition('-')[0]}.lock", "another process reads the list"):
+        return _kept(decision, decide)
+
+
+def _kept(decision: Path, decide: Callable[[], Decided]) -> Decided:
+    """Return a decision from its folder, after making it if need be."""
+    with suppress(OSError, ValueError, KeyError):
+        return _load(decision)
+    found = decide()
+    _keep(decision, lambda: _save(decision, found))
+    with suppress(OSError, ValueError, KeyError):
+        return _load(decision)  # mapped, so that processes share it
+    return found
 
 
 def _keep(what: Path, save: Callable[[], None]) -> None:
@@ -210,10 +244,7 @@ def _save(folder: Path, decided: Decided) -> None:
     try:
         parts = []
         for number, part in enumerate(decided.parts):
-            offsets = np.append(part.paths.starts[:1], part.paths.ends).astype(np.int64)
-            arrays = {"blob": part.paths.blob, "offsets": offsets}
-            if part.labels is not None:
-                arrays["labels"] = part.labels
+            arrays = _arrays_of(part, before=decided.parts[0] if number else None)
             for name, array in arrays.items():
                 array.tofile(part_of / f"{name}{number}")
             sizes = {name: len(array) for name, array in arrays.items()}
@@ -229,15 +260,30 @@ def _save(folder: Path, decided: Decided) -> None:
         shutil.rmtree(one, ignore_errors=True)
 
 
+def _arrays_of(part: Part, before: Part | None) -> dict[str, np.ndarray]:
+    """Return the arrays of a part to write; without its paths where they are those of the first part."""
+    paths, labels = part.paths, {} if part.labels is None else {"labels": part.labels}
+    if before is not None and paths.blob is before.paths.blob:
+        return {"starts": paths.starts, "ends": paths.ends, **labels}
+    if np.array_equal(paths.starts[1:], paths.ends[:-1]):
+        return {"blob": paths.blob, "offsets": np.append(paths.starts[:1], paths.ends), **labels}
+    return {"blob": paths.blob, "starts": paths.starts, "ends": paths.ends, **labels}
+
+
 def _load(folder: Path) -> Decided:
     about = json.loads((folder / "about.json").read_text())
-    parts = []
+    parts = list[Part]()
     for number, one in enumerate(about["parts"]):
         arrays = {
             name: InFile(str(folder / f"{name}{number}"), "|u1" if name == "blob" else "<i8", 0, size)()
             for name, size in one["sizes"].items()
         }
-        paths = PathTable.joined(arrays["blob"], arrays["offsets"])
+        blob = arrays["blob"] if "blob" in arrays else parts[0].paths.blob
+        paths = (
+            PathTable(blob, arrays["starts"], arrays["ends"])
+            if "starts" in arrays
+            else PathTable.joined(blob, arrays["offsets"])
+        )
         classes = None if one["classes"] is None else tuple(one["classes"])
         parts.append(Part(one["folder"], paths, classes, arrays.get("labels")))
     return Decided(about["top"], parts, about["remarks"], [Image(*image) for image in about["looked_at"]])

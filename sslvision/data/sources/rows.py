@@ -152,7 +152,7 @@ def parts_of(
         )
     if len(kept) == 1:
         train = kept[0]
-        held = hold_out([key(int(row)) for row in train], holdout)
+        held = hold_out((key(int(row)) for row in train), holdout, len(train))
         if held.any():
             kept = {0: train[~held], 2: train[held]}
     if dropped:

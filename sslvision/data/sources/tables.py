@@ -43,12 +43,14 @@ class Table:
         columns: Names of the columns; "1", "2", ... if the file has none.
         rows: Returns the values of some columns, row by row; None where a row has none.
         header: Whether the file names its columns.
+        batches: Returns the same as Arrow batches; None if the file is not Parquet.
     """
 
     file: str
     columns: list[str]
     rows: Callable[[Sequence[str]], Iterator[Row]]
     header: bool = True
+    batches: Callable[[Sequence[str]], Iterator[Any]] | None = None
 
     def first(self, columns: Sequence[str] | None = None, most: int = LOOK_AT) -> list[Row]:
         """Return the first rows, of all columns if none are given."""
@@ -186,13 +188,16 @@ def _parquet(file: str) -> Table:
         ) from error
     schema = parquet.read_schema(file)
 
-    def rows(wanted: Sequence[str]) -> Iterator[Row]:
+    def batches(wanted: Sequence[str]) -> Iterator[Any]:
         with parquet.ParquetFile(file, memory_map=True) as opened:
-            for batch in opened.iter_batches(batch_size=1 << 16, columns=list(dict.fromkeys(wanted))):
-                columns = {name: batch.column(name).to_pylist() for name in set(wanted)}
-                yield from zip(*(columns[name] for name in wanted), strict=True)
+            yield from opened.iter_batches(batch_size=1 << 16, columns=list(dict.fromkeys(wanted)))
 
-    return Table(file, list(schema.names), rows)
+    def rows(wanted: Sequence[str]) -> Iterator[Row]:
+        for batch in batches(wanted):
+            columns = {name: batch.column(name).to_pylist() for name in set(wanted)}
+            yield from zip(*(columns[name] for name in wanted), strict=True)
+
+    return Table(file, list(schema.names), rows, batches=batches)
 
 
 def _text(file: str) -> Table:

@@ -1,5 +1,6 @@
 import os
 import pickle
+from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -287,6 +288,13 @@ def test_held_out_images_keep_their_labels(plant):
         expected = [("cat", "dog").index(name.split("/")[0]) for name in names(source, root)]
         assert source.labels.tolist() == expected
     assert (len(train), len(test)) == (14, 6)
+
+
+def test_those_with_the_lowest_hashes_are_held_out_and_of_equal_ones_the_first():
+    keys = [f"{number % 90}.jpg" for number in range(100)]
+    digests = [blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    lowest = sorted(range(100), key=digests.__getitem__)[:95]
+    assert hold_out(iter(keys), 0.95, 100).nonzero()[0].tolist() == sorted(lowest)
 
 
 def test_the_held_out_fraction_is_exact_at_least_one_and_at_most_5000():

@@ -7,9 +7,12 @@ import threading
 
 import pytest
 
+from sslvision.data.encoded import PathTable
 from sslvision.data.sources import folder as folder_module
-from sslvision.data.sources import remembered, scanning
+from sslvision.data.sources import list_file, remembered, scanning
 from sslvision.data.sources.folder import open_folder
+from sslvision.data.sources.list_file import open_list
+from sslvision.errors import DataError
 
 
 @pytest.fixture
@@ -197,3 +200,80 @@ def test_of_two_processes_one_lists_and_decides(photos, tmp_path, monkeypatch):
     second.join()
     assert decisions == [first]
     assert [len(one.train) for one in opened] == [4, 4]
+
+
+# Lists
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """Return a Parquet list of images with classes, splits, and a repeated row; any list counts as large and settled."""
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(remembered, "LARGE", 1)
+    monkeypatch.setattr(scanning, "SETTLED", -(10**18))
+    names = [f"{'é' * (number % 3)}{number}" for number in range(12)]
+    for name in names:
+        (tmp_path / f"{name}.jpg").touch()
+    rows = {"image": [*names, names[3]], "label": [*"ab" * 6, "b"], "split": [*["train", "val", "test"] * 4, "train"]}
+    parquet.write_table(pa.table(rows), tmp_path / "images.parquet", row_group_size=5)
+    return tmp_path / "images.parquet"
+
+
+def shown(splits):
+    parts = [one for one in splits if hasattr(one, "labels")]
+    images = [[(one.describe(index), int(one.labels[index])) for index in range(len(one))] for one in parts]
+    return images, [part.name for part in parts], [part.classes for part in parts], splits.remarks
+
+
+OPTIONS = {"column": "image", "suffix": ".jpg"}
+
+
+def test_a_parquet_list_by_columns_has_what_it_has_row_by_row(table, monkeypatch):
+    def opened():
+        return shown(open_list(table, index_dir=str(table.parent / "nowhere" / str(len(done))), **OPTIONS))
+
+    done = []
+    done.append(opened())
+    monkeypatch.setattr(list_file, "has_columns", lambda *_: False)
+    done.append(opened())
+    assert done[0] == done[1]
+    assert "repeat an image" in " ".join(done[0][3])
+    assert [len(images) for images in done[0][0]] == [4, 4, 4]
+
+
+def test_a_list_is_read_once_and_again_when_it_changes(table, tmp_path, monkeypatch):
+    def opened():
+        return shown(open_list(table, index_dir=str(tmp_path / "index"), **OPTIONS))
+
+    first = opened()
+    with monkeypatch.context() as patched:
+        patched.setattr(list_file, "_read", None)
+        assert opened() == first
+        with pytest.raises(TypeError):
+            open_list(table, index_dir=str(tmp_path / "index"), **OPTIONS, label="none")
+    os.utime(table)  # rewritten
+    monkeypatch.setattr(list_file, "_read", None)
+    with pytest.raises(TypeError):
+        opened()
+
+
+def test_a_row_without_a_path_is_named_whatever_the_batch(table):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    paths = [f"{number}.jpg" for number in range(9)]
+    for missing in (None, ""):
+        parquet.write_table(pa.table({"path": [*paths, missing, "z.jpg"]}), table, row_group_size=4)
+        with pytest.raises(DataError, match=r"row 10 has no path"):
+            open_list(table, split="none")
+
+
+def test_paths_have_a_hash_each_of_all_their_bytes():
+    paths = [f"{'x' * length}{end}" for length in range(30) for end in ("", "a", "b", "ab")] + ["", "é", "\0", "\0\0"]
+    paths = list(dict.fromkeys(paths))
+    whole = PathTable.of(paths)
+    hashes = whole.hashes()
+    assert len(set(hashes.tolist())) == len(paths)
+    for index in (0, 1, 5, 50, len(paths) - 1):  # neither what stands before nor behind matters
+        assert PathTable.of([paths[index]]).hashes()[0] == hashes[index]
+        assert PathTable.of(["before", paths[index], "behind"]).hashes()[1] == hashes[index]
