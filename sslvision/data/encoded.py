@@ -6,7 +6,7 @@ name it (`describe`). Decoding, value ranges and caches are the same for all of 
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,9 @@ class PathTable:
 
     def __len__(self) -> int:
         return len(self.ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> str:
         return os.fsdecode(self.blob[self.starts[index] : self.ends[index]].tobytes())

@@ -62,7 +62,7 @@ class ArchiveFolder:
             raise no_images(self.path, found, "data.root")
         return found
 
-    def source(self, where: str, images: Sequence[str], name: str, about: Sequence[Any]) -> ArchiveSource:
+    def source(self, where: str, images: Iterable[str], name: str, about: Sequence[Any]) -> ArchiveSource:
         """Return the source of some images.
 
         Args:
@@ -106,6 +106,6 @@ class ArchiveFolder:
             file.seek(int(self.members.offsets[row]))
             return blake2b(file.read(int(self.members.sizes[row]))).digest()
 
-    def _inside(self, where: str, paths: Sequence[str]) -> list[str]:
+    def _inside(self, where: str, paths: Iterable[str]) -> list[str]:
         prefix = os.path.relpath(where, self.path).replace(os.sep, "/")
         return list(paths) if prefix == "." else [f"{prefix}/{path}" for path in paths]

@@ -105,21 +105,21 @@ def open_folder(
     if max_pixels < 1:
         raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
     given = value_range_from(value_range)
-    root = os.path.abspath(os.path.expanduser(root))
-    archive = open_archive(root) if is_archive(root) else None
-    title = os.path.basename(root) or root
+    whole = os.path.abspath(os.path.expanduser(root))
+    archive = open_archive(whole) if is_archive(whole) else None
+    title = os.path.basename(whole) or whole
 
     def decide(found: Found) -> Decided:
-        return _decide(found, root, title, holdout)
+        return _decide(found, whole, title, holdout)
 
     if archive is not None:
         decided = decide(archive.scan())
     else:
         index = index_folder(index_dir)
         decided = decided_in(
-            root, decide, follow_symlinks=follow_symlinks, options=[holdout], folder=index, rescan=rescan
+            whole, decide, follow_symlinks=follow_symlinks, options=[holdout], folder=index, rescan=rescan
         )
-    root = os.path.join(root, decided.top) if decided.top else root
+    root = os.path.join(whole, decided.top) if decided.top else whole
     remarks, parts = [*decided.remarks], decided.parts
     labeled = sum(len(part.labels) for part in parts if part.labels is not None)
     tell_overlaps(root, decided.looked_at, labeled, remarks, same_files if archive is None else archive.same_files)
@@ -133,9 +133,9 @@ def open_folder(
         return FileSource(name, channels, part.classes, labels, at_least, max_pixels, root=where, paths=part.paths)
 
     first, *held_sources = map(source, parts)
-    decided, of_values = look_at(first, given)
+    in_effect, of_values = look_at(first, given)
     for one in (first, *held_sources):
-        one.value_range = decided
+        one.value_range = in_effect
     test, validation = (*reversed(held_sources), None, None)[:2]  # a single one is the test split
     return Splits(first, test, validation, (*remarks, *of_values))
 

@@ -201,12 +201,9 @@ def _save_listings(file: Path, listings: Mapping[str, Listing]) -> None:
         heads.append(vars(one) | {"folder": folder, "images": len(one.images)})
         blobs.append(_blob(one.images))
     ends = np.cumsum([len(blob) for blob in blobs], dtype=np.int64)
-    arrays = {
-        "heads": np.frombuffer(json.dumps(heads).encode(), np.uint8),
-        "names": np.frombuffer(b"".join(blobs), np.uint8),
-    }
+    head, names = np.frombuffer(json.dumps(heads).encode(), np.uint8), np.frombuffer(b"".join(blobs), np.uint8)
     with written_whole(file, concurrent=True) as opened:
-        np.savez(opened, ends=ends, **arrays)
+        np.savez(opened, ends=ends, heads=head, names=names)
 
 
 def _listings_of(file: Path) -> dict[str, Listing]:
