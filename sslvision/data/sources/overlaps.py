@@ -112,8 +112,8 @@ def _equal(root: str, alike: list[list[Image]]) -> Iterator[list[Image]]:
         for other in others:
             equal = False
             with suppress(OSError):
-                paths = (os.path.join(root, links[0].path) for links in (first, other))
-                equal = filecmp.cmp(*paths, shallow=False)
+                one, two = (os.path.join(root, links[0].path) for links in (first, other))
+                equal = filecmp.cmp(one, two, shallow=False)
             if equal:
                 same += other
             else:
