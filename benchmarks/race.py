@@ -295,20 +295,15 @@ def report(figure):
         updates = round(statistics.mean(one["updates"] for one in runs))
         table.add_row(name, f"{minutes:g}", str(len(runs)), f"{updates:,}", spread(knn), spread(linear))
     for key in ("untrained", "pixels"):
-        runs = [one for one in found if f"{key}_knn" in one]
-        if runs:
-            table.add_row(
-                key,
-                "",
-                str(len(runs)),
-                "",
-                *(spread([one[f"{key}_{kind}"] for one in runs]) for kind in ("knn", "linear")),
-            )
+        for name in sorted({one["contestant"] for one in found if f"{key}_knn" in one}):
+            runs = [one for one in found if one["contestant"] == name and f"{key}_knn" in one]
+            scores = (spread([one[f"{key}_{kind}"] for one in runs]) for kind in ("knn", "linear"))
+            table.add_row(f"{key} ({name})", "", str(len(runs)), "", *scores)
     Console(width=110).print(table)
     if found:
         draw(groups, figure)
         one = found[0]
-        print(f"{one['processor']}, {one['cores']} cores, torch {one['torch']}, {one['date']}. Picture: {figure}")
+        print(f"{one['processor']}, cores: {one['cores']}, torch {one['torch']}, {one['date']}. Picture: {figure}")
 
 
 def spread(values):

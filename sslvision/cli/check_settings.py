@@ -20,6 +20,7 @@ from sslvision.workflows.inspecting_settings import Inspect
 from sslvision.workflows.packing_settings import Pack
 from sslvision.workflows.report_settings import Report
 from sslvision.workflows.scaling_settings import Scale
+from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 Settings = TypeVar(
@@ -35,6 +36,7 @@ Settings = TypeVar(
     Tune,
     TuneFinetune,
     Embed,
+    Segment,
     Search,
     Duplicates,
     Outliers,

@@ -131,7 +131,7 @@ def _run_and_data(settings: Probe | Finetune | Embed) -> str:
     return f"{_run(settings)}-{_data(settings)}"
 
 
-def _run(settings: Probe | Finetune | Export | Embed) -> str:
+def _run(settings: Probe | Segment | Finetune | Export | Embed) -> str:
     """Return the name of a run as one word for folders."""
     run = Path(str(settings.run))
     return re.sub(r"[^\w.-]", "_", (run.parent if run.name == "export" else run).name)

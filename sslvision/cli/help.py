@@ -172,9 +172,15 @@ EXAMPLES = {
     ),
     "outliers": (("embeddings=outputs/embed-a-photos n=50", "the fifty images farthest from their neighbors"),),
     "select": (
-        ("embeddings=outputs/embed-a-photos n=100", "a hundred images that cover all others, to label first"),
-        ("embeddings=outputs/embed-a-photos n=100 by=clusters", "the most typical image of each of a hundred clusters"),
-        ("embeddings=outputs/embed-a-photos n=100 labeled=labels.csv", "a hundred more, unlike those that have labels"),
+        (
+            "embeddings=outputs/embed-a-photos n=100",
+            "the most typical image of each of a hundred clusters, to label first",
+        ),
+        ("embeddings=outputs/embed-a-photos n=100 by=cover", "a hundred images that cover all others, rare ones too"),
+        (
+            "embeddings=outputs/embed-a-photos n=100 labeled=labels.csv",
+            "a hundred more, from other clusters",
+        ),
     ),
     "pack": (
         ("data=photos output_dir=shards", "a folder of images, as train/ and val/ of shards; the same command goes on"),

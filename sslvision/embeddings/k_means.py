@@ -3,6 +3,7 @@
 Shapes: N vectors, D dimensions, K clusters.
 """
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -103,10 +104,17 @@ def _rows(vectors: Tensor, indices: Tensor, device: torch.device) -> Tensor:
     return F.normalize(vectors[indices.to(vectors.device)].to(device).float(), dim=1)
 
 
-def most_typical(clusters: Clusters) -> list[int]:
-    """Return the index of the vector nearest to the center of each cluster, largest cluster first; empty ones have none."""
+def most_typical(clusters: Clusters, without: Collection[int] = ()) -> list[int]:
+    """Return the index of the vector nearest to the center of each cluster, largest cluster first; empty ones have none.
+
+    Args:
+        clusters: The clusters.
+        without: Numbers of clusters that are left out.
+    """
     found = []
     for number in range(len(clusters.centers)):
+        if number in without:
+            continue
         members = (clusters.assigned == number).nonzero()[:, 0]
         if len(members):
             found.append(int(members[clusters.similarities[members].argmax()]))

@@ -283,14 +283,21 @@ def judge_rates(tried: Sequence[Tried], *, own: float, name: str) -> tuple[Verdi
 
 
 def judge_grid(
-    cells: Sequence[Mapping[str, Any]], *, own_decay: float, objective: str, chance: float | None, sigma: float | None
+    cells: Sequence[Mapping[str, Any]],
+    *,
+    own_decay: float,
+    objective: str,
+    unit: str = "",
+    chance: float | None,
+    sigma: float | None,
 ) -> Verdict:
     """Judge a grid of rates and weight decays, whose cells have `rate`, `weight_decay` and `score`.
 
     Args:
         cells: The cells that were trained.
         own_decay: The recipe's weight decay.
-        objective: Name of the score, with its unit.
+        objective: Name of the score.
+        unit: Its unit, after a space.
         chance: Score of knowing nothing; None if unknown.
         sigma: Standard error of a score; None if unknown.
     """
@@ -301,7 +308,7 @@ def judge_grid(
     best, margin = max(scored, key=lambda cell: cell["score"]), 2 * math.sqrt(2) * (sigma or 0.0)
     numbers = {"cells": [dict(cell) for cell in scored], "best": dict(best)}
     where = f"rate {best['rate']:.2g}, weight decay {best['weight_decay']:g}"
-    words = f"The best of {len(scored)} cells is {where}: {objective} {best['score']:.4g}."
+    words = f"The best of {len(scored)} cells is {where}: {objective} {best['score']:.4g}{unit}."
     if chance is not None and best["score"] < chance + 3 * (sigma or 1.0):
         advice = "Do labels belong to their images? Shuffled labels can be learned by heart, and tell nothing of other images."
         return Verdict(step, False, f"{words} That is chance ({chance:.3g}).", advice, numbers)

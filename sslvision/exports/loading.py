@@ -94,7 +94,8 @@ def loading_code(loaded: Loaded, format: str, facts: Mapping[str, Any]) -> str:
     imports = "import onnxruntime" if format == "onnx" else "import torch"
     standard = "import json\nfrom pathlib import Path\n\n" if "json.loads" in tail else ""
     return _block(
-        standard + _preparing(loaded, facts, imports, mode) + tail, "onnxruntime" if format == "onnx" else "torch"
+        standard + _preparing(loaded, facts, imports, mode) + tail,
+        "onnxruntime numpy" if format == "onnx" else "torch numpy",
     )
 
 

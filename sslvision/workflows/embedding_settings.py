@@ -171,13 +171,13 @@ class Select:
     embeddings: str | None = option(None, _EMBEDDINGS)
     n: int = option(100, "number of images to choose")
     by: Literal["cover", "clusters"] = option(
-        "cover",
-        "cover: each next image is the one farthest from those chosen (k-center greedy), which takes in rare images; "
-        "clusters: the most typical image of each of n clusters",
+        "clusters",
+        "clusters: the most typical image of each of n clusters, which is better than random labels; cover: each next image is "
+        "the one farthest from those chosen (k-center greedy), which takes in rare images",
     )
     labeled: str | None = option(
         None,
-        "a CSV file with a column `path` of images that have labels: others are chosen (cover: far from these too)",
+        "a CSV file with a column `path` of images that have labels: others are chosen, from other clusters or far from these",
     )
     split: Literal["all", "train", "validation", "test"] = option("all", "which images to choose from")
     seed: int = option(0, "clusters: random seed of the first centers")

@@ -43,11 +43,41 @@ CAPTIONS = {
     "confusion": "A row for each true class, with the share of its test images that was taken for each class. Blue is right; "
     "orange tells which classes are confused.",
 }
+ARMS = {
+    "from scratch": "all layers, from random weights",
+    "frozen features": "a linear classifier on features that stay as they are",
+    "partial": "the upper half of the network and the classifier",
+    "full": "all layers, from the pretrained weights",
+}
+CAPTION_OF_BARS = "Bars are 95 % intervals over test sets of the same size."
+CAPTION_OF_CLASSIFIERS = CAPTION_OF_BARS + (
+    " k-NN asks the k nearest training images for their class, and a linear probe draws straight borders between features of "
+    "classes; neither changes the network."
+)
 CAPTION_OF_LOSS = "Thin: every logged value; thick: their running mean."
-HEALTH = {
-    "rankme": "RankMe: how many dimensions the features use. A fall towards 1 is a collapse.",
-    "grad_norm": "Norm of the gradient. Jumps go with instability.",
-    "weight_decay": "",
+CAPTION_OF_DINO = (
+    "DINO's loss is measured against a teacher that changes, and may rise: alone it says little. See Health."
+)
+HEALTH = {  # by metric: its name, and what to see in it
+    "rankme": ("RankMe", "How many dimensions the features use. A fall towards 1 is a collapse."),
+    "grad_norm": ("norm of the gradient", "Jumps go with instability."),
+    "loss_over_ln_k": (
+        "loss / ln K",
+        "DINO's loss, relative to that of a network that says the same of all images. Healthy: below 1 after the warm-up.",
+    ),
+    "teacher_entropy": (
+        "entropy of the teacher",
+        "How undecided the teacher is, in nats. At 0, or at ln K while the distance below is near 0, it has collapsed.",
+    ),
+    "kl": (
+        "distance of student and teacher",
+        "Their Kullback-Leibler divergence, in nats: what there is to learn from. Healthy: not 0.",
+    ),
+    "mutual_information": (
+        "mutual information",
+        "What an output tells about its image, in nats. At 0, all images get the same output, which is a collapse.",
+    ),
+    "center_norm": ("norm of the center", "Of what is subtracted from the teacher's outputs. Healthy: it settles."),
 }
 NOT_HEALTH = ("step", "epoch", "loss", "lr", "weight_decay", "val_loss")
 
@@ -123,11 +153,22 @@ def scores_of_pretraining(run: RunRecord) -> str:
         charts += interval_chart(bars, label=label)
     cells = [[name, *(f"{row[key]:.2f}" if key in row else "–" for key in shown)] for name, row in rows.items()]
     images = run.results.get("held_out_images")
-    meaning = (
-        f"On {images:,} held-out images. Bars are 95 % intervals: what another test set of the same size could give. k-NN asks "
-        "the nearest training images for their class, a linear probe draws straight borders; neither changes the features."
-        if images
-        else "Of frozen features. RankMe is the effective number of dimensions that they use."
+    on = f"On {images:,} held-out images. " if images else "Of frozen features. "
+    meaning = on + " ".join(
+        text
+        for text, told in (
+            (
+                "Bars are 95 % intervals: what another test set of the same size could give.",
+                bool(images) and bool(charts),
+            ),
+            (
+                "k-NN asks the nearest training images for their class, a linear probe draws straight borders; neither changes "
+                "the features.",
+                bool(charts),
+            ),
+            ("RankMe is the effective number of dimensions that the features use.", "rankme" in shown),
+        )
+        if told
     )
     return (
         charts
@@ -157,7 +198,9 @@ def scores_of_classifiers(run: RunRecord) -> str:
         if key in pixels:
             bars.append(Bar(name, pixels[key], color=7))
             rows.append([name, f"{pixels[key]:.2f}", "–", "–"])
-    chart = interval_chart(bars, label="top-1 (%)", caption="Bars are 95 % intervals over test sets of the same size.")
+    chart = interval_chart(
+        bars, label="top-1 (%)", caption=CAPTION_OF_CLASSIFIERS if run.kind == "probe" else CAPTION_OF_BARS
+    )
     deviations = [f"Deviation from the paper: {one}" for one in (run.results.get("linear") or {}).get("deviations", [])]
     return (
         chart + table(["classifier", "top-1 %", "top-5 %", "mean per class %"], rows, first=True) + listed(deviations)
@@ -180,8 +223,11 @@ def label_efficiency(run: RunRecord) -> str:
         x = [numbers[cell["labels_per_class"]] for cell in own]
         lines.append(Line(arm, x, [cell["mean"] for cell in own], color, low, high))
     ticks = [(number, str(labels)) for labels, number in numbers.items()]
-    caption = "Error bars are one standard deviation over the seeds. Where lines are further apart than their bars, the way of "
-    caption += "transfer matters; where the line from scratch is below the others, pretraining saves labels."
+    caption = (
+        "Where lines are further apart than their bars, which are one standard deviation over the seeds, the way of "
+    )
+    caption += "transfer matters; where the line from scratch is below the others, pretraining saves labels. "
+    caption += "; ".join(f"{arm}: {ARMS[arm]}" for arm in arms if arm in ARMS) + "."
     chart = line_chart(
         lines,
         label="top-1 (%)",
@@ -227,7 +273,9 @@ def curves(run: RunRecord) -> str:
         scratch = Line(names[1], *run.curve(key, scratch=True), color=1, smooth=key == "loss")
         untrained = run.results.get("untrained_knn_top1")
         references = [("untrained", float(untrained))] if key == "knn_top1" and untrained is not None else []
-        captions = {"loss": CAPTION_OF_LOSS * any(len(line.x) >= SMOOTHED_FROM for line in (own, scratch))}
+        of_loss = [CAPTION_OF_LOSS] * any(len(line.x) >= SMOOTHED_FROM for line in (own, scratch))
+        of_loss += [CAPTION_OF_DINO] * ("loss_over_ln_k" in run.metrics)
+        captions = {"loss": " ".join(of_loss)}
         charts[key] = line_chart(
             [own, scratch], label=label, references=references, caption=captions.get(key, ""), tall=key == "loss"
         )
@@ -260,12 +308,10 @@ def health(run: RunRecord) -> str:
         and not name.endswith(("_top1", "_top5"))
         and not name.startswith(("untrained_", "pixels_", "start_", "best_"))
     ]
-    charts = [
-        line_chart(
-            [Line(name, *run.curve(name), smooth=True)], label=name.replace("_", " "), caption=HEALTH.get(name, "")
-        )
-        for name in names
-    ]
+    charts = []
+    for name in names:
+        label, caption = HEALTH.get(name, (name.replace("_", " "), ""))
+        charts.append(line_chart([Line(label, *run.curve(name), smooth=True)], label=label, caption=caption))
     shown = "".join(charts)
     return f'<div class="panels">{shown}</div>' if shown else ""
 

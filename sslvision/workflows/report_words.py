@@ -137,14 +137,21 @@ def verdict_of_comparison(results: Mapping[str, Any]) -> list[str]:
     for labels in dict.fromkeys([*budgets[:1], *budgets[-1:]]):
         column = [cell for cell in cells if cell["labels_per_class"] == labels]
         best = max(column, key=lambda cell: cell["mean"])
+        near = [cell["arm"] for cell in column if cell is not best and _not_told_apart(best, cell)]
         scratch = next((cell for cell in column if cell["arm"] == "from scratch"), None)
-        gain = (
-            ""
-            if scratch in (None, best)
-            else f", {best['mean'] - scratch['mean']:.1f} points above training from scratch"
-        )
-        told.append(f"With {labels} labeled images per class, {best['arm']} is best: {best['mean']:.1f} %{gain}.")
+        gain = ""
+        if scratch is not None and scratch is not best and "from scratch" not in near:
+            gain = f", {best['mean'] - scratch['mean']:.1f} points above training from scratch"
+        like = f". Not told apart from it, by the spread over seeds: {', '.join(near)}" if near else ""
+        images = f"{labels} labeled images per class" if labels != "all" else "all labeled images"
+        told.append(f"With {images}, the best is “{best['arm']}”: {best['mean']:.1f} %{gain}{like}.")
     return told
+
+
+def _not_told_apart(best: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two cells of a comparison lie within twice the standard error of their difference over the seeds."""
+    errors = [cell["deviation"] / math.sqrt(cell["seeds"]) for cell in (best, other)]
+    return bool(best["mean"] - other["mean"] <= 2 * math.hypot(*errors))
 
 
 def against(value: float, interval: Interval | None, other: float, of_other: Interval | None, name: str) -> str:
@@ -154,7 +161,7 @@ def against(value: float, interval: Interval | None, other: float, of_other: Int
     """
     difference = value - other
     if interval is None or of_other is None:
-        return f"{difference:+.1f} points against {name}"
+        return f"{abs(difference):.1f} points {'above' if difference > 0 else 'below'} {name}, with unknown noise"
     noise = math.hypot(interval[1] - interval[0], of_other[1] - of_other[0]) / 2
     if abs(difference) <= noise:
         return f"not told apart from {name} ({other:.1f} %)"
@@ -207,6 +214,9 @@ def next_lines(run: RunRecord) -> list[tuple[str, str]]:
         )
     if run.kind == "finetune" and ready:
         lines.append((f"python -m sslvision.predict run={where} images=FOLDER", "Label new images:"))
+    if run.kind == "compare" and (of := run.settings.get("run")) and run.status == "finished":
+        line = f"python -m sslvision.finetune run={shlex.quote(str(of))} data=FOLDER"
+        lines.append((line, "Train one classifier, with its report and an export:"))
     if run.kind in ("finetune", "probe") and (of := run.settings.get("run")):
         line = f"python -m sslvision.finetune run={shlex.quote(str(of))} compare=true 'labels_per_class=[1,10,all]'"
         lines.append((line, "Ask what pretraining is worth at several numbers of labels, tuned alike:"))

@@ -216,7 +216,8 @@ def learn(encoding: Encoding, train: Subset[Masked | str], settings: Segment) ->
     classes, images = list[Tensor](), list[int]()
     features: dict[str, list[Tensor]] = {name: [] for name in encoding.encoders}
     for one, of in encoding(train, len(train), "training images"):
-        found = patch_classes(one.mask, tuple(next(iter(of.values())).shape[:2])).flatten()  # (rows * columns,)
+        rows, columns = next(iter(of.values())).shape[:2]
+        found = patch_classes(one.mask, (rows, columns)).flatten()  # (rows * columns,)
         known = (found >= 0).nonzero()[:, 0]
         known = known[permutation(len(known), seed=settings.seed, epoch=one.index)[:each]]
         classes.append(found[known])
@@ -254,7 +255,7 @@ def compare(
         true = torch.where(one.mask > max(values), len(values), true)
         for number, (name, bank) in enumerate(banks.items()):
             found = {KNN: bank.knn_scores(of[name]), LINEAR: bank.linear_scores(of[name])}
-            predicted = {way: full_size(scores.cpu(), tuple(true.shape)) for way, scores in found.items()}
+            predicted = {way: full_size(scores.cpu(), (true.shape[0], true.shape[1])) for way, scores in found.items()}
             for way, classes in predicted.items():
                 parts[name][way].append(Overlaps.of(classes, true, len(values) + 1))
             if not number and one.index % step == 0 and len(pictures["image"]) < DRAWN:

@@ -20,7 +20,7 @@ def select(settings: Select) -> Path:
     Raises:
         UsageError: There are no such embeddings, fewer images than asked for, or none of the labeled images among them.
     """
-    name = "" if settings.by == "cover" else f"-{settings.by}"
+    name = "" if settings.by == "clusters" else f"-{settings.by}"
     opened = Opened(settings, f"select-{settings.n}{name}", "selected.csv")
     labeled = labeled_rows(opened, settings.labeled)
     among = torch.tensor([settings.split in ("all", split) for split in opened.rows.splits])
@@ -33,8 +33,7 @@ def select(settings: Select) -> Path:
                 opened.vectors, settings.n, device=opened.device, among=among, labeled=labeled, progress=progress
             )
         else:
-            chosen = typical(opened, settings, among.nonzero()[:, 0])
-            distances = []
+            chosen, distances = typical(opened, settings, among, labeled), []
     shown = [f"{distance:.6f}" for distance in distances] or [""] * len(chosen)
     lines = ([rank, *opened.about(row), shown[rank - 1]] for rank, row in enumerate(chosen, 1))
     opened.write(
@@ -49,17 +48,26 @@ def select(settings: Select) -> Path:
     return opened.end(f"{title}{told_of(opened, chosen, distances)}", sheet)
 
 
-def typical(opened: Opened, settings: Select, rows: Tensor) -> list[int]:
-    """Return the most typical image of each of n clusters of these rows."""
+def typical(opened: Opened, settings: Select, among: Tensor, labeled: list[int]) -> list[int]:
+    """Return the most typical image of each of the n largest clusters without a labeled image.
+
+    There are as many clusters as images with labels, then and before (Hacohen et al. 2022, arXiv:2202.02794). Where copies make
+    clusters empty, the images farthest from those chosen follow.
+    """
+    rows = torch.cat([among.nonzero()[:, 0], torch.tensor(labeled, dtype=torch.int64)])
     vectors = opened.vectors if len(rows) == len(opened.rows) else opened.vectors[rows.to(opened.vectors.device)]
-    clusters = k_means(vectors, settings.n, seed=settings.seed, device=opened.device)
-    found = most_typical(clusters)
-    if len(found) < settings.n:
-        raise UsageError(
-            f"n={settings.n}: there are only {len(found):,} different images to choose from (sslvision duplicates finds the "
-            "others). Give a smaller n, or by=cover."
-        )
-    return rows[torch.tensor(found)].tolist()
+    if vectors is opened.vectors:
+        rows = torch.arange(len(rows))
+    clusters = k_means(vectors, settings.n + len(labeled), seed=settings.seed, device=opened.device)
+    covered = {int(number) for number in clusters.assigned[torch.isin(rows, torch.tensor(labeled, dtype=torch.int64))]}
+    typical_rows = rows[torch.tensor(most_typical(clusters, without=covered), dtype=torch.int64)]
+    chosen: list[int] = typical_rows[: settings.n].tolist()
+    if len(chosen) < settings.n:
+        left = among.clone()
+        left[chosen] = False
+        missing = settings.n - len(chosen)
+        chosen += k_center(opened.vectors, missing, device=opened.device, among=left, labeled=[*labeled, *chosen])[0]
+    return chosen
 
 
 def told_of(opened: Opened, chosen: list[int], distances: list[float]) -> str:

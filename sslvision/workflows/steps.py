@@ -39,7 +39,7 @@ RECORD = "steps.jsonl"
 HEART = 200  # updates in which a handful is learned
 SWEPT = 100  # updates of a run of the sweep of rates
 SWEPT_ON = 2_000  # images of each kind at most that DINO's runs of the sweep are scored on
-FEWEST_RATES = 7  # of the sweep, however short the budget
+FEWEST_RATES = 3, 5  # of the sweep, when the budget is over, and when the sweep's share of it is
 
 
 class Steps:
@@ -156,7 +156,8 @@ class Steps:
             base = self.bench.score(self.bench.ground.build(settings), at_most=settings.evaluate_images)[0]  # type: ignore[union-attr]
         until = self._until(0.25)
         for number in range(len(EXPONENTS)):
-            if until is not None and number >= FEWEST_RATES and time.perf_counter() > until:
+            over = self.left() <= 0 and number >= FEWEST_RATES[0]
+            if over or (until is not None and number >= FEWEST_RATES[1] and time.perf_counter() > until):
                 break
             factor = 10 ** next_exponent({math.log10(one.rate / self.own_rate): one.gain for one in tried})
             value = float(f"{factor * self.own_rate:.3g}")
@@ -247,7 +248,7 @@ class Steps:
             self.times = self.bench.measure(self.settings, seconds=min(5.0, 0.02 * self.left()))
         seconds, scored = [share * self.left() for share in shares], None
         if isinstance(self.bench, Pretraining):
-            scored = min(self.settings.evaluate_images, self.bench.images)
+            scored = min(self.bench.settings.evaluate_images, self.bench.images)
         return grid_length(cells, seconds, self.times, least=min(least, most), most=most, full=full, scored=scored)
 
     def grid(
@@ -278,7 +279,8 @@ class Steps:
         verdict = judge_grid(
             [{key: one[key] for key in ("rate", "weight_decay", "score", "metrics", "updates")} for one in trained],
             own_decay=float(self.settings.method.get("weight_decay", 0.05)),
-            objective=f"{self.bench.objective}{self.bench.unit}",
+            objective=self.bench.objective,
+            unit=self.bench.unit,
             chance=self.chance(),
             sigma=sigma,
         )

@@ -243,9 +243,7 @@ def report(
         key: importance([row[key] for row in counted], [row["score"] for row in counted], log=one.kind == "log")
         for key, one in space.items()
     }
-    advice = [ended] if ended else []
-    if best is not None:
-        advice += at_the_edge(space, best)
+    advice = [ended] * bool(ended) + ([] if best is None else at_the_edge(space, best))
     diverged = sum(row["outcome"] == DIVERGED for row in rows)
     if diverged:
         advice.append(f"{diverged} of {len(rows)} trials diverged: their rates are too high, or a lack of warm-up.")

@@ -1,6 +1,9 @@
 """Shards that are elsewhere: the images of those on the disk, dropped connections, and a folder that stays within its bound."""
 
+import functools
+import http.server
 import pickle
+import socket
 import threading
 import time
 
@@ -226,6 +229,43 @@ def test_one_of_several_that_want_a_shard_fetches_it(bucket, opened, tmp_path, m
     for thread in threads:
         thread.join()
     assert len(fetched) == 1
+
+
+@pytest.fixture
+def web(packed, monkeypatch):
+    """The address of a web server that has the shards, and gives no parts of files."""
+    pytest.importorskip("aiohttp")
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(packed))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(remote_files, "WAITS", [0])
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_web_server_that_gives_no_parts_of_files_will_do(web, packed, opened):
+    expected = opened(str(packed)).train
+    for urls in (web, f"{web}/train/train-{{000000..000005}}.tar"):
+        found = opened(urls, holdout=0).train
+        assert len(found) == 30
+        assert all(torch.equal(found.read(index), expected.read(index)) for index in (3, 12, 29))
+    with pytest.raises(DataError, match=r"1 of 2 shards do not exist: http://.*/train/train-000006.tar"):
+        opened(f"{web}/train/train-{{000005..000006}}.tar")
+
+
+def test_a_server_that_is_down_is_not_taken_for_a_missing_shard(opened, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote_files, "WAITS", [0])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(DataError, match=r"cannot be read, tried 2 times.*Is the network up"):
+        opened(f"http://127.0.0.1:{port}/a.tar")
 
 
 def test_addresses_are_shown_without_credentials():

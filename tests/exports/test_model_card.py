@@ -1,5 +1,7 @@
 """The model card: hubs read it, its code loads the export, and what stands in it is what the run recorded."""
 
+import ast
+import importlib.metadata
 import json
 import re
 
@@ -11,6 +13,7 @@ from backbones.exports import exported
 from PIL import Image
 
 from sslvision.backbones.load import load_backbone
+from sslvision.exports.loading import loading_code
 from sslvision.exports.model_card import without_folders, write_card
 from sslvision.exports.network import our_outputs
 from sslvision.workflows.cards_of_run import write_cards_of_run
@@ -150,3 +153,37 @@ def test_the_scores_of_the_best_weights_on_the_way_are_in_their_own_card(tmp_pat
     assert of["export"]["results"][0]["metrics"][0]["value"] == 50.0
     assert of["export-best"]["results"][0]["metrics"][0]["value"] == 60.0
     assert of["export-best"]["name"] == "a-best"
+
+
+@pytest.mark.parametrize(
+    ("format", "facts"),
+    [
+        ("timm", {}),
+        ("transformers", {"class": "ViTModel"}),
+        ("transformers", {"class": "TimmWrapperModel"}),
+        ("onnx", {"input": "uint8 of 0 to 255", "outputs": ["features"]}),
+        ("program", {"input": "uint8 of 0 to 255", "outputs": ["features"]}),
+    ],
+)
+def test_what_a_card_says_to_install_has_what_its_code_imports(format, facts, tmp_path):
+    exported(tmp_path, "ViT", channels=3)
+    text = loading_code(load_backbone(tmp_path), format, facts)
+    installed, named = set(), re.search(r"`pip install ([^`]+)`", text).group(1).split()
+    while named:  # and what these require
+        name = named.pop().lower()
+        if name not in installed:
+            installed.add(name)
+            named += requirements_of(name)
+    code = ast.parse(code_of(text))
+    imported = {alias.name for line in code.body if isinstance(line, ast.Import) for alias in line.names}
+    imported |= {line.module for line in code.body if isinstance(line, ast.ImportFrom)}
+    assert {name.replace("PIL", "pillow") for name in imported} - {"json", "pathlib"} <= installed
+
+
+def requirements_of(package):
+    """Return what a package requires without being asked for more; nothing if it is not installed here."""
+    try:
+        required = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    return [re.match(r"[\w.-]+", one).group(0) for one in required if "extra ==" not in one]

@@ -17,7 +17,7 @@ from sslvision.errors import UsageError
 from sslvision.runs.run_record import STOPPED, read_run
 from sslvision.workflows.report_of_runs import names_of
 from sslvision.workflows.report_settings import Report
-from sslvision.workflows.report_words import against
+from sslvision.workflows.report_words import against, verdict_of_comparison
 from sslvision.workflows.reporting import REPORT, report, reports
 
 OLD_RUNS = Path(__file__).parents[1] / "golden" / "old_runs"
@@ -156,7 +156,19 @@ def test_the_report_says_first_what_the_scores_mean(run_folder):
 def test_a_difference_within_the_noise_of_the_test_images_is_called_that():
     assert against(50, (45, 55), 40, (35, 45), "pixels") == "10.0 points above pixels"
     assert against(50, (45, 55), 44, (39, 49), "pixels") == "not told apart from pixels (44.0 %)"
-    assert against(40, None, 44, (39, 49), "pixels") == "-4.0 points against pixels"
+    assert against(40, None, 44, (39, 49), "pixels") == "4.0 points below pixels, with unknown noise"
+
+
+def test_ways_of_transfer_that_the_seeds_do_not_tell_apart_are_called_that():
+    arms = {"from scratch": (18.8, 1.8), "frozen features": (54.6, 4.0), "partial": (54.6, 4.0), "full": (49.0, 1.0)}
+    cells = [
+        {"arm": arm, "labels_per_class": 10, "mean": mean, "deviation": deviation, "seeds": 4}
+        for arm, (mean, deviation) in arms.items()
+    ]
+    assert verdict_of_comparison({"cells": cells}) == [
+        "With 10 labeled images per class, the best is “frozen features”: 54.6 %, 35.8 points above training from scratch. "
+        "Not told apart from it, by the spread over seeds: partial."
+    ]
 
 
 def test_every_curve_is_drawn_and_carries_its_values(run_folder):
@@ -168,7 +180,7 @@ def test_every_curve_is_drawn_and_carries_its_values(run_folder):
     assert [line["name"] for chart in charts for line in chart["lines"]] == [
         "training loss",
         "k-NN top-1 (%)",
-        "grad_norm",
+        "norm of the gradient",
     ]
     assert all(attrs["d"].startswith("M") for attrs in page.all("path"))
     assert "nan" not in "".join(attrs["d"] for attrs in page.all("path"))
@@ -259,6 +271,9 @@ def test_an_unlabeled_run_is_told_by_rankme(run_folder):
     text = page_of(run_folder(results={"rankme": 17.2, "untrained_rankme": 43.0})).text
     assert "RankMe, the effective number of dimensions of the features, is 17.2" in text
     assert "43.00" in text
+    text = page_of(run_folder("b", results={"rankme": 17.2, "held_out_images": 2000})).text
+    assert "On 2,000 held-out images. RankMe is the effective number of dimensions" in text
+    assert "Bars are" not in text  # there are none
 
 
 def test_pictures_that_are_large_are_reduced_and_the_report_stays_small(run_folder):

@@ -86,7 +86,8 @@ def store(packed, monkeypatch):
     server.start()
     host, port = server.get_host_and_port()
     system = s3fs.S3FileSystem(endpoint_url=f"http://{host}:{port}", skip_instance_cache=True)
-    system.mkdir("photos")
+    if not system.exists("photos"):  # one store for all servers of a process
+        system.mkdir("photos")
     for file in packed.rglob("*"):
         if file.is_file() and not file.name.startswith("."):
             system.pipe_file(f"photos/shards/{file.relative_to(packed)}", file.read_bytes())
@@ -104,7 +105,7 @@ def pretrain(tiny_settings, warm_command, packed, tmp_path):
 
     def call(urls, name, *words, **environment):
         given = ["recipe=mae", "data=webdataset", f"data.urls={urls}", *tiny, *words, f"output_dir={name}"]
-        return warm_command(*given, cwd=tmp_path, **CREDENTIALS, **environment)
+        return warm_command(*given, cwd=tmp_path, timeout=1200, **CREDENTIALS, **environment)
 
     return call
 
