@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from card_code import __file__ as CARD_CODE
 from PIL import Image
 
 import sslvision
@@ -32,6 +31,7 @@ from sslvision.exports.network import our_outputs
 from sslvision.nn.normalize import Normalize
 from sslvision.runs.weights import export_backbone
 
+CARD_CODE = Path(__file__).with_name("card_code.py")
 SIZE = 112  # pixels
 NETWORKS = {  # timm name, and what makes it small, for exporting takes time by the layer
     "ViT": ("vit_tiny_patch16_224", {"depth": 4}),
@@ -123,7 +123,7 @@ def read_apart(exports, environment):
     for packages in sorted(set(needs.values()), key=len):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages.split()], check=True)
         folders = [export for export, needed in needs.items() if needed == packages]
-        done = subprocess.run([python, "-I", CARD_CODE, *folders], stdout=subprocess.PIPE, text=True)
+        done = subprocess.run([python, "-I", str(CARD_CODE), *folders], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"The code of the cards of {', '.join(map(str, folders))} failed, in {environment}.")
         versions[packages] = json.loads(done.stdout.splitlines()[-1])

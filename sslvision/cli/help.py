@@ -185,7 +185,7 @@ EXAMPLES = {
     "pack": (
         ("data=photos output_dir=shards", "a folder of images, as train/ and val/ of shards; the same command goes on"),
         ("data=photos output_dir=shards image_size=256", "photographs shrunk to a short side of 256 pixels"),
-        ("data=images.csv output_dir=shards shard_size=1000", "of a list, 1,000 images to a shard"),
+        ("data=list data.file=images.csv output_dir=shards shard_size=1000", "of a list, 1,000 images to a shard"),
         ("data=hf data.path=flowers.parquet output_dir=shards", "of a Hugging Face data set"),
     ),
     "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
