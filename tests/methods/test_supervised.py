@@ -328,7 +328,7 @@ def test_weights_that_are_frozen_have_no_noise():
     assert torch.allclose(loss, F.cross_entropy(logits, targets), atol=1e-6)
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_compiled_blocks_train_with_noisy_weights():
     losses = {}
     for compiled in (False, True):
