@@ -29,17 +29,17 @@ def start(tiny_settings, tmp_path):
     def call(*words, launcher=()):
         given = {word.split("=")[0] for word in (*LONG, *words)}
         tiny = [word for word in tiny_settings("mae") if word.split("=")[0] not in given]
-        log = (tmp_path / "log").open("w")
-        started.append(
-            subprocess.Popen(
-                [sys.executable, *launcher, "-m", "sslvision.pretrain", "recipe=mae", *tiny, *LONG, *TWO, *words],
-                cwd=tmp_path,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+        with (tmp_path / "log").open("w") as log:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *launcher, "-m", "sslvision.pretrain", "recipe=mae", *tiny, *LONG, *TWO, *words],
+                    cwd=tmp_path,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env={**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"},
+                )
             )
-        )
         return started[-1]
 
     yield call
@@ -75,7 +75,7 @@ def test_torchrun_starts_a_run_again_from_its_checkpoint_when_a_process_was_kill
 
 
 def test_a_process_that_hangs_ends_the_others_after_the_timeout_with_words(start, tmp_path):
-    process = start("timeout=10")
+    process = start("timeout=60")  # the second process needs as long to come
     wait_for_checkpoint(process, tmp_path)
     os.kill(children(process)[0], signal.SIGSTOP)
     assert process.wait(timeout=HANGS) == 1, (tmp_path / "log").read_text()
