@@ -17,7 +17,12 @@ from sslvision.workflows.packing import pack
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
-pytestmark = pytest.mark.e2e
+pytestmark = [
+    pytest.mark.e2e,
+    # The proxy and moto's server, in the process of the test, leave sockets to the garbage collector.
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "AKIAWRITTENNOWHERE01", "AWS_SECRET_ACCESS_KEY": "a-secret-to-be-written-nowhere"}
 DROPPED_AFTER = 30_000  # bytes of an answer
