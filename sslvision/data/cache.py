@@ -37,7 +37,7 @@ from sslvision.data.eight_bits import ValueRange
 from sslvision.data.encoded import EncodedSource
 from sslvision.data.source import Source, SourceGone, Splits, UnreadableImage
 from sslvision.errors import DataError, StorageError, UsageError
-from sslvision.system.files import SHARED_MEMORY
+from sslvision.system.files import SHARED_MEMORY, cache_folder
 
 try:
     import fcntl
@@ -126,7 +126,7 @@ def cached(
         raise UsageError(f"data.cache_size={side} is the short side of cached images in pixels: at least 1.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    root = _memory_folder() if kind == "ram" else Path(folder or _default_folder()).expanduser().absolute()
+    root = _memory_folder() if kind == "ram" else cache_folder(folder)
 
     def open_cached(source: Source) -> Source:
         if source.images is not None:
@@ -224,10 +224,6 @@ def _key(source: EncodedSource, side: int) -> str:
     for index in range(len(source)):
         digest.update(os.fsencode(source.describe(index) + source.stamp(index)))
     return digest.hexdigest()
-
-
-def _default_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision"
 
 
 def _memory_folder() -> Path:

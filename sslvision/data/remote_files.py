@@ -6,10 +6,8 @@ Messages name addresses without user names, passwords and queries.
 
 import hashlib
 import importlib
-import os
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -243,15 +241,8 @@ def _final_error(error: Exception, url: str) -> RemoteError | None:
 
 def _given_up(error: Exception, url: str) -> str:
     told = " ".join(str(error).split())[:200]
-    with suppress(IndexError):  # libraries name addresses in full
-        told = told.replace(url, shown(url))
+    told = told.replace(url, shown(url))  # libraries name addresses in full
     return (
         f"{shown(url)} cannot be read, tried {len(WAITS) + 1} times in {sum(WAITS):.0f} s: {type(error).__name__}"
         f"{f' ({told})' if told else ''}. Is the network up, and the address of the server right?"
     )
-
-
-def cache_folder(given: str | None, name: str) -> Path:
-    """Return a folder of caches: the given one, or that of this name in $XDG_CACHE_HOME or ~/.cache."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / name
-    return Path(given or root).expanduser()

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,7 @@ from typing import Any
 from sslvision.data.remote_files import download, shown
 from sslvision.data.shard_index import ShardFile
 from sslvision.errors import StorageError
-from sslvision.system.files import free_bytes
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from sslvision.system.files import free_bytes, locked
 
 GB = 10**9
 TOUCHED = 20.0  # seconds after which a process says again that it uses a shard
@@ -80,7 +75,7 @@ class ShardCache:
             return path
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._locked(f"{path.stem}.lock", wait=wait) as mine:
+            with locked(self.folder / f"{path.stem}.lock", wait=wait) as mine:
                 if not mine:
                     return None
                 if not self.has(shard):
@@ -93,23 +88,9 @@ class ShardCache:
             ) from error
         return path
 
-    @contextmanager
-    def _locked(self, name: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold a lock; give False if another process or thread holds it. On a file system without locks, nobody waits."""
-        with open(self.folder / name, "ab") as lock:
-            try:
-                if fcntl is not None:
-                    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:
-                pass
-            yield True
-
     def _make_room(self, needed: int) -> None:
         """Remove the least recently used shards until another one fits."""
-        with self._locked("room.lock"):
+        with locked(self.folder / "room.lock"):
             files = sorted(self._files())
             total = sum(size for _, size, _ in files)
             for used, size, path in files:

@@ -59,14 +59,16 @@ def written_whole(
 
 
 @contextmanager
-def locked(file: Path, waiting: str) -> Iterator[None]:
-    """Let one process at a time do what follows; on file systems without locks, and where `file` cannot be made, all.
+def locked(file: Path, waiting: str = "", *, wait: bool = True) -> Iterator[bool]:
+    """Let one process or thread at a time do what follows; on file systems without locks, and where `file` cannot be made, all.
 
     Args:
         file: Lock file, which is never deleted: two processes must not lock different files of one name.
-        waiting: What another process does meanwhile, for the message that this one waits.
+        waiting: What another process does meanwhile, for the message that this one waits; empty for none.
+        wait: Whether to wait; otherwise the value is False where another one holds the lock.
     """
     with ExitStack() as until_done:
+        mine = True
         with suppress(OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = until_done.enter_context(open(file, "ab"))
@@ -74,9 +76,18 @@ def locked(file: Path, waiting: str) -> Iterator[None]:
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    log.warning("Waiting: %s (%s).", waiting, file)
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+                    mine = wait
+                    if wait and waiting:
+                        log.warning("Waiting: %s (%s).", waiting, file)
+                    if wait:
+                        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield mine
+
+
+def cache_folder(given: str | None = None, name: str = "") -> Path:
+    """Return a folder of caches: the given one, or that of this name in sslvision/ in $XDG_CACHE_HOME or ~/.cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sslvision" / name
+    return Path(given or usual).expanduser().absolute()
 
 
 def free_bytes(path: Path) -> int:

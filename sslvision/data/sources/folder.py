@@ -30,9 +30,10 @@ from sslvision.data.sources.companions import holds_images, without_companions
 from sslvision.data.sources.layout import check_classes, images_and_classes, split_folders, unwrapped
 from sslvision.data.sources.list_images import Found, share, some
 from sslvision.data.sources.overlaps import Image, chosen, same_files, tell_joined_names, tell_overlaps
-from sslvision.data.sources.remembered import Decided, Part, decided_in, index_folder
+from sslvision.data.sources.remembered import Decided, Part, decided_in
 from sslvision.data.value_range import look_at
 from sslvision.errors import UsageError
+from sslvision.system.files import cache_folder
 
 MOST_HELD_OUT = 5000
 
@@ -115,7 +116,7 @@ def open_folder(
     if archive is not None:
         decided = decide(archive.scan())
     else:
-        index = index_folder(index_dir)
+        index = cache_folder(index_dir, "folders")
         decided = decided_in(
             whole, decide, follow_symlinks=follow_symlinks, options=[holdout], folder=index, rescan=rescan
         )

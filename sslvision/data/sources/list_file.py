@@ -30,11 +30,12 @@ from sslvision.data.sources.columns import (
 )
 from sslvision.data.sources.folder import FileSource, check_holdout
 from sslvision.data.sources.list_images import share, some
-from sslvision.data.sources.remembered import Decided, Part, decided_of_files, index_folder
+from sslvision.data.sources.remembered import Decided, Part, decided_of_files
 from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of, refuse_several, split_code
 from sslvision.data.sources.tables import Table, is_image_path, open_table
 from sslvision.data.value_range import look_at
 from sslvision.errors import DataError, UsageError
+from sslvision.system.files import cache_folder
 
 PATHS = (
     *("path", "image_path", "img_path", "file_path", "filepath", "filename", "file_name", "file", "image", "img"),
@@ -108,7 +109,7 @@ def open_list(
         [one for one, _, _ in files],
         decide,
         options=[files, column, label, split, suffix, holdout],
-        folder=index_folder(index_dir),
+        folder=cache_folder(index_dir, "folders"),
     )
     remarks, parts = [*decided.remarks], decided.parts
     _check_files([part.paths for part in parts], where, remarks, given_root=root is not None)

@@ -25,7 +25,6 @@ import numpy as np
 
 from sslvision.data.encoded import InFile, PathTable
 from sslvision.data.image_plugins import BY_SUFFIX, unread_format
-from sslvision.data.remote_files import cache_folder
 from sslvision.data.sources import scanning
 from sslvision.data.sources.list_images import EXTENSIONS, Found
 from sslvision.data.sources.overlaps import Image
@@ -62,11 +61,6 @@ class Decided(NamedTuple):
     parts: list[Part]
     remarks: list[str]
     looked_at: list[Image]
-
-
-def index_folder(given: str | None) -> Path:
-    """Return the folder where listings are kept."""
-    return cache_folder(given, "folders").absolute()  # workers that map its files may be started elsewhere
 
 
 def decided_in(

@@ -25,7 +25,7 @@ from sslvision.data.decode import MAX_PIXELS
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.encoded import PathTable
 from sslvision.data.packed_index import NAME
-from sslvision.data.remote_files import RemoteError, cache_folder, is_remote, read_whole, shown
+from sslvision.data.remote_files import RemoteError, is_remote, read_whole, shown
 from sslvision.data.remote_shards import RemoteShards
 from sslvision.data.shard_cache import ShardCache
 from sslvision.data.shard_index import Shard, ShardFile, key_and_ending, open_shards
@@ -37,6 +37,7 @@ from sslvision.data.sources.list_images import EXTENSIONS, share, some
 from sslvision.data.sources.rows import NONE, Codes, check_single, parts_of
 from sslvision.data.sources.shard_files import find_shards
 from sslvision.errors import DataError, UsageError
+from sslvision.system.files import cache_folder
 
 CLASSES = "classes.txt"
 WINDOW = 16  # shards that are mixed, where they are elsewhere
