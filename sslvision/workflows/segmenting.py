@@ -48,6 +48,7 @@ KNN, LINEAR = "knn", "linear"
 HELD_OUT = 0.1  # of the training images: they choose the strength of the linear classifier's L2
 MOST_CLASSES = 1000
 DRAWN = 8  # test images in the picture
+ASSUMED = "those of ImageNet are taken, and of images that are not of three channels 0.5 and 0.5"
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # for weights that come without statistics
 
 CONTENTS = """\
@@ -98,13 +99,18 @@ def segment(settings: Segment, folder: Path, words: Sequence[str] = ()) -> dict[
         console=console,
     )
     print_configuration(console, configuration(settings, loaded, found, len(drawn), device), title=folder.name)
-    print_findings(console, found.remarks)
+    remarks = [
+        *found.remarks,
+        *([] if loaded.mean is not None else [f"{loaded.weights} have no statistics of pixels: {ASSUMED}."]),
+    ]
+    print_findings(console, remarks)
     banks, values = learn(encoding, Subset(train, drawn.tolist()), settings)
     overlaps, shown = compare(encoding, test, banks, values)
     names = [found.names[value] if found.names and value < len(found.names) else str(value) for value in values]
     findings = [*encoding.told(), *unseen(overlaps)]
+    scores = {name: {way: as_json(one, names) for way, one in ways.items()} for name, ways in overlaps.items()}
     results = {
-        "scores": {name: {way: as_json(one, names) for way, one in ways.items()} for name, ways in overlaps.items()},
+        "scores": scores,
         "weights": loaded.weights,
         "image_size": list(loaded.backbone.image_size),
         "grid": list(loaded.backbone.grid),
@@ -112,7 +118,7 @@ def segment(settings: Segment, folder: Path, words: Sequence[str] = ()) -> dict[
         "train_patches": len(next(iter(banks.values())).features),
         "test_images": len(test),
         "unreadable": encoding.unreadable,
-        "findings": [*found.remarks, *findings],
+        "findings": [*remarks, *findings],
         "seconds": round(time.perf_counter() - started, 1),
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,9 +127,8 @@ def segment(settings: Segment, folder: Path, words: Sequence[str] = ()) -> dict[
     title = f"Segmentation by frozen features of {loaded.backbone.grid[0]}x{loaded.backbone.grid[1]} patches"
     picture_figure(shown, title=title).savefig(folder / "segmentation.png")
     print_findings(console, findings)
-    print_table(
-        console, overlaps, title=f"Frozen features of patches, {len(test):,} test images with {len(values)} classes"
-    )
+    title = f"Frozen features of patches, {len(test):,} test images with {len(values)} classes"
+    print_table(console, scores, title=title)
     console.print(f"Finished in {results['seconds']:.0f} s. Results are in {folder}.")
     return results
 
@@ -185,8 +190,8 @@ class Encoding:
     @torch.no_grad()
     def __call__(
         self, images: Dataset[Masked | str], number: int, does: str
-    ) -> Iterator[tuple[Masked, dict[str, Tensor]]]:
-        """Yield each image that can be read with its features by name, each (rows, columns, D)."""
+    ) -> Iterator[tuple[list[Masked], dict[str, Tensor]]]:
+        """Yield the images of each batch that can be read, and their features by name, each (B, rows, columns, D)."""
         loader = DataLoader(images, batch_size=self.batch_size, collate_fn=list, num_workers=self.workers)
         total = math.ceil(number / self.batch_size)
         for batch in track(loader, does, total=total, console=self.console, transient=True):
@@ -195,9 +200,7 @@ class Encoding:
             if not read:
                 continue
             pixels = self.normalize(torch.stack([one.pixels for one in read]).to(self.normalize.mean.device))
-            features = {name: encode(pixels).float() for name, encode in self.encoders.items()}
-            for place, one in enumerate(read):
-                yield one, {name: found[place] for name, found in features.items()}
+            yield read, {name: encode(pixels).float() for name, encode in self.encoders.items()}
 
     def told(self) -> list[str]:
         """Return in words which images could not be used."""
@@ -215,15 +218,16 @@ def learn(encoding: Encoding, train: Subset[Masked | str], settings: Segment) ->
     each = math.ceil(settings.train_patches / len(train))
     classes, images = list[Tensor](), list[int]()
     features: dict[str, list[Tensor]] = {name: [] for name in encoding.encoders}
-    for one, of in encoding(train, len(train), "training images"):
-        rows, columns = next(iter(of.values())).shape[:2]
-        found = patch_classes(one.mask, (rows, columns)).flatten()  # (rows * columns,)
-        known = (found >= 0).nonzero()[:, 0]
-        known = known[permutation(len(known), seed=settings.seed, epoch=one.index)[:each]]
-        classes.append(found[known])
-        images += [one.index] * len(known)
-        for name, parts in features.items():
-            parts.append(of[name].flatten(0, 1)[known.to(of[name].device)])
+    for read, of in encoding(train, len(train), "training images"):
+        rows, columns = next(iter(of.values())).shape[1:3]
+        for place, one in enumerate(read):
+            found = patch_classes(one.mask, (rows, columns)).flatten()  # (rows * columns,)
+            known = (found >= 0).nonzero()[:, 0]
+            known = known[permutation(len(known), seed=settings.seed, epoch=one.index)[:each]]
+            classes.append(found[known])
+            images += [one.index] * len(known)
+            for name, parts in features.items():
+                parts.append(of[name][place].flatten(0, 1)[known.to(of[name].device)])
     values, labels = torch.cat([*classes, torch.empty(0, dtype=torch.int64)]).unique(return_inverse=True)
     if not 2 <= len(values) <= MOST_CLASSES:
         ignored = f" besides ignore={settings.ignore}" if settings.ignore else ""
@@ -235,8 +239,10 @@ def learn(encoding: Encoding, train: Subset[Masked | str], settings: Segment) ->
     banks = {}
     for name, parts in features.items():
         x, y = torch.cat(parts), labels.to(parts[0].device)
-        validation = (x[held], y[held]) if 0 < held.sum() < len(held) else None
-        fitted = fit_probe(x, y, num_classes=len(values), validation=validation, seed=settings.seed)
+        fitted_on, validation = (~held, (x[held], y[held])) if 0 < held.sum() < len(held) else (slice(None), None)
+        fitted = fit_probe(
+            x[fitted_on], y[fitted_on], num_classes=len(values), validation=validation, seed=settings.seed
+        )
         banks[name] = Bank(x, y, fitted, len(values), settings.k)
     return banks, values.tolist()
 
@@ -250,20 +256,28 @@ def compare(
     place_of = torch.full((max(values) + 1,), len(values))  # values that training does not have are one class more
     place_of[list(values)] = torch.arange(len(values))
     step = max(1, len(test) // DRAWN)
-    for one, of in encoding(test, len(test), "test images"):
-        true = torch.where(one.mask >= 0, place_of[one.mask.clamp(0, max(values))], -1)
-        true = torch.where(one.mask > max(values), len(values), true)
-        for number, (name, bank) in enumerate(banks.items()):
-            found = {KNN: bank.knn_scores(of[name]), LINEAR: bank.linear_scores(of[name])}
-            predicted = {way: full_size(scores.cpu(), (true.shape[0], true.shape[1])) for way, scores in found.items()}
-            for way, classes in predicted.items():
-                parts[name][way].append(Overlaps.of(classes, true, len(values) + 1))
-            if not number and one.index % step == 0 and len(pictures["image"]) < DRAWN:
-                size = tuple(one.pixels.shape[1:])
+    for read, of in encoding(test, len(test), "test images"):
+        scores = {
+            name: {KNN: bank.knn_scores(of[name]).cpu(), LINEAR: bank.linear_scores(of[name]).cpu()}
+            for name, bank in banks.items()
+        }  # each (B, rows, columns, K)
+        for place, one in enumerate(read):
+            true = torch.where(one.mask >= 0, place_of[one.mask.clamp(0, max(values))], -1)
+            true = torch.where(one.mask > max(values), len(values), true)
+            size = true.shape[0], true.shape[1]
+            predicted = {
+                name: {way: full_size(found[place], size) for way, found in ways.items()}
+                for name, ways in scores.items()
+            }
+            for name, ways in predicted.items():
+                for way, classes in ways.items():
+                    parts[name][way].append(Overlaps.of(classes, true, len(values) + 1))
+            if one.index % step == 0 and len(pictures["image"]) < DRAWN:
+                drawn = next(iter(predicted.values()))
                 pictures["image"].append(one.pixels[:3].float() / 255)
-                for heading, classes in (("mask", true), ("k-NN", predicted[KNN]), ("linear", predicted[LINEAR])):
-                    small = F.interpolate(classes[None, None].double(), size, mode="nearest-exact")[0, 0].long()
-                    pictures[heading].append(class_colors(small, len(values)))
+                for heading, classes in (("mask", true), ("k-NN", drawn[KNN]), ("linear", drawn[LINEAR])):
+                    shown = F.interpolate(classes[None, None].double(), one.pixels.shape[1:], mode="nearest-exact")
+                    pictures[heading].append(class_colors(shown[0, 0].long(), len(values)))
     if not pictures["image"]:
         raise DataError(f"None of the {len(test):,} test images can be read, such as {encoding.unreadable[-1]}.")
     joined = {name: {way: Overlaps.joined(found) for way, found in ways.items()} for name, ways in parts.items()}
@@ -295,16 +309,16 @@ def as_json(overlaps: Overlaps, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def print_table(console: Console, overlaps: Mapping[str, Mapping[str, Overlaps]], *, title: str) -> None:
-    """Print the scores of all encoders."""
+def print_table(console: Console, scores: Mapping[str, Mapping[str, Any]], *, title: str) -> None:
+    """Print the scores of all encoders, as `as_json` returns them."""
     table = Table(title=title, title_style="bold")
     table.add_column("")
     for heading in ("k-NN mIoU %", "linear mIoU %", "right pixels %"):
         table.add_column(heading, justify="right")
-    for name, ways in overlaps.items():
+    for name, ways in scores.items():
         cells = []
         for way in (KNN, LINEAR):
-            low, high = ways[way].interval()
-            cells.append(f"{ways[way].miou:.1f} ± {(high - low) / 2:.1f}")
-        table.add_row(name, *cells, f"{ways[LINEAR].accuracy:.1f}")
+            low, high = ways[way]["interval"]
+            cells.append(f"{ways[way]['miou']:.1f} ± {(high - low) / 2:.1f}")
+        table.add_row(name, *cells, f"{ways[LINEAR]['pixel_accuracy']:.1f}")
     console.print(table)
