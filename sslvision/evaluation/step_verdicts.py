@@ -267,7 +267,8 @@ def judge_rates(tried: Sequence[Tried], *, own: float, name: str) -> tuple[Verdi
     good = [one.rate for one in finite if one.gain >= 0.9 * best.gain]
     numbers |= {"best": best.rate, "good": [min(good), max(good)]}
     lost = [one.rate for one in tried if not math.isfinite(one.gain) or one.gain < 0]
-    words = f"{name}={best.rate:.2g} learns most in so few updates; {min(good):.2g} to {max(good):.2g} nearly as much"
+    words = f"{name}={best.rate:.2g} learns most in so few updates"
+    words += f"; {min(good):.2g} to {max(good):.2g} nearly as much" if len(good) > 1 else ""
     words += (
         f"; from {min(lost):.2g} on, training diverges or is worse than nothing."
         if lost and min(lost) > best.rate

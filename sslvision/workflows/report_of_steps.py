@@ -64,7 +64,7 @@ def in_short(run: RunRecord, verdicts: Sequence[Numbers]) -> str:
     for one in verdicts:
         if not one.get("passed"):
             warned.append(f"The step “{one['step']}” failed: {one.get('words', '')} {one.get('advice') or ''}".strip())
-        elif one.get("advice"):
+        elif one.get("advice") and not best:  # which the best recipe follows
             warned.append(f"{one['step']}: {one['advice']}")
     warned += [str(one) for one in results.get("findings") or []]
     return listed(told, "verdict") + listed(warned, "findings")
@@ -118,8 +118,10 @@ def grid(run: RunRecord, name: str) -> str:
     for color, decay in enumerate(sorted({decay for decay, _ in scored})):
         own = [scored[key] for key in sorted(scored) if key[0] == decay]
         sigmas = [one.get("sigma") for one in own]
+        most = 100.0 if (run.results.get("unit") or "").strip() == "%" else math.inf
         low, high = (
-            [one["score"] + side * 1.96 * one["sigma"] for one in own] if all(sigmas) else () for side in (-1, 1)
+            [min(most, max(0.0, one["score"] + side * 1.96 * one["sigma"])) for one in own] if all(sigmas) else ()
+            for side in (-1, 1)
         )
         rates_, scores = ([one[key] for one in own] for key in ("rate", "score"))
         lines.append(Line(f"weight decay {decay:g}", rates_, scores, color, low, high))

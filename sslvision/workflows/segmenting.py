@@ -194,7 +194,8 @@ class Encoding:
         """Yield the images of each batch that can be read, and their features by name, each (B, rows, columns, D)."""
         loader = DataLoader(images, batch_size=self.batch_size, collate_fn=list, num_workers=self.workers)
         total = math.ceil(number / self.batch_size)
-        for batch in track(loader, does, total=total, console=self.console, transient=True):
+        hidden = not self.console.is_terminal
+        for batch in track(loader, does, total=total, console=self.console, transient=True, disable=hidden):
             read = [one for one in batch if isinstance(one, Masked)]
             self.unreadable += [one for one in batch if isinstance(one, str)]
             if not read:

@@ -8,12 +8,14 @@ from typing import Any
 
 import yaml
 
+from sslvision.evaluation.curve_run import Reading
 from sslvision.evaluation.learning_curves import read_curves
 from sslvision.evaluation.step_verdicts import Verdict
 from sslvision.runs.metrics import read_metrics
 from sslvision.runs.redaction import redact
 from sslvision.settings import Finetune
 from sslvision.system.files import written_whole
+from sslvision.workflows.search_space import RATES
 from sslvision.workflows.tuning_report import recipe_of, shown
 
 CONTENTS = """\
@@ -39,8 +41,15 @@ def curves_verdict(kind: str, settings: Any, best: Mapping[str, Any], number: in
     if not file.is_file():
         return Verdict(step, True, "The metrics of the best cell are not there, so that its curves cannot be read.")
     readings = read_curves(read_metrics(file), kind=kind, settings=dataclasses.asdict(settings))
-    told = " ".join(str(one) for one in readings) if readings else "The learning curves show nothing that is off."
+    told = " ".join(map(told_after_grids, readings)) if readings else "The learning curves show nothing that is off."
     return Verdict(step, True, told, numbers={"cell": {key: best[key] for key in ("rate", "weight_decay")}})
+
+
+def told_after_grids(reading: Reading) -> str:
+    """Return a reading without advice on the rate, which the grid has chosen by what it is for."""
+    if any(word.split("=")[0] in RATES for word in reading.words):
+        return f"{reading.sentence} The grids' other rates score less, or no better."
+    return str(reading)
 
 
 def write_recipe(settings: Any, verdicts: Sequence[Verdict], folder: Path) -> str:

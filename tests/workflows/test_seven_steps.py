@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from sslvision.cli.compose import compose_settings
+from sslvision.evaluation.curve_run import Reading
 from sslvision.workflows import seven_steps, step_choices, steps
 from sslvision.workflows.ladder import Times
 from sslvision.workflows.seven_steps import tune_by_steps
@@ -22,6 +23,7 @@ from sslvision.workflows.step_choices import (
     with_decay,
 )
 from sslvision.workflows.step_trainings import constant, plain
+from sslvision.workflows.steps_report import told_after_grids
 
 SHORT = (
     "recipe=mae",
@@ -100,6 +102,14 @@ def test_a_grid_has_fewer_cells_rather_than_cells_that_are_too_short():
     assert length(10, 60) == (4, 0.1)
     assert length(10, 15) == (3, 0.02)  # at least three, as short as it must be
     assert length(10, 60, least=0.0) == (8, 0.025)
+
+
+def test_curves_do_not_advise_another_rate_than_the_grid_has_measured():
+    rising = Reading("diverging", "The loss rose to 2.06.", "The rate is too high.", ("lr_ratio=0.015",))
+    assert "Try" not in told_after_grids(rising)
+    assert told_after_grids(rising).startswith("The loss rose to 2.06. The grids' other rates")
+    rising_still = Reading("unfinished", "The accuracy still rises.", "Train longer.", ("epochs=46",))
+    assert told_after_grids(rising_still) == str(rising_still)
 
 
 def run(folder, *words):
