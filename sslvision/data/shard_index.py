@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ VERSION = 1
 DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)  # of reading an index that is gone or damaged
 log = logging.getLogger(__name__)
 AT_ONCE = 16  # shards that are read at the same time
+ONE_READS = threading.Lock()  # NumPy parses headers with `ast`, which fails now and then in threads of Python 3.11
 TRIES = 5  # times that a shard is fetched again that others have removed
 LARGEST = 1 << 16  # bytes of a text that is kept
 TEXTS = (".cls", ".json", ".txt", ".index", ".label")  # endings of files that may be labels
@@ -153,7 +155,7 @@ def save_shard(opened: object, shard: Shard, *, compressed: bool = False) -> Non
 
 def load_shard(file: Path | IO[bytes]) -> Shard:
     """Return what `save_shard` wrote; raises one of DAMAGED if it is gone or damaged."""
-    with np.load(file, allow_pickle=False) as arrays:
+    with ONE_READS, np.load(file, allow_pickle=False) as arrays:
         names, texts = (
             PathTable(*(arrays[f"{name}_{part}"] for part in ("blob", "starts", "ends"))) for name in ("names", "texts")
         )
