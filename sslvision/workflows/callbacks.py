@@ -38,7 +38,9 @@ def pretraining_callbacks(
         min(settings.knn_every_epochs, math.ceil(settings.epochs / 2)) or None
     )  # a short run has a look on the way, too
     callbacks: list[Callback] = [
-        UnreadableImages(splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
+        UnreadableImages(
+            splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1), timeout=settings.timeout
+        ),
         PeriodicCheckpoints(
             folder / "checkpoints" / "last.ckpt",
             every_epochs=settings.checkpoint_every_epochs,
