@@ -4,6 +4,7 @@ It needs slurmctld, slurmd, the client commands and munged: apt-get install slur
 """
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from cluster import KILL_WAIT, Cluster, missing
 from patient import UPDATE
 
+from sslvision.cli import main as program
+from sslvision.cli.recipes import PRETRAIN
 from sslvision.system.torch_files import load_verified
 
 pytestmark = [
@@ -22,13 +25,9 @@ pytestmark = [
 
 HERE = Path(__file__).parent
 WORDS = ["method._target_=patient.PatientMAE", "checkpoint_every_steps=3"]
-# As docs/guide/devices.md has it.
-SCRIPT = """\
-#!/bin/bash
-#SBATCH --job-name=mae --nodes=1 --ntasks-per-node=1 --cpus-per-task=1
-#SBATCH --signal=USR1@60 --requeue --open-mode=append --output=log
-srun --kill-on-bad-exit=1 --cpus-per-task=$SLURM_CPUS_PER_TASK {command}
-"""
+MANUAL = HERE.parents[1] / "docs" / "guide" / "devices.md"
+# In the place of the resources of the manual's script, which these override.
+OPTIONS = ["--nodes=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--signal=USR1@60", "--output=log"]
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +48,12 @@ def words(tiny_settings):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(train_tiny, tmp_path_factory):
+def undisturbed(run_tiny, tmp_path_factory):
     """The weights and metrics of the same run, outside of SLURM and without an interruption."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(HERE)
-        train_tiny(folder, *WORDS)
+        run_tiny(folder, *WORDS)
     return folder
 
 
@@ -65,7 +64,10 @@ def submit(cluster, words, tmp_path):
     def call(*options):
         (tmp_path / "waiting").unlink(missing_ok=True)
         command = shlex.join([sys.executable, "-m", "sslvision.pretrain", *words, "name=run", "resume=auto"])
-        return cluster.submit(SCRIPT.format(command=command), *options, cwd=tmp_path)
+        script = re.search(r"^#!/bin/bash\n.*?python -m ", MANUAL.read_text(), re.DOTALL | re.MULTILINE)[0]
+        assert "--requeue" in script
+        script = script.replace("--gres=gpu:8", "").removesuffix("python -m ") + command
+        return cluster.submit(script, *OPTIONS, *options, cwd=tmp_path)
 
     return call
 
@@ -105,8 +107,9 @@ def test_a_run_that_reaches_its_time_limit_is_saved_requeued_and_ends_as_if_noth
     assert f"SIGUSR1: saved at step {UPDATE}" in said(tmp_path)
     assert f"SLURM has requeued job {job}" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
-    assert "outside of training" not in said(tmp_path)
-    assert cluster.job(job)["Restarts"] == "1"
+    assert (
+        int(cluster.job(job)["Restarts"]) >= 1
+    )  # more if the machine is so busy that the first start comes to no update
     assert_ended_like(tmp_path / "outputs" / "run", undisturbed)
 
 
@@ -182,3 +185,15 @@ def test_a_sweep_is_a_job_array_whose_runs_are_requeued_by_themselves(
     assert [cluster.job(job)["Restarts"] for job in (first, second)] == ["1", "0"]
     assert_ended_like(tmp_path / "outputs" / "masks-0", undisturbed)
     assert load_verified(tmp_path / "outputs" / "masks-1" / "checkpoints" / "last.ckpt")["global_step"] == 8
+
+
+def test_what_slurm_does_not_take_is_told_in_its_words(cluster, words, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(HERE)
+    code = program._run_all(PRETRAIN, [*words, "name=run", "slurm.time=1h", "slurm.partition=nowhere"])
+    assert code == 2
+    assert re.search(r"SLURM does not take the job: .*invalid partition specified: nowhere", capsys.readouterr().err)
+    assert cluster.run("squeue", "--noheader", "--state=all", "--name=pretrain-run") == ""
