@@ -14,6 +14,7 @@ from typing import Any
 
 from sslvision.augment.randaugment import RandAugment
 from sslvision.backbones.build import build_backbone
+from sslvision.cli.slurm_settings import SlurmJobs
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.embedded import open_embedded
 from sslvision.data.sources.folder import open_folder
@@ -119,6 +120,8 @@ def make() -> str:
     for name, kind in COMMANDS.items():
         rows = [(f.name, type_of(f.type), default_of_field(f), f.metadata["help"]) for f in dataclasses.fields(kind)]
         parts.append(section(name, summary(kind), rows))
+    rows = [(f.name, type_of(f.type), default_of_field(f), f.metadata["help"]) for f in dataclasses.fields(SlurmJobs)]
+    parts.append(section("slurm", summary(SlurmJobs), rows))
     for name, target, text, without in TARGETS:
         parts.append(section(name, f"{text} {summary(target)}", list(parameters(target, without))))
     parts.append(section("All data sources", "`data.*` of every source.", list(SHARED)))

@@ -80,6 +80,7 @@ ABSENT = {  # what others have, and what is here instead
         ("multilabel", "multi_label", "loss", "criterion"),
         f"the loss is that of one class for each image: {_CLASS_FOLDERS}",
     ),
+    "slurm": "slurm.time=2h submits the runs to SLURM, and --help lists the other settings of slurm",
     "recipe": "this command has no recipes: its settings are given on the command line, and --help lists them",
 }
 

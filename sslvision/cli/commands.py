@@ -22,8 +22,22 @@ from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
-def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
-    """Return the call that does a run: a workflow with its settings, its folder, and the words for its record."""
+def folder_of(run: Run[Any]) -> Path | None:
+    """Return the folder that a run would have now; None for a command that has none.
+
+    Raises:
+        UsageError: As `work`.
+    """
+    arguments = work(run, run.words).args
+    return arguments[1] if len(arguments) > 1 else None
+
+
+def work(run: Run[Any], words: Sequence[str]) -> functools.partial[Any]:
+    """Return the call that does a run: a workflow with its settings, its folder, and the words for its record.
+
+    Raises:
+        UsageError: Its options of the Trainer, or the name of its folder, cannot be.
+    """
     settings = run.settings
     if isinstance(settings, Predict):
         from sslvision.workflows.predicting import predict_to_csv

@@ -10,6 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sslvision.cli.recipes import Command
+from sslvision.cli.slurm_array import runs_under_slurm
+from sslvision.cli.slurm_settings import SlurmJobs
 
 ABOUT = {
     "pretrain": "Pretrain a vision backbone on unlabeled images.",
@@ -51,6 +53,10 @@ EXAMPLES = {
             "other settings, and a name for the run folder, outputs/less-hidden",
         ),
         ("-m recipe=mae mask_ratio=0.5,0.75,0.9", "a sweep: one run for each value, one after another"),
+        (
+            "-m recipe=mae name=masks mask_ratio=0.5,0.75,0.9 slurm.time=2h slurm.gpus=1",
+            "the same as a job array of SLURM; runs that reach the time limit go on by themselves",
+        ),
         (
             "recipe=mae trainer.devices=8 trainer.num_nodes=4 trainer.strategy=ddp",
             "32 GPUs; any option of the Lightning Trainer can be given",
@@ -232,6 +238,9 @@ def print_help(console: Console, command: Command[Any]) -> None:
         known = {f.name for f in dataclasses.fields(command.kind)}
         rest = [f for f in dataclasses.fields(command.with_run.kind) if f.name not in known or f.name == "method"]
         console.print(_table("settings with run=..., besides those of the search", [(f.name, _told(f)) for f in rest]))
+    if runs_under_slurm(command.kind):
+        about_slurm = "settings of SLURM: slurm.time=2h submits the run, or those of a sweep as a job array"
+        console.print(_table(about_slurm, [(f"slurm.{f.name}", _told(f)) for f in dataclasses.fields(SlurmJobs)]))
     console.print(
         f"{SECTIONS if command.kind.sections else ''}"
         "Strings are taken literally (data.root=photos, name=2024_01); quote what the shell would change: 'photos (1)'.\n"

@@ -19,6 +19,7 @@ from sslvision.cli.commands import work
 from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
+from sslvision.cli.slurm_settings import slurm_jobs
 from sslvision.cli.surroundings import surroundings_restored
 from sslvision.cli.words import as_settings, split_words
 from sslvision.errors import Diverged, SSLVisionError, Stopped, UsageError
@@ -72,12 +73,21 @@ def _run_all(command: Command[Any], words: list[str]) -> int:
     """Compose and check all runs of a command line, then do them one after another; return the largest exit code."""
     try:
         line = split_words(words)
+        jobs = slurm_jobs(line.slurm) if line.slurm else None
         runs = compose_runs(line, command)
     except UsageError as error:
         return _complain(error)
     if line.show:
         settings = [dataclasses.asdict(run.settings) for run in runs]
         print(yaml.safe_dump_all(settings, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    if jobs is not None:
+        from sslvision.cli.slurm_array import submit
+
+        try:
+            submit(runs, jobs, command)
+        except UsageError as error:
+            return _complain(error)
         return 0
     codes = [0]
     for run in runs:
@@ -117,27 +127,66 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         words: Its command line.
         settings: The settings of the run that was interrupted, if one had begun.
     """
-    left = ""
-    if getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges"):
-        return Stopped(f"{signal.Signals(signum).name}. {_left_of_trainings(command, words, settings)}", signum)
-    if isinstance(settings, Embed | Pack):
-        return Stopped(
-            f"{signal.Signals(signum).name}. The files that are written are kept, and the same command goes on: "
-            f"{shlex.join(['python', '-m', f'sslvision.{command.name}', *redact(_without_overwrite(words))])}",
-            signum,
+    name = signal.Signals(signum).name
+    if _has_trainings(settings):
+        told = f"{name}. {_left_of_trainings(command, words, settings)}"
+    elif isinstance(settings, Embed | Pack):
+        told = (
+            f"{name}. The files that are written are kept, and the same command goes on: "
+            f"{shlex.join(['python', '-m', f'sslvision.{command.name}', *redact(_without_overwrite(words))])}"
         )
-    if hasattr(settings, "resume") and (folder := os.environ.get(RUN_FOLDER)):
-        if any(Path(folder).glob("checkpoints/*.ckpt")):
-            left = f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
-        else:
-            in_use = settings.resume is None and not settings.overwrite and (Path(folder) / "config.yaml").is_file()
-            named = settings.name is not None or settings.output_dir is not None
-            add = ", with overwrite=true, as its folder is in use" if in_use and named else ""
-            left = f" No checkpoint was saved before: start it again{add}."
-    if signal.Signals(signum).name == "SIGUSR1":
-        signum = signal.SIGTERM
-        left = f" {requeue() if _rank() == '0' else ''}" if "resume=auto" in words else f" {NOT_REQUEUED}"
-    return Stopped(f"{signal.Signals(signum).name} outside of training.{left}", signum)
+    else:
+        told = f"{name} outside of training.{_left_of_run(settings) if name != 'SIGUSR1' else ''}"
+    if name != "SIGUSR1":
+        return Stopped(told, signum)
+    why_not = _why_not_requeued(words, settings)
+    outcome = why_not or (requeue() if _rank() == "0" else "")
+    return Stopped(f"{told} {outcome}", signal.SIGTERM)
+
+
+def _has_trainings(settings: Any) -> bool:
+    """Return whether a command does several trainings, of which it keeps those that have ended."""
+    return getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges")
+
+
+def _left_of_run(settings: Any) -> str:
+    """Return how to go on with a run that was interrupted outside of training; nothing if it leaves nothing to resume."""
+    folder = os.environ.get(RUN_FOLDER)
+    if not hasattr(settings, "resume") or not folder:
+        return ""
+    if any(Path(folder).glob("checkpoints/*.ckpt")):
+        return f" The last checkpoint is intact; resume with: {command_to_resume(folder)}"
+    in_use = settings.resume is None and not settings.overwrite and (Path(folder) / "config.yaml").is_file()
+    named = settings.name is not None or settings.output_dir is not None
+    add = ", with overwrite=true, as its folder is in use" if in_use and named else ""
+    return f" No checkpoint was saved before: start it again{add}."
+
+
+def _why_not_requeued(words: Sequence[str], settings: Any) -> str:
+    """Return why SLURM should not start the same command line again; nothing if it should, because that goes on.
+
+    Args:
+        words: The command line.
+        settings: The settings of the run that was interrupted; None if none had begun.
+    """
+    keeps = _has_trainings(settings) or isinstance(settings, Embed | Pack)
+    if keeps and settings.overwrite:
+        return "The job is not requeued: its command has overwrite=true, which would delete what is kept."
+    if keeps and getattr(settings, "dry_run", False):
+        return "The job is not requeued, as a dry run begins anew."
+    if keeps:
+        return ""
+    if settings is not None and not hasattr(settings, "resume"):
+        return "The job is not requeued: this command begins anew each time. Submit it with a longer --time."
+    if getattr(settings, "resume", None) != "auto" and "resume=auto" not in words:
+        return NOT_REQUEUED
+    folder, starts = os.environ.get(RUN_FOLDER), int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
+    if folder and starts >= 3 and not any(Path(folder).glob("checkpoints/*.ckpt")):
+        return (
+            f"The job is not requeued: in none of its {starts} starts was there time for an update. Submit it with a longer "
+            "--time, or a --signal nearer to its end."
+        )
+    return ""
 
 
 def _left_of_trainings(command: Command[Any], words: Sequence[str], settings: Any) -> str:

@@ -4,7 +4,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sslvision.cli.values import sweep_values
 from sslvision.errors import UsageError
@@ -18,12 +18,14 @@ class Words:
 
     Attributes:
         settings: Texts by key, as given; None for a key to remove (~key).
+        slurm: Texts of the keys `slurm.KEY`, by KEY: how SLURM is to run them. Empty to run here.
         sweep: Whether -m was given: one run for each combination of values.
         show: Whether --cfg job was given: print the settings and stop.
         help: Whether --help was given.
     """
 
     settings: Mapping[str, str | None]
+    slurm: Mapping[str, str] = field(default_factory=dict)
     sweep: bool = False
     show: bool = False
     help: bool = False
@@ -44,7 +46,7 @@ def split_words(words: Sequence[str]) -> Words:
     Raises:
         UsageError: An unknown option, a word that is not a setting, or a key given twice.
     """
-    options, settings, rest = set(), {}, iter(words)
+    options, settings, slurm, rest = set(), {}, {}, iter(words)
     for word in rest:
         if word.startswith("-"):
             options.add(_option(word, rest))
@@ -57,13 +59,19 @@ def split_words(words: Sequence[str]) -> Words:
         key = found[2]
         if key.split(".")[0].split("/")[0] == "hydra":
             raise UsageError(
-                f"{key}: sslvision has no settings of Hydra. Runs of a sweep (-m) run one after another, and a run's folder "
-                "is set by name= or output_dir=. For many machines at once, submit one command for each run."
+                f"{key}: sslvision has no settings of Hydra. Runs of a sweep (-m) run one after another, or with slurm.time=2h "
+                "as jobs of SLURM, and a run's folder is set by name= or output_dir=."
             )
-        if key in settings:
+        of_slurm = key.startswith("slurm.")
+        if key in settings or (of_slurm and key[6:] in slurm):
             raise UsageError(f"{key} is given twice; give it once.")
-        settings[key] = found[3]
-    return Words(settings, sweep="sweep" in options, show="show" in options, help="help" in options)
+        if of_slurm and found[3] is None:
+            raise UsageError(f"~{key}: no recipe has settings of SLURM, so there is nothing to remove.")
+        if of_slurm:
+            slurm[key.removeprefix("slurm.")] = str(found[3])
+        else:
+            settings[key] = found[3]
+    return Words(settings, slurm, sweep="sweep" in options, show="show" in options, help="help" in options)
 
 
 def as_settings(words: Sequence[str], key: str | None) -> list[str]:

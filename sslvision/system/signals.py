@@ -11,6 +11,7 @@ from types import FrameType
 SAME_REQUEST_S = 2.0
 FIRST_PROCESS = "SSLVISION_FIRST_PROCESS"  # environment variable: process id of the one that started the others
 NOT_REQUEUED = "The job is not requeued: its command has no resume=auto, which it needs to continue."
+_job = {"requeued": False}
 
 
 class Interrupted(BaseException):
@@ -34,7 +35,7 @@ def raise_interrupted() -> None:
 
     def receive(signum: int, frame: FrameType | None) -> None:
         nonlocal raised_at
-        if os.getpid() != process:  # forked with this handler
+        if os.getpid() != process or of_requeueing(signum):  # forked with this handler
             return
         if not raised_at:
             raised_at = time.monotonic()
@@ -78,14 +79,23 @@ def end_with_launcher() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def of_requeueing(signum: int) -> bool:
+    """Return whether a signal is the SIGTERM by which SLURM ends a job that has asked to be requeued, and ends anyway."""
+    return _job["requeued"] and signum == signal.SIGTERM
+
+
 def requeue() -> str:
-    """Ask SLURM to requeue this job; return the outcome in words."""
+    """Ask SLURM to requeue this job; return the outcome in words. SLURM then sends SIGTERM to all processes of the job."""
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    _job["requeued"] = True  # before it is done: the SIGTERM may come at once
     try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
+        if done.returncode != -signal.SIGTERM:  # scontrol is a process of the job, too
+            done.check_returncode()
     except (OSError, subprocess.SubprocessError) as error:
+        _job["requeued"] = False
         why = (getattr(error, "stderr", None) or str(error)).strip()
         return f"SLURM did not requeue job {job} ({why}); submit it again to continue."
     return f"SLURM has requeued job {job}, and will start it again when resources are available."

@@ -353,5 +353,6 @@ def silence_lightning() -> None:
         ".*does not have many workers.*",  # images in memory need none
         ".*smaller than the logging interval.*",  # the last update is always logged
         ".*no `val_dataloader`.*",  # a data set may be too small for validation
+        ".*`srun` command is available.*",  # as on a login node; a wrong number of processes is an error: check_processes
     ):
         warnings.filterwarnings("ignore", message=message)

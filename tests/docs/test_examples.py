@@ -14,6 +14,7 @@ import yaml
 
 from sslvision.cli.compose import compose_runs, compose_settings
 from sslvision.cli.recipes import COMMANDS
+from sslvision.cli.slurm_settings import slurm_jobs
 from sslvision.cli.words import as_settings, split_words
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,7 @@ def test_every_command_shown_is_accepted(workplace):
             split = split_words(as_settings(words, COMMANDS[name].words))
             if not split.help:
                 assert compose_runs(split, COMMANDS[name]), (page.name, name, words)
+                assert not split.slurm or slurm_jobs(split.slurm)
             seen += 1
     assert seen > 40
 

@@ -1,6 +1,7 @@
 """Signals: what is saved, what a shell is told, and that a resumed run ends as if nothing had been."""
 
 import os
+import re
 import signal
 import time
 
@@ -10,6 +11,9 @@ from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from pytorch_lightning.trainer.connectors.signal_connector import _SignalConnector
 from safetensors.torch import load_file
 
+from sslvision.cli.compose import compose_settings
+from sslvision.cli.main import _interrupted
+from sslvision.cli.recipes import COMMANDS
 from sslvision.errors import Stopped
 from sslvision.methods.mae import MAE
 from sslvision.methods.supervised import Supervised
@@ -214,6 +218,8 @@ def slurm(handlers, tmp_path, monkeypatch):
     }.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setitem(signals._job, "requeued", False)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     return control
 
@@ -247,6 +253,65 @@ def test_a_refusal_of_slurm_is_passed_on(slurm, send, train_tiny, tmp_path):
         Stopped, match=r"saved at step 2 .*SLURM did not requeue job 4711_3 .*Not allowed.*submit it again"
     ):
         train_tiny(tmp_path / "run", "resume=auto")
+
+
+def test_the_sigterm_by_which_slurm_ends_a_requeued_job_changes_nothing(slurm, send, train_tiny, tmp_path):
+    """It comes while the run is ending, and reaches scontrol too, which is a process of the job."""
+    slurm()
+    (tmp_path / "bin" / "scontrol").write_text(f"#!/bin/sh\nkill -TERM {os.getpid()} $$\n")
+    send(signal.SIGUSR1, batch=2)
+    with pytest.raises(Stopped, match=r"^SIGUSR1: saved at step 2 .*SLURM has requeued job 4711_3") as end:
+        train_tiny(tmp_path / "run", "resume=auto")
+    assert end.value.exit_code == 143
+    signal.raise_signal(signal.SIGTERM)  # outside of training: would raise Interrupted
+
+
+EMBEDDED = ["run=test_vit", "data=digits"]
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "told"),
+    [
+        (
+            "pretrain",
+            ["recipe=mae", "name=a", "resume=auto"],
+            r"^SIGUSR1 outside of training\. SLURM has requeued job 4711_3",
+        ),
+        ("pretrain", ["recipe=mae", "name=a"], "not requeued: its command has no resume=auto"),
+        ("embed", EMBEDDED, r"same command goes on: .* SLURM has requeued job 4711_3"),
+        ("embed", [*EMBEDDED, "overwrite=true"], "not requeued: its command has overwrite=true"),
+        ("scale", ["recipe=mae", "budget=10m", "name=a"], r"0 trainings .*goes on.* SLURM has requeued job 4711_3"),
+        ("scale", ["recipe=mae", "budget=10m", "name=a", "dry_run=true"], "not requeued, as a dry run begins anew"),
+        ("probe", EMBEDDED, "not requeued: this command begins anew each time"),
+    ],
+)
+def test_outside_of_training_a_job_is_requeued_if_its_command_goes_on(
+    command, words, told, slurm, monkeypatch, tmp_path
+):
+    asked = slurm()
+    monkeypatch.setenv("SSLVISION_RUN_FOLDER", str(tmp_path / "outputs" / "a"))
+    settings = compose_settings(words, COMMANDS[command])
+    stopped = _interrupted(signal.SIGUSR1, COMMANDS[command], words, settings)
+    assert re.search(told, str(stopped))
+    assert stopped.exit_code == 143
+    assert asked.exists() == ("has requeued" in told)
+
+
+def test_a_job_whose_time_is_too_short_for_an_update_is_not_started_for_ever(slurm, monkeypatch, tmp_path):
+    asked, words = slurm(), ["recipe=mae", "name=a", "resume=auto"]
+    monkeypatch.setenv("SSLVISION_RUN_FOLDER", str(tmp_path))
+    settings = compose_settings(words)
+
+    def told(restarts):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+        return str(_interrupted(signal.SIGUSR1, COMMANDS["pretrain"], words, settings))
+
+    assert "has requeued" in told(1)
+    assert "in none of its 3 starts was there time for an update" in told(2)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    assert "has requeued" in told(2)
+    assert asked.read_text().count("requeue") == 2
 
 
 def test_a_job_of_slurm_is_not_put_to_sleep_by_a_sigterm(slurm, send, train_tiny, tmp_path):

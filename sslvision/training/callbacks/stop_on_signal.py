@@ -22,7 +22,7 @@ from pytorch_lightning.trainer.states import TrainerFn
 
 from sslvision.errors import Stopped
 from sslvision.system.resuming import command_to_resume
-from sslvision.system.signals import NOT_REQUEUED, SAME_REQUEST_S, handled_signals, requeue
+from sslvision.system.signals import NOT_REQUEUED, SAME_REQUEST_S, handled_signals, of_requeueing, requeue
 
 ASK_EVERY_S = 1.0  # how often processes ask one another for signals, about
 WARM, TIMED, MOST = 5, 20, 1000  # updates that are not timed, and that are; most between two questions
@@ -110,7 +110,7 @@ class StopOnSignal(Checkpoint):
 
     def _receive(self, signum: int, frame: Any) -> None:
         """Record the signal; the current step is finished first."""
-        if os.getpid() != self._process:  # a loader's process, forked with this handler
+        if os.getpid() != self._process or of_requeueing(signum):  # a loader's process, forked with this handler
             return
         if self._received == signum and time.monotonic() - self._received_at > SAME_REQUEST_S:
             self._restore()
@@ -143,12 +143,19 @@ class StopOnSignal(Checkpoint):
         name, step = signal.Signals(signum).name, trainer.global_step
         if name == "SIGUSR1":
             signum = signal.SIGTERM
-            outcome = (requeue() if trainer.is_global_zero else "") if self.requeues else NOT_REQUEUED
+            outcome = self._requeue(trainer) if self.requeues else NOT_REQUEUED
             raise Stopped(f"{name}: saved at step {step:,} in {self.checkpoint}. {outcome}", signum)
         raise Stopped(
             f"{name}: saved at step {step:,} in {self.checkpoint}; resume with: {command_to_resume(self.folder)}",
             signum,
         )
+
+    def _requeue(self, trainer: L.Trainer) -> str:
+        """Have the first process requeue the job, and the others wait for it: srun ends the job when one of them has ended."""
+        outcome = requeue() if trainer.is_global_zero else ""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+        return outcome
 
     def _restore(self) -> None:
         for signum, handler in self._previous.items():
