@@ -52,6 +52,8 @@ class AtomicCheckpoints(TorchCheckpointIO):
             _refuse(name, path, step, before)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if _unfinished(path).is_dir():  # left by processes that were killed
+                remove(_unfinished(path))
             with written_whole(path, before_replace=lambda: self._make_room(path, before, step, folder=False)) as file:
                 save({**checkpoint, RECORD: self.record}, cast(BinaryIO, file))
             _remove_replaced(path)
@@ -68,7 +70,7 @@ class AtomicCheckpoints(TorchCheckpointIO):
         Raises:
             Diverged, StorageError: As `save_checkpoint`, in all processes.
         """
-        step, unfinished = checkpoint.get("global_step"), path.with_name(f".{path.name}.tmp")
+        step, unfinished = checkpoint.get("global_step"), _unfinished(path)
         first = dist.get_rank() == 0
         before, *_ = in_all(lambda: self._before(path) if first else None)
         if name := next(filter(None, in_all(lambda: _not_finite(checkpoint))), None):
@@ -123,6 +125,11 @@ class AtomicCheckpoints(TorchCheckpointIO):
         if path.exists() and (folder or path.is_dir()):
             _remove_replaced(path)
             os.replace(path, _replaced(path))
+
+
+def _unfinished(path: Path) -> Path:
+    """Return the name of a checkpoint while it is written, be it a file or a folder."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _replaced(path: Path) -> Path:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from warm_process import _run, start_processes
 
 from sslvision.errors import Diverged, StorageError, UsageError
@@ -69,6 +70,15 @@ def test_a_folder_is_read_as_the_dictionary_that_was_written(alone, tmp_path):
     assert without["optimizer_states"][0]["state"] == {3: {"how": "plain"}}
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_torchs_own_tool_makes_one_file_of_it(alone, tmp_path):
+    write_folder(state(4), tmp_path / "last.ckpt")
+    dcp_to_torch_save(tmp_path / "last.ckpt", tmp_path / "file")
+    content = torch.load(tmp_path / "file", weights_only=True)
+    assert same(content["state_dict"], state(4)["state_dict"])
+    assert content["optimizer_states"]["0"]["3"]["step"] == 2
+
+
 def test_the_last_few_are_kept_be_they_files_or_folders(alone, tmp_path):
     last, writer = tmp_path / "last.ckpt", AtomicCheckpoints(keep=3)
     for step in (1, 2, 3, 4):
@@ -128,11 +138,14 @@ def test_whenever_saving_is_interrupted_a_whole_checkpoint_is_found_and_the_next
             except Killed:
                 calls += 1
         found = newest_good(folder)
+        assert found.path is not None
         assert found.head["global_step"] in ({step} if ended else {2, step})
         assert same(read(found.path)["state_dict"], state(found.head["global_step"])["state_dict"])
-        AtomicCheckpoints(keep=2).save_shards(state(9), last)
-        assert newest_good(folder).head["global_step"] == 9
-        assert {path.name for path in folder.iterdir() if path.is_dir()} == {"last.ckpt", "last-1.ckpt"}
+        for next_time in ("save_checkpoint", "save_shards"):
+            shutil.copytree(folder, again := tmp_path / f"{folder.name}, then {next_time}")
+            getattr(AtomicCheckpoints(keep=2), next_time)(state(9), again / "last.ckpt")
+            assert newest_good(again).head["global_step"] == 9
+            assert {path.name for path in again.iterdir()} == {"last.ckpt", "last-1.ckpt"}
     assert calls > 2
 
 
