@@ -93,8 +93,9 @@ class AtomicCheckpoints(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; its micro-batch counts are converted if this run accumulates another number per update."""
-        if Path(path).is_dir():
-            return self.for_this_run(read_folder(Path(path)))
+        path = same_everywhere(path)
+        if path.is_dir():
+            return self.for_this_run(read_folder(path, verified="sizes"))  # the rest was verified when it was found
         return self.for_this_run(super().load_checkpoint(path, *args, **kwargs))
 
     def for_this_run(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -150,6 +151,23 @@ def _refuse(name: str, path: Path, step: int | None, before: int | None) -> NoRe
     )
 
 
+def same_everywhere(path: str | Path) -> Path:
+    """Return the checkpoint to load. All processes call this.
+
+    Raises:
+        UsageError: In all processes, if they have found different ones: the checksums of a folder are read by one alone.
+    """
+    if dist.is_available() and dist.is_initialized():
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, str(path))
+        if len(names := sorted(set(found))) > 1:
+            raise UsageError(
+                f"Processes of this run would go on from different checkpoints ({', '.join(names)}), because one is damaged. "
+                "It has been set aside: start the same command again."
+            )
+    return Path(path)
+
+
 def _complete_epoch(loop: dict[str, Any]) -> None:
     """Complete the epoch at whose end a checkpoint was saved: in a run with `max_steps`, Lightning would continue with it."""
     epoch, batch = loop["epoch_progress"], loop["epoch_loop.batch_progress"]
@@ -192,8 +210,15 @@ def newest_good(folder: Path) -> Found:
 
 
 def read_head(file: Path) -> dict[str, Any]:
-    """Return what an intact checkpoint says of itself, without its tensors. Raises UsageError if it is damaged."""
-    content = read_plain_part(file) if file.is_dir() else load_verified(file, mmap=True)
+    """Return what an intact checkpoint says of itself, without its tensors. Raises UsageError if it is damaged.
+
+    The files of a folder are as large as the memory of all processes: their checksums are read by the first one.
+    """
+    ranks = (os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ)
+    if file.is_dir():
+        content = read_plain_part(file, verified="checksums" if next(ranks, "0") == "0" else "sizes")
+    else:
+        content = load_verified(file, mmap=True)
     return {key: content[key] for key in ("global_step", "log", RECORD) if key in content}
 
 
@@ -225,7 +250,7 @@ def _rotate(path: Path, keep: int) -> None:
 def _step_of(path: Path) -> int | None:
     """Return the update of a checkpoint; None if it cannot be read."""
     try:
-        content = read_plain_part(path, verified=False) if path.is_dir() else load_plain(path, mmap=True)
+        content = read_plain_part(path, verified="no") if path.is_dir() else load_plain(path, mmap=True)
         return content.get("global_step")
     except (UsageError, OSError):
         return None

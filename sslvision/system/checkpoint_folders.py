@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from sslvision.system.torch_files import CHUNK, load_verified, save
 
 INDEX, PLAIN = ".metadata", "meta.pt"
 STATE, OPTIMIZERS = "state_dict", "optimizer_states"  # keys of a checkpoint that hold what is in shards
+Verified = Literal["no", "sizes", "checksums"]
 SHARDS = "shards"  # the key in meta.pt of what is needed to read the others
 NAMES = {  # what may be named in .metadata, which is a pickle: nothing else is looked up
     "torch.distributed.checkpoint.metadata": (
@@ -173,12 +174,12 @@ def _checksum(file: Path) -> list[int]:
 # Reading.
 
 
-def read_plain_part(folder: Path, *, verified: bool = True) -> dict[str, Any]:
+def read_plain_part(folder: Path, *, verified: Verified = "checksums") -> dict[str, Any]:
     """Return what a folder has besides weights and the state of the optimizer.
 
     Args:
         folder: The checkpoint.
-        verified: Compare size and checksum of every file.
+        verified: What of the other files is compared.
 
     Raises:
         UsageError: It is not whole, is damaged, or was written by something else.
@@ -196,28 +197,28 @@ def read_plain_part(folder: Path, *, verified: bool = True) -> dict[str, Any]:
             f"python -m pytorch_lightning.utilities.consolidate_checkpoint {folder} makes one file of it, whose weights a "
             "new run can start from (init_from=FILE)."
         )
-    if verified:
-        files: dict[str, list[int]] = content[SHARDS]["files"]
-        with ThreadPoolExecutor(
-            min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
-        ) as pool:
-            for told in pool.map(lambda name: _damage(folder / name, files[name]), files):
+    files: dict[str, list[int]] = content[SHARDS]["files"]
+    if verified != "no":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4
+        with ThreadPoolExecutor(min(8, cores)) as pool:
+            for told in pool.map(lambda name: _damage(folder / name, files[name], verified), files):
                 if told:
                     raise UsageError(told)
     return content
 
 
-def _damage(file: Path, recorded: list[int]) -> str | None:
+def _damage(file: Path, recorded: list[int], verified: Verified) -> str | None:
     """Return in words what is wrong with a file, if anything is."""
     try:
-        size = file.stat().st_size
-        if size != recorded[0]:
+        if (size := file.stat().st_size) != recorded[0]:
             return f"{file} is damaged: it has {size:,} bytes, and {recorded[0]:,} were written."
-        return None if _checksum(file) == recorded else f"{file} is damaged: it is not what was written (checksum)."
+        if verified == "checksums" and _checksum(file) != recorded:
+            return f"{file} is damaged: it is not what was written (checksum)."
     except FileNotFoundError:
         return f"{file.parent} is not whole: {file.name} is missing."
     except OSError as error:
         return f"{file} cannot be read: {error.strerror or error}."
+    return None
 
 
 def read_folder(
@@ -225,7 +226,7 @@ def read_folder(
     *,
     without: Collection[str] = (),
     place: Callable[[str, torch.Size, torch.dtype], Tensor | None] | None = None,
-    verified: bool = True,
+    verified: Verified = "checksums",
 ) -> dict[str, Any]:
     """Return a checkpoint in shards as the dictionary that a checkpoint in one file holds.
 
@@ -234,7 +235,7 @@ def read_folder(
         without: Beginnings of keys of the checkpoint that are left on the disk.
         place: Returns what a tensor is read into, given its dotted name, shape and dtype: a DTensor, of which each process
             reads its shards; all processes call this then. None for a plain tensor on the CPU.
-        verified: Compare size and checksum of every file.
+        verified: What of the files is compared before.
 
     Raises:
         UsageError: It is not whole, is damaged, or was written by something else. Nothing in it is executed.

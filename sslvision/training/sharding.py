@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sslvision.nn.shards import is_sharded, shard_like
-from sslvision.runs.checkpoint import AtomicCheckpoints
+from sslvision.runs.checkpoint import AtomicCheckpoints, same_everywhere
 from sslvision.system.checkpoint_folders import STATE, read_folder
 
 
@@ -58,9 +58,8 @@ class FSDP2(ModelParallelStrategy):
         if not Path(checkpoint_path).is_dir():
             return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         assert isinstance(self.checkpoint_io, AtomicCheckpoints)
-        content = read_folder(
-            Path(checkpoint_path), place=self._shards_for(), verified=False
-        )  # it was, when it was found
+        path = same_everywhere(checkpoint_path)
+        content = read_folder(path, place=self._shards_for(), verified="no")  # it was, when it was found
         return self.checkpoint_io.for_this_run(content)
 
     def _shards_for(self) -> Callable[[str, torch.Size, torch.dtype], Tensor | None]:

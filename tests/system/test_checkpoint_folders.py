@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from warm_process import _run, start_processes
 
 from sslvision.errors import Diverged, StorageError, UsageError
-from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good
+from sslvision.runs.checkpoint import AtomicCheckpoints, newest_good, same_everywhere
 from sslvision.runs.resume import checkpoint_to_resume
 from sslvision.system import checkpoint_folders
 from sslvision.system.checkpoint_folders import is_of_lightning, read_folder, remove, write_folder
@@ -186,6 +186,28 @@ def test_of_a_damaged_folder_the_one_before_is_resumed_and_the_reason_told(name,
         damage(name, how)(last)
 
 
+def test_the_first_process_reads_the_checksums_and_one_that_found_another_checkpoint_ends_all(
+    alone, tmp_path, monkeypatch
+):
+    last, writer = tmp_path / "last.ckpt", AtomicCheckpoints()
+    for step in (1, 2):
+        writer.save_shards(state(step), last)
+    damage("__0_0.distcp", "one bit")(last)
+    assert newest_good(tmp_path).path == tmp_path / "last-1.ckpt"
+    monkeypatch.setenv("RANK", "1")
+    assert newest_good(tmp_path).path == last
+    damage("__0_0.distcp", "cut off")(last)
+    assert newest_good(tmp_path).path == tmp_path / "last-1.ckpt"
+
+    def gather(found, own):
+        found[:] = [str(tmp_path / "last-1.ckpt"), own]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert same_everywhere(tmp_path / "last-1.ckpt") == tmp_path / "last-1.ckpt"
+    with pytest.raises(UsageError, match=r"different checkpoints \(.*last-1\.ckpt, .*last\.ckpt\).*same command again"):
+        same_everywhere(last)
+
+
 def test_a_state_that_is_not_finite_is_not_saved_and_a_full_disk_leaves_the_one_before(alone, tmp_path, monkeypatch):
     last, writer = tmp_path / "last.ckpt", AtomicCheckpoints()
     writer.save_shards(state(1), last)
@@ -219,13 +241,13 @@ def test_nothing_in_a_folder_is_executed(alone, tmp_path):
     write_folder(state(1), last)
     (last / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UsageError, match=r"refused: it asks to run posix\.system"):
-        read_folder(last, verified=False)
+        read_folder(last, verified="no")
     # A class that may be named has others in its module.
     named = b"torch.distributed.checkpoint.metadata", b"os.system"
     words = b"".join(b"\x8c" + bytes([len(word)]) + word for word in named)
     (last / ".metadata").write_bytes(b"\x80\x04" + words + b"\x93.")
     with pytest.raises(UsageError, match=r"asks to run torch\.distributed\.checkpoint\.metadata\.os\.system"):
-        read_folder(last, verified=False)
+        read_folder(last, verified="no")
 
 
 def test_a_folder_of_lightning_is_known_by_what_it_lacks(alone, tmp_path):
