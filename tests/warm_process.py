@@ -41,6 +41,14 @@ def run_warm(code, *, log, environment):
     return streams[0].read_text()
 
 
+def train_only(words, cwd, streams, environment):
+    """Pretrain without the evaluation after training, which takes most of a tiny run's time."""
+    from sslvision.workflows import pretraining
+
+    pretraining.export_and_evaluate = lambda *arguments: {}
+    _main("pretrain", words, cwd, streams, environment)
+
+
 def start_processes(target, arguments, log, number):
     """Call `target` in forked processes as ranks 0, 1, ..., and return what each said, once all have ended."""
     common = {**os.environ, "COLUMNS": "200", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}

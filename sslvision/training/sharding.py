@@ -50,17 +50,20 @@ class FSDP2(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write a folder, each process its shards."""
-        assert isinstance(self.checkpoint_io, AtomicCheckpoints)
-        self.checkpoint_io.save_shards(checkpoint, Path(self.broadcast(str(filepath))))
+        self._checkpoints().save_shards(checkpoint, Path(self.broadcast(str(filepath))))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a file in every process, or of a folder each process its shards."""
         if not Path(checkpoint_path).is_dir():
             return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
-        assert isinstance(self.checkpoint_io, AtomicCheckpoints)
         path = same_everywhere(checkpoint_path)
         content = read_folder(path, place=self._shards_for(), verified="no")  # it was, when it was found
-        return self.checkpoint_io.for_this_run(content)
+        return self._checkpoints().for_this_run(content)
+
+    def _checkpoints(self) -> AtomicCheckpoints:
+        """Return the Trainer's plugin; in a Trainer of one's own one that leaves it to callbacks how many are kept."""
+        io = self.checkpoint_io
+        return io if isinstance(io, AtomicCheckpoints) else AtomicCheckpoints(keep=1)
 
     def _shards_for(self) -> Callable[[str, torch.Size, torch.dtype], Tensor | None]:
         """Return a function that makes room for this process's shards of a tensor in a checkpoint."""
