@@ -1,6 +1,6 @@
 """Main memory of each of several CPU processes that train MAE under DDP and under trainer.strategy=fsdp2.
 
-python benchmarks/sharded_memory.py [--model vit_large_patch16_224] [--depth 6] [--processes 4] [--updates 3] [--json FILE]
+python benchmarks/sharded_memory.py [--model vit_large_patch16_224] [--depth 4] [--processes 4] [--updates 2] [--json FILE]
 
 The model is cut to so many blocks, so that the processes fit in one machine; the width stays. Resident memory (VmHWM of
 Linux, reset between the phases) less that of a process which has imported everything: while the method is built, set up and
@@ -36,11 +36,11 @@ OPTIMIZED = 16  # bytes per parameter in fp32: weight, gradient and AdamW's two 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_large_patch16_224", help="any timm ViT")
-    parser.add_argument("--depth", type=int, default=6, help="blocks of the encoder")
+    parser.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
     parser.add_argument("--decoder-depth", type=int, default=2)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=2, help="images per process")
+    parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1, help="images per process")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2"])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # the strategy, in a process of its own

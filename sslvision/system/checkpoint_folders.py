@@ -151,7 +151,8 @@ def _divided(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         }
         rest.append({**optimizer, "state": others})
     left = {name: value for name, value in content[STATE].items() if name not in weights}
-    return {STATE: weights, OPTIMIZERS: states}, {**content, STATE: left, OPTIMIZERS: rest}
+    plain = {**content, STATE: left} | ({OPTIMIZERS: rest} if OPTIMIZERS in content else {})
+    return {STATE: weights, OPTIMIZERS: states}, plain
 
 
 def _dotted(tensors: Mapping[str, Any], prefix: str = "") -> Iterable[str]:

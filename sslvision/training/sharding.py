@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from sslvision.nn.shards import is_sharded, shard_like
 from sslvision.runs.checkpoint import AtomicCheckpoints, same_everywhere
-from sslvision.system.checkpoint_folders import STATE, read_folder
+from sslvision.system.checkpoint_folders import OPTIMIZERS, STATE, read_folder
 
 
 class FSDP2(ModelParallelStrategy):
@@ -57,7 +57,9 @@ class FSDP2(ModelParallelStrategy):
         if not Path(checkpoint_path).is_dir():
             return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
         path = same_everywhere(checkpoint_path)
-        content = read_folder(path, place=self._shards_for(), verified="no")  # it was, when it was found
+        without = () if self.optimizers else (OPTIMIZERS,)
+        # It was verified when it was found.
+        content = read_folder(path, without=without, place=self._shards_for(), verified="no")
         return self._checkpoints().for_this_run(content)
 
     def _checkpoints(self) -> AtomicCheckpoints:

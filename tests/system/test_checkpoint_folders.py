@@ -68,6 +68,9 @@ def test_a_folder_is_read_as_the_dictionary_that_was_written(alone, tmp_path):
     without = read_folder(tmp_path / "last.ckpt", without=["optimizer"])
     assert same(without["state_dict"], state(4)["state_dict"])
     assert without["optimizer_states"][0]["state"] == {3: {"how": "plain"}}
+    weights_only = {"global_step": 4, "state_dict": state(4)["state_dict"]}
+    write_folder(weights_only, tmp_path / "last.ckpt")
+    assert same(read_folder(tmp_path / "last.ckpt"), weights_only)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -171,6 +174,7 @@ def test_of_a_damaged_folder_the_one_before_is_resumed_and_the_reason_told(name,
     last = run / "checkpoints" / "last.ckpt"
     for step in (1, 2):
         writer.save_shards(state(step), last)
+    assert checkpoint_to_resume(str(last), run).step == 2
     damage(name, how)(last)
     resume = checkpoint_to_resume("auto", run)
     assert (resume.step, resume.path.name) == (1, "last-1.ckpt")
