@@ -80,7 +80,9 @@ def train(arguments):
     warnings.filterwarnings("ignore", category=UserWarning)
     folder, figures = Path(os.environ["FIGURES"]), {"imported": resident("VmRSS")}
     reset_peak()
-    method = MAE(build_backbone(arguments.model, depth=arguments.depth), decoder_depth=arguments.decoder_depth)
+    method = MAE(
+        build_backbone(arguments.model, image_size=224, depth=arguments.depth), decoder_depth=arguments.decoder_depth
+    )
     figures["parameters"] = sum(parameter.numel() for parameter in method.parameters())
     images = torch.zeros(arguments.processes * arguments.batch * arguments.updates, 3, 256, 256, dtype=torch.uint8)
     trainer = build_trainer(

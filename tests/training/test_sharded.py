@@ -153,7 +153,7 @@ def test_a_checkpoint_of_four_processes_goes_on_in_one_two_three_and_exactly_in_
 @pytest.mark.e2e
 def test_evaluation_on_the_way_and_pictures_see_the_whole_weights_and_clipping_the_whole_norm(train, tmp_path):
     words = [*VIT, "knn_every_epochs=1", "trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.01"]
-    one = train("one", "mae", *words)
+    one = train("one", "mae", *words, evaluate=True)
     assert difference(one, train("two", "mae", *words, processes=2, evaluate=True)) <= 1e-9
     rows = [(tmp_path / name / "metrics.csv").read_text().splitlines() for name in ("one", "two")]
     head = rows[0][0].split(",")
