@@ -1,12 +1,12 @@
-"""The peak of memory that dry_run=plan computes, beside the one measured in training: on CPU processes, or on a GPU if there is one.
+"""The peak of memory that dry_run=plan computes, beside the one measured in training: on CPU processes, or on a GPU.
 
 python benchmarks/plan_memory.py [CASE ...] [--processes 1 2] [--json FILE]
 python benchmarks/plan_memory.py --words recipe=mae data=digits ... [--processes 2]
 
-Each case trains three updates in processes of its own, by the Trainer of sslvision, after three updates of a tiny method that load
-what is loaded once. On a CPU the peak is the most resident memory (VmHWM of /proc, Linux only) less what was resident before the
-method was built; the C library gives freed memory back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_ARENA_MAX), which training does
-not ask of it, as that is slow. On a GPU it is torch.cuda.max_memory_allocated, blocks not compiled.
+Each case trains three updates in processes of its own, by the Trainer of sslvision, after three updates of a tiny method that
+load what is loaded once. On a CPU the peak is the most resident memory (VmHWM of /proc, Linux only) less what was resident
+before the method was built; the C library gives freed memory back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_ARENA_MAX), which
+training does not ask of it, as that is slow. On a GPU it is torch.cuda.max_memory_allocated, blocks not compiled.
 """
 
 import argparse
@@ -20,21 +20,39 @@ import tempfile
 import warnings
 from pathlib import Path
 
-COMMON = ["data=digits", "data.channels=3", "knn_every_epochs=0", "compile=false", "cuda_graphs=false", "optimizer=adamw"]
+COMMON = [
+    "data=digits",
+    "data.channels=3",
+    "knn_every_epochs=0",
+    "compile=false",
+    "cuda_graphs=false",
+    "optimizer=adamw",
+]
 MAE = ["recipe=mae", *COMMON, "decoder_embed_dim=256", "decoder_depth=2", "decoder_num_heads=8", "decoder_depth=2"]
 DINO = ["recipe=dino", *COMMON, "hidden=1024", "prototypes=16384", "local_crops=2"]
 VIT = ["backbone.name=vit_base_patch16_224", "backbone.patch_size=16", "backbone.image_size=96", "backbone.mlp_ratio=4"]
 VIT += ["backbone.embed_dim=768", "backbone.num_heads=12"]
 SWIN = ["backbone.name=swin_small_patch4_window7_224", "backbone.image_size=64", "backbone.window_size=2"]
-SWIN += ["backbone.patch_size=4", "backbone.depths=[2,2,12,2]", "backbone.embed_dim=96", "backbone.num_heads=[3,6,12,24]"]
+SWIN += [
+    "backbone.patch_size=4",
+    "backbone.depths=[2,2,12,2]",
+    "backbone.embed_dim=96",
+    "backbone.num_heads=[3,6,12,24]",
+]
 CASES = {
-    "mae-vit": [*MAE, *VIT, "backbone.depth=12", "batch_size=32"],
-    "mae-vit-recomputed": [*MAE, *VIT, "backbone.depth=12", "batch_size=64", "activation_checkpointing=true"],
-    "dino-vit": [*DINO, *VIT, "backbone.depth=8", "local_size=48", "batch_size=8"],
+    "mae-vit": [*MAE, *VIT, "backbone.depth=8", "batch_size=32"],
+    "mae-vit-recomputed": [*MAE, *VIT, "backbone.depth=8", "batch_size=64", "activation_checkpointing=true"],
+    "dino-vit": [*DINO, *VIT, "backbone.depth=5", "local_size=48", "batch_size=8"],
     "mae-swin": [*MAE, *SWIN, "batch_size=32"],
     "dino-swin": [*DINO, *SWIN, "local_size=32", "batch_size=8"],
 }
-RECIPE_ONLY = ("backbone.embed_dim", "backbone.depth", "backbone.num_heads", "backbone.patch_size", "backbone.mlp_ratio")
+RECIPE_ONLY = (
+    "backbone.embed_dim",
+    "backbone.depth",
+    "backbone.num_heads",
+    "backbone.patch_size",
+    "backbone.mlp_ratio",
+)
 TINY = ["recipe=mae", *COMMON, "backbone.depth=1", "batch_size=8", "backbone.patch_size=8"]
 
 
@@ -48,7 +66,8 @@ def main():
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        return measure(arguments.words, Path(arguments.measure))
+        measure(arguments.words, Path(arguments.measure))
+        return
     cases = {"given": arguments.words} if arguments.words else {name: CASES[name] for name in arguments.cases}
     found = []
     for name, words in cases.items():
@@ -70,7 +89,12 @@ def compare(words, processes, strategy):
         measured = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
     most = max(one["measured"] for one in measured)
     planned = measured[0]["planned"]
-    return {"planned": planned, "measured": most, "deviation": planned / most - 1, "by": [one["measured"] for one in measured]}
+    return {
+        "planned": planned,
+        "measured": most,
+        "deviation": planned / most - 1,
+        "by": [one["measured"] for one in measured],
+    }
 
 
 def start(words, processes, folder):
@@ -85,7 +109,8 @@ def start(words, processes, folder):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"} if processes > 1 else {}
         command = [sys.executable, __file__, "--measure", str(folder / f"{rank}.json"), "--words", *words]
         running.append(subprocess.Popen(command, env={**common, **own}))
-    if any([process.wait() for process in running]):
+    codes = [process.wait() for process in running]
+    if any(codes):
         raise SystemExit(f"A process failed: {' '.join(words)}")
 
 

@@ -12,7 +12,13 @@ from sslvision.inspection.device_memory import memory_of
 from sslvision.inspection.fake_update import measure_optimizer
 from sslvision.workflows.planning import World, measure, prepare
 
-SEVEN = ["backbone.embed_dim=4096", "backbone.num_heads=32", "backbone.mlp_ratio=4", "backbone.patch_size=16", "local_size=96"]
+SEVEN = [
+    "backbone.embed_dim=4096",
+    "backbone.num_heads=32",
+    "backbone.mlp_ratio=4",
+    "backbone.patch_size=16",
+    "local_size=96",
+]
 MODELS = {
     "ViT-B/16, MAE": ["recipe=mae_vitb16_in1k"],
     "ViT-L/16, MAE": ["recipe=mae_vitl16_in1k"],
@@ -29,7 +35,9 @@ def main():
     parser.add_argument("--gb", type=float, default=80)
     parser.add_argument("--gpus", nargs="+", type=int, default=[1, 8, 64, 1024])
     arguments = parser.parse_args()
-    print("| network | GPUs | DDP: GB, largest batch | FSDP2: GB, largest batch | sent per update: DDP, FSDP2 | choose |")
+    print(
+        "| network | GPUs | DDP: GB, largest batch | FSDP2: GB, largest batch | sent per update: DDP, FSDP2 | choose |"
+    )
     print("| --- | ---: | --- | --- | --- | --- |")
     for name in arguments.models:
         for line in lines(name, arguments.gpus, 1e9 * arguments.gb):
@@ -53,7 +61,11 @@ def lines(name, gpus, memory):
             for recomputed in (False, True):
                 of[strategy, recomputed] = memory_of(method, strategy, n, steps=steps[recomputed], **about)
         cells = [cell(of, strategy, memory) for strategy in ("ddp" if n > 1 else "one process", "fsdp2")]
-        sent = ", ".join(f"{sum(one.sent.values()) / 1e9:.1f}" for (_, again), one in of.items() if not again) if n > 1 else ""
+        sent = (
+            ", ".join(f"{sum(one.sent.values()) / 1e9:.1f}" for (_, again), one in of.items() if not again)
+            if n > 1
+            else ""
+        )
         first = f"{name}, {trained / 1e6:,.0f} M" if n == gpus[0] else ""
         yield f"| {first} | {n:,} | {cells[0]} | {cells[1]} | {sent} | {chosen(of, memory)} |"
 

@@ -89,8 +89,8 @@ class Pretrain:
     )
     dry_run: bool | Literal["plan"] = option(
         False,
-        "true: run two steps of everything, then stop: training, evaluation, export, figures; plan: print what each device would "
-        "hold and send, and the largest batch that fits, for any devices, and stop",
+        "true: run two steps of everything, then stop: training, evaluation, export, figures; plan: print what each device "
+        "would hold and send, and the largest batch that fits, for any devices, and stop",
     )
     plan_gb: float = option(80.0, "dry_run=plan: memory of a device, in GB")
     logger: Literal["csv", "wandb", "tensorboard"] = option(

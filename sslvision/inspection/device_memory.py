@@ -46,7 +46,10 @@ class DeviceMemory:
         """Return the bytes of a step of so many images."""
         one, other = self.steps
         share = (images - one.images) / (other.images - one.images)
-        of = {name: (getattr(one, name), getattr(other, name)) for name in ("inputs", "forward", "backward", "activations")}
+        of = {
+            name: (getattr(one, name), getattr(other, name))
+            for name in ("inputs", "forward", "backward", "activations")
+        }
         return StepBytes(images, **{name: round(a + share * (b - a)) for name, (a, b) in of.items()})
 
     def peak(self, images: int) -> int:
@@ -203,9 +206,7 @@ def without(step: StepBytes, cast: int) -> StepBytes:
 
 def parts_of(method: Method) -> dict[str, list[nn.Parameter]]:
     """Return the parameters of trained backbones, other trained ones, and those that are not trained, as a teacher's."""
-    in_backbones = {
-        id(one) for part in method.modules() if isinstance(part, Backbone) for one in part.parameters()
-    }
+    in_backbones = {id(one) for part in method.modules() if isinstance(part, Backbone) for one in part.parameters()}
     trained = [one for one in method.parameters() if one.requires_grad]
     return {
         "trained backbone": [one for one in trained if id(one) in in_backbones],

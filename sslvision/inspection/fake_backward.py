@@ -1,7 +1,7 @@
 """Backward passes on fake tensors of a GPU, on machines that have none, where torch's engine has no streams for them.
 
-Nodes of autograd's graph are called one after another, as torch's engine does: a node when all gradients that it gets are there,
-and what it had saved is free as soon as it has run. Only memory is true: gradients that meet are added in place.
+Nodes of autograd's graph are called one after another, as torch's engine does: a node when all gradients that it gets are
+there, and what it had saved is free as soon as it has run. Gradients that meet are added in place.
 """
 
 from collections import Counter

@@ -1,7 +1,7 @@
 """The memory of an update, found without it: a method's step on fake tensors, which have shapes, dtypes and a device, no data.
 
-The real code runs: losses, autograd's graph, recomputed activations, casts of autocast, the optimizer. Each operation only makes
-tensors of the right size, whose bytes are followed from when they are made until the last one on a storage is gone.
+The real code runs: losses, autograd's graph, recomputed activations, casts of autocast, the optimizer. Each operation only
+makes tensors of the right size, whose bytes are followed from when they are made until the last one on a storage is gone.
 """
 
 import sys
@@ -19,13 +19,16 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from sslvision.augment.randomness import ImageRandom
+from sslvision.backbones.swin import Swin
 from sslvision.data.batch import Batch
 from sslvision.errors import SSLVisionError, UsageError
 from sslvision.inspection.fake_backward import run_backward
 from sslvision.inspection.peak_memory import LiveTensors
 from sslvision.methods.base import Clock, Method
 
-CLOCK = Clock(step=500, steps=1000, steps_per_epoch=10)  # in mid-training: nothing is frozen, as it may be in the first epochs
+CLOCK = Clock(
+    step=500, steps=1000, steps_per_epoch=10
+)  # in mid-training: nothing is frozen, as it may be in the first epochs
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -144,7 +147,9 @@ def measure_optimizer(method: Method, *, device: str) -> OptimizerBytes:
                 optimizer.step()
                 method.after_update(CLOCK)
             except (RuntimeError, NotImplementedError, TypeError) as error:  # it looks at a number on the device
-                unknown = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+                unknown = (
+                    f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else type(error).__name__
+                )
                 break
             temporary = live.peak - max(before, live.bytes)
         state = {}
@@ -177,17 +182,20 @@ def _fake(method: Method, device: str) -> Iterator[LiveTensors]:
     """Put a method on fake tensors of a device, follow their memory, and put it back on the meta device."""
     _clear_caches()
     with ExitStack() as stack:
+        stack.callback(_clear_caches)
         for patch in _patches():
             stack.enter_context(patch)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.callback(_replace, method, _module_to("meta"))
         _replace(method, _module_to(device))
+        for part in method.modules():
+            if isinstance(part, Swin):
+                part.counts_windows = False  # the largest number: without data, there is nothing to count
         own = [*method.parameters(), *method.buffers()]
         stack.enter_context(_FusedAttention() if device == "cuda" else ExitStack())
         live = stack.enter_context(LiveTensors(own))
         with _in_words(method, "losses"):
             yield live
-    _clear_caches()
 
 
 @contextmanager

@@ -40,8 +40,8 @@ PRECISIONS = {  # dtype of the weights and of autocast
     "64-true": (torch.float64, None),
 }
 NOT_COUNTED = (
-    "the context of CUDA, buffers of NCCL or gloo, workspaces of kernels, what the allocator rounds up and leaves between tensors "
-    "(leave some percent for these), evaluation on the way, and images in main memory"
+    "the context of CUDA, buffers of NCCL or gloo, workspaces of kernels, what the allocator rounds up and leaves between "
+    "tensors (leave some percent for these), evaluation on the way, and images in main memory"
 )
 
 
@@ -214,9 +214,8 @@ def choice(plans: Mapping[str, Mapping[str, Any]], world: World) -> str:
         return f"nothing fits, not even one image: take {more}, or a smaller network."
     total = world.images * world.accumulate
     accumulate = next(of for of in range(world.accumulate, total + 1) if total % of == 0 and total // of <= largest)
-    return (
-        f"{_settings_of(roomiest)} and trainer.accumulate_grad_batches={accumulate}, batches of {total // accumulate} per device."
-    )
+    named = f"{_settings_of(roomiest)} and trainer.accumulate_grad_batches={accumulate}"
+    return f"{named}, batches of {total // accumulate} per device."
 
 
 def _settings_of(name: str) -> str:
@@ -236,7 +235,5 @@ def about(settings: Pretrain, method: Method, world: World) -> str:
     if world.device == "cpu" and precision == "bf16-mixed" and isinstance(method.pretrained(), Dense):
         precision += " (32-true in the backbone)"
     shared = f"{settings.batch_size} images = {world.images} x {world.devices} x {world.accumulate} accumulated"
-    return (
-        f"{type(method).__name__} on {settings.backbone['name']}, {trained / 1e6:,.0f} M parameters trained; {many}, {precision}; "
-        f"{shared}"
-    )
+    what = f"{type(method).__name__} on {settings.backbone['name']}, {trained / 1e6:,.0f} M parameters trained"
+    return f"{what}; {many}, {precision}; {shared}"

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sslvision.backbones.build import build_backbone
-from sslvision.inspection.device_memory import DeviceMemory, memory_of, shards
+from sslvision.backbones.swin import Swin
+from sslvision.inspection.device_memory import memory_of, shards
 from sslvision.inspection.fake_backward import run_backward
 from sslvision.inspection.fake_update import (
     CLOCK,
@@ -21,16 +22,25 @@ from sslvision.methods.dino import DINO
 from sslvision.methods.mae import MAE
 
 VIT = {"name": "vit_tiny_patch16_224", "embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 8}
-SWIN = {"name": "swin_tiny_patch4_window7_224", "window_size": 2, "embed_dim": 24, "depths": [2, 2], "num_heads": [1, 2]}
+SWIN = {
+    "name": "swin_tiny_patch4_window7_224",
+    "window_size": 2,
+    "embed_dim": 24,
+    "depths": [2, 2],
+    "num_heads": [1, 2],
+}
 SMALL = {
     MAE: {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2},
     DINO: {"prototypes": 256, "hidden": 64, "bottleneck": 16, "local_crops": 2, "local_size": 32},
 }
 
 
-def build(kind, backbone, device, *, recomputed=False):
-    with torch.device(device), fused_attention(device == "cuda"):
+def build(kind, backbone, device, *, recomputed=False, fused=False):
+    with torch.device(device), fused_attention(fused):
         method = kind(build_backbone(**backbone, image_size=64), **SMALL[kind]).train()
+    for part in method.modules():
+        if isinstance(part, Swin):
+            part.counts_windows = False
     if recomputed:
         method.enable_activation_checkpointing()
     return method
@@ -72,12 +82,12 @@ def test_a_step_on_fake_tensors_needs_the_memory_of_a_real_one(kind, backbone, r
     crops = sum(6 * 3 * crop.shape[0] * crop.shape[1] for crop in method.crops)
     assert step.inputs == views + crops
     assert step.forward - step.inputs == pytest.approx(forward, rel=0.02)
-    assert step.backward - step.inputs == pytest.approx(backward, rel=0.05)
+    assert step.backward - crops == pytest.approx(backward, rel=0.02)  # views are free by then
     assert all(one.device.type == "meta" and one.grad is None for one in method.parameters())
 
 
 def test_bytes_are_linear_in_the_batch_and_autocast_halves_most_of_them():
-    method = build(MAE, VIT, "meta")
+    method = build(MAE, VIT, "meta", fused=True)
     inputs = inputs_of(method)
     low = {n: measure_step(method, inputs, n, device="cuda", autocast=torch.bfloat16) for n in (8, 16, 64)}
     full = measure_step(method, inputs, 64, device="cuda", autocast=None)
@@ -147,18 +157,21 @@ def test_ddp_holds_everything_and_sends_nearly_twice_the_gradients():
 
 def test_shards_of_fsdp2_are_an_nth_and_its_traffic_three_times_the_weights():
     steps = StepBytes(1, 10, 1000, 500, 400), StepBytes(3, 30, 3000, 1500, 1200)
-    method, of = memory("fsdp2", 16, steps)
-    _, ddp = memory("ddp", 16, steps)
-    assert of.held["state of the optimizer"] == pytest.approx(ddp.held["state of the optimizer"] / 16, rel=0.2)
+    method, of = memory("fsdp2", 4, steps)
+    _, ddp = memory("ddp", 4, steps)
+    assert of.held["state of the optimizer"] == pytest.approx(ddp.held["state of the optimizer"] / 4, rel=0.1)
     blocks = {id(one) for block in method.sharded_modules() for one in block.parameters()}
-    every = [*method.parameters()]
-    trained = sum(one.nbytes for one in every if one.requires_grad and id(one) in blocks)
-    frozen = sum(one.nbytes for one in every if not one.requires_grad and id(one) in blocks)
-    root = sum(one.nbytes for one in every if id(one) not in blocks)
-    assert of.sent["all-gather of weights"] == pytest.approx(15 / 16 * (2 * trained + frozen + root), rel=0.15)
-    _, low = memory("fsdp2", 16, steps, low=True)
+
+    def gathered(*, trained, in_blocks):  # whole tensors, those with fewer rows than devices padded
+        chosen = [p for p in method.parameters() if p.requires_grad == trained and (id(p) in blocks) == in_blocks]
+        return sum(one.nbytes * max(1, 4 // one.shape[0]) for one in chosen)
+
+    root = gathered(trained=True, in_blocks=False) + gathered(trained=False, in_blocks=False)
+    weights = 2 * gathered(trained=True, in_blocks=True) + gathered(trained=False, in_blocks=True) + root
+    assert of.sent["all-gather of weights"] == round(3 / 4 * weights)
+    _, low = memory("fsdp2", 4, steps, low=True)
     assert low.sent["all-gather of weights"] < of.sent["all-gather of weights"]
-    _, twice = memory("fsdp2", 16, steps, accumulate=2)
+    _, twice = memory("fsdp2", 4, steps, accumulate=2)
     assert twice.sent["reduce-scatter of gradients"] == pytest.approx(2 * of.sent["reduce-scatter of gradients"], abs=2)
 
 
@@ -167,5 +180,5 @@ def test_nothing_fake_is_left_behind():
     measure_step(method, inputs_of(method), 4, device="cpu", autocast=None)
     real = build(MAE, SWIN, "cpu")
     loss = real.losses([torch.zeros(shape) for shape in shapes_of(real, 2)], CLOCK)["loss"]
-    assert not isinstance(loss, FakeTensorMode)
+    assert not isinstance(loss, FakeTensor)
     assert loss.item() > 0
