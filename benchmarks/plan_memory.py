@@ -12,9 +12,9 @@ training does not ask of it, as that is slow. On a GPU it is torch.cuda.max_memo
 import argparse
 import gc
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,7 +28,7 @@ COMMON = [
     "cuda_graphs=false",
     "optimizer=adamw",
 ]
-MAE = ["recipe=mae", *COMMON, "decoder_embed_dim=256", "decoder_depth=2", "decoder_num_heads=8", "decoder_depth=2"]
+MAE = ["recipe=mae", *COMMON, "decoder_embed_dim=256", "decoder_depth=2", "decoder_num_heads=8"]
 DINO = ["recipe=dino", *COMMON, "hidden=1024", "prototypes=16384", "local_crops=2"]
 VIT = ["backbone.name=vit_base_patch16_224", "backbone.patch_size=16", "backbone.image_size=96", "backbone.mlp_ratio=4"]
 VIT += ["backbone.embed_dim=768", "backbone.num_heads=12"]
@@ -46,13 +46,7 @@ CASES = {
     "mae-swin": [*MAE, *SWIN, "batch_size=32"],
     "dino-swin": [*DINO, *SWIN, "local_size=32", "batch_size=8"],
 }
-RECIPE_ONLY = (
-    "backbone.embed_dim",
-    "backbone.depth",
-    "backbone.num_heads",
-    "backbone.patch_size",
-    "backbone.mlp_ratio",
-)
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 TINY = ["recipe=mae", *COMMON, "backbone.depth=1", "batch_size=8", "backbone.patch_size=8"]
 
 
@@ -63,11 +57,11 @@ def main():
     parser.add_argument("--processes", nargs="+", type=int, default=[1], help="1; with 2 or more, under DDP and FSDP2")
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp2"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.measure:
-        measure(arguments.words, Path(arguments.measure))
-        return
+    if not MALLOC.items() <= os.environ.items():  # read when a program starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MALLOC})
+    import sslvision.workflows.planning  # noqa: F401  # once, for all processes that are forked
+
     cases = {"given": arguments.words} if arguments.words else {name: CASES[name] for name in arguments.cases}
     found = []
     for name, words in cases.items():
@@ -77,52 +71,42 @@ def main():
                 found.append({"case": name, "processes": processes, "strategy": strategy, **figures})
                 shown = f"{name:20} {processes} x {strategy:6} planned {figures['planned'] / 1e6:8.0f} MB, measured "
                 print(shown + f"{figures['measured'] / 1e6:8.0f} MB: {100 * figures['deviation']:+.1f} %", flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                if arguments.json:
+                    arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 def compare(words, processes, strategy):
     """Return the peak that is planned for a process, the most that one of them had, and the deviation of the plan."""
     words = [*words, f"trainer.devices={processes}", f"trainer.strategy={strategy}"]
-    with tempfile.TemporaryDirectory() as folder:
-        start(words, processes, Path(folder))
-        measured = [json.loads(file.read_text()) for file in Path(folder).glob("*.json")]
-    most = max(one["measured"] for one in measured)
-    planned = measured[0]["planned"]
-    return {
-        "planned": planned,
-        "measured": most,
-        "deviation": planned / most - 1,
-        "by": [one["measured"] for one in measured],
-    }
-
-
-def start(words, processes, folder):
-    """Train in so many processes, each of which writes a file."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
-    common |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    running = []
+    context = multiprocessing.get_context("fork")
+    results, running = context.SimpleQueue(), []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"} if processes > 1 else {}
-        command = [sys.executable, __file__, "--measure", str(folder / f"{rank}.json"), "--words", *words]
-        running.append(subprocess.Popen(command, env={**common, **own}))
-    codes = [process.wait() for process in running]
-    if any(codes):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"} if processes > 1 else {}
+        running.append(context.Process(target=measure, args=(words, rank, environment, results)))
+        running[-1].start()
+    for process in running:
+        process.join()
+    if any(process.exitcode for process in running):
         raise SystemExit(f"A process failed: {' '.join(words)}")
+    measured = dict(results.get() for _ in running)
+    planned, most = measured[0][0], max(peak for _, peak in measured.values())
+    by = [measured[rank][1] for rank in sorted(measured)]
+    return {"planned": planned, "measured": most, "deviation": planned / most - 1, "by_process": by}
 
 
-def measure(words, file):
-    """Write the peak of this process, and in the first one what was planned."""
+def measure(words, rank, environment, results):
+    """Put (rank, (what is planned in the first process, the peak of this one)) into the queue."""
     import torch
     from timm.layers import set_fused_attn
 
     from sslvision.cli.compose import compose_settings
     from sslvision.training.trainer import silence_lightning
-    from sslvision.workflows.planning import plan
 
+    os.environ.update(environment)
     on_gpu = torch.cuda.is_available()
     silence_lightning()
     warnings.simplefilter("ignore")
@@ -131,19 +115,34 @@ def measure(words, file):
     settings = compose_settings([*words, *device])
     set_fused_attn(on_gpu)
     torch.set_float32_matmul_precision("high" if on_gpu else "highest")
-    figures, rank = {}, int(os.environ.get("RANK", 0))
-    if rank == 0:
-        with open(os.devnull, "w") as nowhere:
-            kept, sys.stdout = sys.stdout, nowhere
-            plans = plan(settings)["plans"]
-            sys.stdout = kept
-        strategy = settings.trainer["strategy"].replace("auto", "one process")
-        figures["planned"] = next(of["peak"] for name, of in plans.items() if name.partition(",")[0] == strategy)
+    planned_bytes = planned(settings) if rank == 0 else 0
     train(compose_settings([*TINY, *device, *(word for word in words if word.startswith("trainer."))]))
     before = reset(on_gpu)
     train(settings)
-    figures["measured"] = peak(on_gpu) - before
-    file.write_text(json.dumps(figures))
+    results.put((rank, (planned_bytes, peak(on_gpu) - before)))
+
+
+def planned(settings):
+    """Return the peak of dry_run=plan, without the alternatives that it shows beside."""
+    from sslvision.inspection.device_memory import memory_of
+    from sslvision.inspection.fake_update import measure_optimizer
+    from sslvision.workflows import planning
+
+    world = planning.world_of(settings)
+    sharded, recomputed = world.strategy == "fsdp2", settings.activation_checkpointing
+    method = planning.prepare(settings, world, sharded=sharded, recomputed=recomputed)
+    optimizer = measure_optimizer(method, device=world.device)
+    of = memory_of(
+        method,
+        world.strategy,
+        world.devices,
+        accumulate=world.accumulate,
+        steps=planning.measure(method, world),
+        optimizer=optimizer,
+        low=world.precision == "bf16-mixed",
+        copied=world.device == "cpu",
+    )
+    return of.peak(world.images)
 
 
 def train(settings):

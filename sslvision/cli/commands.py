@@ -46,7 +46,7 @@ def work(run: Run[Any], words: Sequence[str]) -> Callable[[], Any]:
     if isinstance(settings, Pretrain) and settings.dry_run == "plan":  # leaves nothing on the disk
         from sslvision.workflows.planning import plan
 
-        return functools.partial(plan, settings, words)
+        return functools.partial(plan, settings)
     workflow, name, dated = _workflow(settings, run.recipe)
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 

@@ -5,7 +5,7 @@ torch's meta device, and its steps run on fake tensors (inspection/fake_update.p
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ PRECISIONS = {  # dtype of the weights and of autocast
 }
 NOT_COUNTED = (
     "the context of CUDA, buffers of NCCL or gloo, workspaces of kernels, what the allocator rounds up and leaves between "
-    "tensors (leave some percent for these), evaluation on the way, and images in main memory"
+    "tensors (leave some percent for these), evaluation on the way, images in main memory; of traffic, small reductions (norms, "
+    "DINO's center, the log)"
 )
 
 
@@ -68,12 +69,11 @@ class World:
     images: int
 
 
-def plan(settings: Pretrain, words: Sequence[str] = ()) -> dict[str, Any]:
+def plan(settings: Pretrain) -> dict[str, Any]:
     """Print what each device of a run holds and sends, and the largest batches that fit.
 
     Args:
         settings: All settings.
-        words: The command line, for messages.
 
     Returns:
         All figures in bytes: the world, for each strategy and with and without recomputed activations the parts and the largest
