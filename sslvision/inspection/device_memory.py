@@ -117,7 +117,7 @@ def memory_of(
     held["state of the optimizer"] = state
     common: dict[str, Any] = {"gradients": gradients, "temporary": optimizer.temporary // n, "steps": steps}
     if strategy != "fsdp2":
-        sent = {}
+        sent: dict[str, int] = {}
         if strategy == "ddp":
             held["buckets of gradients for DDP"] = gradients
             sent = {"all-reduce of gradients": round(2 * (devices - 1) / devices * gradients)}

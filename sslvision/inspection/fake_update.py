@@ -12,6 +12,7 @@ from typing import Any
 
 import timm.layers
 import torch
+import torch.cuda.amp.common
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -158,7 +159,7 @@ def measure_optimizer(method: Method, *, device: str) -> OptimizerBytes:
             like = sum(value.nbytes for value in tensors if value.shape == one.shape)
             state[name] = (like, sum(value.nbytes for value in tensors) - like)
             one.grad = None
-        del optimizer, tensors
+        del optimizer
     return OptimizerBytes(state, temporary, unknown)
 
 
@@ -192,7 +193,8 @@ def _fake(method: Method, device: str) -> Iterator[LiveTensors]:
             if isinstance(part, Swin):
                 part.counts_windows = False  # the largest number: without data, there is nothing to count
         own = [*method.parameters(), *method.buffers()]
-        stack.enter_context(_FusedAttention() if device == "cuda" else ExitStack())
+        if device == "cuda":
+            stack.enter_context(_FusedAttention())
         live = stack.enter_context(LiveTensors(own))
         with _in_words(method, "losses"):
             yield live
@@ -225,15 +227,18 @@ def _module_to(device: str) -> Callable[[Tensor], Tensor]:
 
 def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace parameters and buffers; those that are shared stay shared."""
-    changed: dict[int, Any] = {}
+    changed: dict[int, tuple[Tensor, Any]] = {}  # holds the old ones, so that none is freed and its id used again
     for part in module.modules():
-        for name, one in part._parameters.items():
-            if one is not None:
-                new = changed.get(id(one)) or nn.Parameter(change(one), requires_grad=one.requires_grad)
-                changed[id(one)] = part._parameters[name] = new
-        for name, one in part._buffers.items():
-            if one is not None:
-                part._buffers[name] = changed.setdefault(id(one), change(one))
+        for own in (part._parameters, part._buffers):
+            for name, one in own.items():
+                if one is None:
+                    continue
+                if id(one) not in changed:
+                    new = change(one)
+                    is_parameter = isinstance(one, nn.Parameter)
+                    new = nn.Parameter(new, requires_grad=one.requires_grad) if is_parameter else new
+                    changed[id(one)] = one, new
+                own[name] = changed[id(one)][1]
 
 
 def _clear_caches() -> None:

@@ -31,7 +31,7 @@ from sslvision.workflows.method import method_from_settings
 from sslvision.workflows.planning_tables import print_plan
 from sslvision.workflows.pretraining import continued
 
-PRECISIONS = {  # dtype of the weights and of autocast
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # dtype of the weights and of autocast
     "32-true": (torch.float32, None),
     "bf16-mixed": (torch.float32, torch.bfloat16),
     "16-mixed": (torch.float32, torch.float16),
