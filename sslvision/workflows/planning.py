@@ -41,8 +41,8 @@ PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {  # dtype of th
 }
 NOT_COUNTED = (
     "the context of CUDA, buffers of NCCL or gloo, workspaces of kernels, what the allocator rounds up and leaves between "
-    "tensors (leave some percent for these), evaluation on the way, images in main memory; of traffic, small reductions (norms, "
-    "DINO's center, the log)"
+    "tensors (leave some percent for these), evaluation on the way, images in main memory; of traffic, small reductions "
+    "(norms, DINO's center, the log)"
 )
 
 
