@@ -54,22 +54,26 @@ class DeviceMemory:
 
     def peak(self, images: int) -> int:
         """Return the most bytes at once with batches of so many images."""
+        return sum(self.held.values()) + max(self._phases(images))
+
+    def _phases(self, images: int) -> tuple[int, int, int]:
+        """Return the most bytes in forward pass, backward pass and update, besides what is held in the whole run."""
         step = self.step(images)
-        in_backward = self.gradients + step.activations if self.kept else step.backward
-        passes = (
+        return (
             self.gradients + self.in_forward + step.forward,
-            self.in_backward + in_backward,
+            self.in_backward + (self.gradients + step.activations if self.kept else step.backward),
             self.gradients + self.temporary,
         )
-        return sum(self.held.values()) + max(passes)
 
     def rows(self, images: int) -> dict[str, int]:
         """Return what the peak consists of."""
         known = {**self.held, "gradients": self.gradients}
-        known["gathered weights and gradients"] = max(self.in_forward, self.in_backward)
-        known["images: crops and views"] = self.step(images).inputs
+        phases = self._phases(images)
+        gathered = (self.in_forward, self.in_backward, 0)[phases.index(max(phases))]
+        known |= {"gathered weights and gradients": gathered} if self.in_forward else {}
         rest = self.peak(images) - sum(known.values())
-        return {**known, "activations and temporary tensors": max(0, rest)}
+        inputs = min(rest, self.step(images).inputs)
+        return {**known, "images: crops and views": inputs, "activations and temporary tensors": rest - inputs}
 
     def largest_batch(self, memory: float) -> int:
         """Return the most images of a batch that fit; 0 if not one does."""
@@ -121,14 +125,16 @@ def memory_of(
         if strategy == "ddp":
             held["buckets of gradients for DDP"] = gradients
             sent = {"all-reduce of gradients": round(2 * (devices - 1) / devices * gradients)}
-            sent["buffers"] = accumulate * buffers
+            sent["buffers"] = buffers
         return DeviceMemory(held=held, in_forward=0, in_backward=0, kept=accumulate > 1, sent=sent, **common)
     if copied:
         whole = sum(one.nbytes for one in method.parameters()) + buffers
         held["whole copy for k-NN and pictures"] = whole
     groups = gathered_groups(method, 2 if low else None)
     if low:
-        common["steps"] = tuple(without(step, bytes_cast(method)) for step in steps)
+        recomputed = any(isinstance(one, Backbone) and one.activation_checkpointing for one in method.modules())
+        cast = bytes_cast(method)
+        common["steps"] = tuple(without(step, cast, in_backward=not recomputed) for step in steps)
     root, blocks = groups[0], groups[1:]
     largest = max((of.weights(n) for of in blocks), default=0)
     of_gradients = max((of.gradients + of.reduced(n) for of in blocks), default=0)
@@ -196,9 +202,9 @@ def bytes_cast(method: Method) -> int:
     return sum(2 * one.numel() for one in own)
 
 
-def without(step: StepBytes, cast: int) -> StepBytes:
-    """Return the bytes of a step without the copies of weights, which the backward pass has where it recomputes nothing."""
-    kept = cast if step.activations > step.forward - cast else 0
+def without(step: StepBytes, cast: int, *, in_backward: bool) -> StepBytes:
+    """Return the bytes of a step without the copies of weights, which the backward pass has if it recomputes nothing."""
+    kept = cast if in_backward else 0
     return replace(
         step, forward=step.forward - cast, backward=step.backward - kept, activations=step.activations - kept
     )
