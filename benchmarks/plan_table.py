@@ -6,10 +6,11 @@ Computed by dry_run=plan's functions, not measured; no GPU and little memory are
 """
 
 import argparse
+import dataclasses
 
 from sslvision.cli.compose import compose_settings
 from sslvision.inspection.device_memory import memory_of
-from sslvision.inspection.fake_update import measure_optimizer
+from sslvision.inspection.fake_update import OptimizerBytes, StepBytes
 from sslvision.workflows.planning import World, measure, prepare
 
 SEVEN = [
@@ -27,6 +28,8 @@ MODELS = {
     "7 B, DINO": ["recipe=dino_vitg14_in1k", *SEVEN],
 }
 IMAGES = 64  # of the smaller of two steps
+WORLD = World("cuda", 1, 1, "ddp", "bf16-mixed", 1, IMAGES)
+FEW = (2, 4)  # blocks
 
 
 def main():
@@ -47,27 +50,46 @@ def main():
 def lines(name, gpus, memory):
     """Yield the rows of a network."""
     settings = compose_settings([*MODELS[name], "data.root=images"])
-    world = World("cuda", 1, 1, "ddp", "bf16-mixed", 1, IMAGES)
-    steps, optimizer = {}, None
+    method = prepare(settings, WORLD, sharded=True, recomputed=False)
+    # AdamW's two averages; its temporary tensors are next to nothing.
+    state = {key: (2 * one.nbytes, 0) for key, one in method.named_parameters() if one.requires_grad}
+    about = {"accumulate": 1, "optimizer": OptimizerBytes(state, 0), "low": True, "copied": False}
+    found = {}
     for recomputed in (False, True):
-        method = prepare(settings, world, sharded=True, recomputed=recomputed)
-        optimizer = optimizer or measure_optimizer(method, device="cuda")
-        steps[recomputed] = measure(method, world)
-    about = {"accumulate": 1, "optimizer": optimizer, "low": True, "copied": False}
+        steps = steps_of(settings, len(method.pretrained().blocks()), recomputed=recomputed)
+        if recomputed:
+            method.enable_activation_checkpointing()
+        for n in gpus:
+            for strategy in ("ddp", "fsdp2") if n > 1 else ("one process",):
+                found[n, strategy, recomputed] = memory_of(method, strategy, n, steps=steps, **about)
     trained = sum(one.numel() for one in method.parameters() if one.requires_grad)
     for n in gpus:
-        of = {}
-        for strategy in ("ddp", "fsdp2") if n > 1 else ("one process",):
-            for recomputed in (False, True):
-                of[strategy, recomputed] = memory_of(method, strategy, n, steps=steps[recomputed], **about)
+        of = {key[1:]: one for key, one in found.items() if key[0] == n}
         cells = [cell(of, strategy, memory) for strategy in ("ddp" if n > 1 else "one process", "fsdp2")]
-        sent = (
-            ", ".join(f"{sum(one.sent.values()) / 1e9:.1f}" for (_, again), one in of.items() if not again)
-            if n > 1
-            else ""
-        )
+        sent = [f"{sum(one.sent.values()) / 1e9:.1f}" for (_, again), one in of.items() if not again and one.sent]
         first = f"{name}, {trained / 1e6:,.0f} M" if n == gpus[0] else ""
-        yield f"| {first} | {n:,} | {cells[0]} | {cells[1]} | {sent} | {chosen(of, memory)} |"
+        yield f"| {first} | {n:,} | {cells[0]} | {cells[1]} | {', '.join(sent)} | {chosen(of, memory)} |"
+
+
+def steps_of(settings, depth, *, recomputed):
+    """Return the bytes of two steps of a ViT. Its blocks are alike: two and four of them tell what forty need."""
+    few, more = (
+        measure(prepare(with_depth(settings, some), WORLD, sharded=True, recomputed=recomputed), WORLD) for some in FEW
+    )
+    share = (depth - FEW[0]) / (FEW[1] - FEW[0])
+    return tuple(extrapolated(a, b, share) for a, b in zip(few, more, strict=True))
+
+
+def with_depth(settings, depth):
+    """Return the settings with so many blocks."""
+    return dataclasses.replace(settings, backbone={**settings.backbone, "depth": depth})
+
+
+def extrapolated(one, other, share):
+    """Return the bytes of a step beyond two others."""
+    names = ("inputs", "forward", "backward", "activations")
+    of = {name: getattr(one, name) for name in names}
+    return StepBytes(one.images, **{key: round(a + share * (getattr(other, key) - a)) for key, a in of.items()})
 
 
 def cell(of, strategy, memory):
