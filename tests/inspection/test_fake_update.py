@@ -97,6 +97,19 @@ def test_bytes_are_linear_in_the_batch_and_autocast_halves_most_of_them():
     assert 0.5 < (low[64].forward - low[64].inputs) / (full.forward - full.inputs) < 0.8
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_blocks_of_a_vit_need_equally_much(recomputed):
+    """benchmarks/plan_table.py relies on it."""
+    found = []
+    for depth in (2, 4, 7):
+        method = build(MAE, {**VIT, "depth": depth}, "meta", recomputed=recomputed, fused=True)
+        found.append(measure_step(method, inputs_of(method), 32, device="cuda", autocast=torch.bfloat16))
+    for name in ("forward", "backward", "activations"):
+        a, b, c = (getattr(one, name) for one in found)
+        assert c == pytest.approx(a + 2.5 * (b - a), rel=0.01), name
+
+
 def test_the_gradients_of_our_backward_pass_are_those_of_torch():
     method = build(DINO, VIT, "cpu")
     views = [torch.rand(shape) for shape in shapes_of(method, 3)]

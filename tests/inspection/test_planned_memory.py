@@ -10,7 +10,13 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
 WORDS = ["recipe=mae", "data=digits", "data.channels=3", "optimizer=adamw", "compile=false", "cuda_graphs=false"]
-WORDS += ["backbone.image_size=32", "backbone.embed_dim=512", "backbone.num_heads=8", "backbone.depth=8", "batch_size=32"]
+WORDS += [
+    "backbone.image_size=32",
+    "backbone.embed_dim=512",
+    "backbone.num_heads=8",
+    "backbone.depth=8",
+    "batch_size=32",
+]
 
 
 def deviations(folder, *words):
