@@ -23,7 +23,7 @@ def run_backward(losses: list[Tensor], follow: Callable[[Tensor], None]) -> None
         follow: Called with each parameter whose gradient has become larger in memory.
     """
     loss = losses.pop()
-    root = loss.grad_fn
+    root: Any = loss.grad_fn
     waiting = _count_edges(root)  # a node and the number of gradients that it still waits for; holds the nodes
     arrived: dict[Node, list[Tensor | None]] = {root: [torch.ones_like(loss)]}
     del loss
