@@ -5,7 +5,7 @@ Trainer frees them between it and the backward pass.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -164,7 +164,7 @@ class Group:
         times: How often they are gathered in a step.
     """
 
-    parameters: list[Tensor]
+    parameters: Sequence[Tensor]
     size: int | None
     times: int
 

@@ -229,7 +229,8 @@ def _replace(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
     """Replace parameters and buffers; those that are shared stay shared."""
     changed: dict[int, tuple[Tensor, Any]] = {}  # holds the old ones, so that none is freed and its id used again
     for part in module.modules():
-        for own in (part._parameters, part._buffers):
+        groups: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for own in groups:
             for name, one in own.items():
                 if one is None:
                     continue
