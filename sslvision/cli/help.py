@@ -58,7 +58,7 @@ EXAMPLES = {
         ("resume=auto name=a", "resume run `a` where it stopped, with its settings"),
         ("recipe=mae dry_run=true", "run two steps of everything, to see whether it works"),
         (
-            "recipe=mae_vitl16_in1k trainer.devices=8 trainer.num_nodes=8 dry_run=plan plan_gb=80",
+            "recipe=mae_vitl16_in1k data.root=imagenet trainer.devices=8 trainer.num_nodes=8 dry_run=plan plan_gb=80",
             "memory and traffic of each of 64 GPUs, which need not be here, and the largest batch",
         ),
         ("recipe=mae --cfg job", "print all settings and stop"),
