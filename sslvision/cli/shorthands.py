@@ -171,4 +171,5 @@ def _run_to_resume(resume: str, name: Any, output_dir: Any, dry_run: Any) -> Pat
     if output_dir is None and name is None:
         return None
     folder = Path(output_dir) if output_dir is not None else Path("outputs") / str(name)
-    return folder.with_name(f"{folder.name}-dry-run") if dry_run and "-dry-run" not in folder.name else folder
+    is_dry = dry_run and dry_run != "plan" and "-dry-run" not in folder.name
+    return folder.with_name(f"{folder.name}-dry-run") if is_dry else folder
