@@ -140,7 +140,6 @@ def planned(settings):
         steps=planning.measure(method, world),
         optimizer=optimizer,
         low=world.precision == "bf16-mixed",
-        copied=world.device == "cpu",
     )
     return of.peak(world.images)
 

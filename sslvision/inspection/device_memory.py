@@ -95,7 +95,6 @@ def memory_of(
     steps: tuple[StepBytes, StepBytes],
     optimizer: OptimizerBytes,
     low: bool,
-    copied: bool,
 ) -> DeviceMemory:
     """Return what each of n devices holds.
 
@@ -107,7 +106,6 @@ def memory_of(
         steps: Of the method.
         optimizer: Of the method.
         low: Whether autocast multiplies in 16 bits, in which fsdp2 gathers blocks: they are not cast then.
-        copied: Whether the whole copy that each process keeps for evaluation under fsdp2 is on the device, as on a CPU.
     """
     n = devices if strategy == "fsdp2" else 1
     trained = {name: one for name, one in method.named_parameters() if one.requires_grad}
@@ -127,9 +125,6 @@ def memory_of(
             sent = {"all-reduce of gradients": round(2 * (devices - 1) / devices * gradients)}
             sent["buffers"] = buffers
         return DeviceMemory(held=held, in_forward=0, in_backward=0, kept=accumulate > 1, sent=sent, **common)
-    if copied:
-        whole = sum(one.nbytes for one in method.parameters()) + buffers
-        held["whole copy for k-NN and pictures"] = whole
     groups = gathered_groups(method, 2 if low else None)
     if low:
         recomputed = any(isinstance(one, Backbone) and one.activation_checkpointing for one in method.modules())

@@ -106,7 +106,6 @@ def plan(settings: Pretrain) -> dict[str, Any]:
                     steps=steps,
                     optimizer=optimizer,
                     low=world.precision == "bf16-mixed",
-                    copied=world.device == "cpu",
                 )
                 plans[f"{strategy}, recomputed" if recomputed else strategy] = figures(of, world, memory)
     assert optimizer is not None

@@ -151,7 +151,7 @@ def test_shards_are_rows_rounded_up():
 def memory(strategy, devices, steps, accumulate=1, low=False):
     method = build(DINO, VIT, "meta")
     state = {name: (2 * one.nbytes, 0) for name, one in method.named_parameters() if one.requires_grad}
-    of = {"accumulate": accumulate, "steps": steps, "optimizer": OptimizerBytes(state, 0), "low": low, "copied": False}
+    of = {"accumulate": accumulate, "steps": steps, "optimizer": OptimizerBytes(state, 0), "low": low}
     return method, memory_of(method, strategy, devices, **of)
 
 
