@@ -70,6 +70,10 @@ class Pretrain:
         None,
         "time for training, such as 90s, 30m, 2h or 3d, instead of epochs: the updates that fill it are measured first",
     )
+    max_steps: int | None = option(
+        None,
+        "optimizer updates of the run, instead of epochs; what the recipe counts in epochs keeps its share of the run",
+    )
     batch_size: int = option(256, "images per optimizer update, over all devices and accumulated batches together")
     base_lr: float = option(
         1.5e-4, "learning rate per 256 images: the peak learning rate is base_lr x batch_size / 256"
@@ -92,7 +96,12 @@ class Pretrain:
         "csv", "csv | wandb | tensorboard; metrics.csv is always written"
     )
     knn_every_epochs: int = option(
-        10, "epochs between measurements of k-NN accuracy and RankMe, with figures, during training (0: never)"
+        10,
+        "epochs between measurements of k-NN accuracy and RankMe, with figures, during training; in a shorter run, one after "
+        "half of it (0: none)",
+    )
+    knn_every_steps: int | None = option(
+        None, "optimizer updates between such measurements, in addition: for epochs that take hours"
     )
     probe_data: str | None = option(
         None, "folder of labeled images that the features are evaluated on, if the training images have no labels"
@@ -102,7 +111,9 @@ class Pretrain:
         5, "consecutive updates that may be skipped because of non-finite gradients, before the run stops"
     )
     checkpoint_every_epochs: int = option(10, "epochs between checkpoints (checkpoints/last.ckpt)")
-    checkpoint_every_steps: int | None = option(None, "optimizer updates between checkpoints, in addition")
+    checkpoint_every_steps: int | None = option(
+        2000, "optimizer updates between checkpoints, in addition (null: none in addition)"
+    )
     keep_checkpoints: int = option(
         3, "number of checkpoints kept: last.ckpt, last-1.ckpt, ...; with 2 or more, a damaged one does no harm"
     )
@@ -118,7 +129,7 @@ class Pretrain:
     def __post_init__(self) -> None:
         at_least(self, epochs=1, batch_size=1, knn_every_epochs=0, evaluate_images=1, seed=0)
         at_least(self, checkpoint_every_epochs=1, keep_checkpoints=1, max_skipped=0, timeout=1)
-        _positive(self, "base_lr", "lr", "checkpoint_every_steps")
+        _positive(self, "base_lr", "lr", "checkpoint_every_steps", "knn_every_steps", "max_steps")
         check_folder_name(self.name)
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):

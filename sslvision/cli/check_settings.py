@@ -48,7 +48,7 @@ Settings = TypeVar(
 # Trainer options that sslvision sets itself, and what to use instead.
 OURS = {
     "max_epochs": "epochs",
-    "max_steps": "epochs or budget (or dry_run=true)",
+    "max_steps": "max_steps (or dry_run=true)",
     "min_epochs": "epochs",
     "min_steps": "epochs",
     "max_time": "budget",

@@ -135,10 +135,11 @@ def _compose(given: Mapping[str, Any], command: Command[Settings], read: Read) -
         settings["ranges"] = _ranges(settings, command)
     result = checked(settings, command.kind)
     searches = hasattr(result, "ranges")
-    if "epochs" in given and getattr(result, "budget", None) is not None and not searches:
+    lengths = [name for name in ("budget", "max_steps") if getattr(result, name, None) is not None and not searches]
+    if len(lengths := ["epochs"] * ("epochs" in given) + lengths) > 1:
+        told = " and ".join(f"{name}={settings[name]}" for name in lengths)
         raise UsageError(
-            f"epochs={settings['epochs']} and budget={settings['budget']} are two lengths of one run: give one of them "
-            "(~budget removes that of a recipe)."
+            f"{told} are {len(lengths)} lengths of one run: give one of them (~{lengths[-1]} removes that of a recipe)."
         )
     return result, composed.name
 

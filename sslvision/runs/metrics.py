@@ -23,14 +23,14 @@ class MetricsCSV(Logger):
 
     Every row is written when it is logged, so a killed process loses none. A new column rewrites the file through a
     temporary one. Metrics logged for the step of the last row are added to that row. Existing metrics in the folder are
-    kept. Only rank zero reads or writes.
+    kept. Only rank zero reads or writes. Of the rows, only the last one is kept in memory.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self._columns = ["step", "epoch"]
-        self._rows: list[Row] = []
+        self._last: Row | None = None
         self._last_row_at: int | None = None  # its offset in bytes; None: the file has not been read yet
 
     @property
@@ -57,53 +57,53 @@ class MetricsCSV(Logger):
         """Write one row, or complete the last one when `step` is its own (or None)."""
         self._open()
         if step is None:
-            step = int(self._rows[-1]["step"]) if self._rows else 0
+            step = int(self._last["step"]) if self._last else 0
         row = {"step": str(step)} | {name: _cell(value) for name, value in metrics.items() if name != "step"}
-        same_step = bool(self._rows) and self._rows[-1]["step"] == row["step"]
+        same_step = self._last is not None and self._last["step"] == row["step"]
         if same_step:
-            row = self._rows.pop() | row
-        self._rows.append(row)
+            row = (self._last or {}) | row
         new = [name for name in row if name not in self._columns]
         if new:
+            _, rows = parse_metrics(self.path)
             self._columns += new
-            self._rewrite()
+            self._rewrite([*(rows[:-1] if same_step else rows), row])
         else:
-            self._write_last(over_the_last=same_step)
+            self._write_last(row, over_the_last=same_step)
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Delete what was logged after `step`, when a run resumes from a checkpoint of that step."""
         self._open()
-        kept = [row for row in self._rows if int(row["step"]) <= step]
-        if len(kept) < len(self._rows):
-            self._rows = kept
-            self._rewrite()
+        _, rows = parse_metrics(self.path)
+        kept = [row for row in rows if int(row["step"]) <= step]
+        if len(kept) < len(rows):
+            self._rewrite(kept)
 
     def _open(self) -> None:
         """Read existing metrics; the last row may be incomplete if the process was killed."""
         if self._last_row_at is not None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows: list[Row] = []
         if self.path.exists():
-            self._columns, self._rows = parse_metrics(self.path)
-        self._rewrite()
+            self._columns, rows = parse_metrics(self.path)
+        self._rewrite(rows)
 
-    def _write_last(self, *, over_the_last: bool) -> None:
+    def _write_last(self, row: Row, *, over_the_last: bool) -> None:
         with self.path.open("r+b") as file:
             end = file.seek(0, os.SEEK_END)
             self._last_row_at = self._last_row_at if over_the_last else end
             assert self._last_row_at is not None
             file.seek(self._last_row_at)
-            file.write(self._lines(self._rows[-1:]))  # one write, so that a reader never sees a part of it
+            file.write(self._lines([row]))  # one write, so that a reader never sees a part of it
             file.truncate()
+        self._last = row
 
-    def _rewrite(self) -> None:
-        head, last = self._lines([dict(zip(self._columns, self._columns, strict=True)), *self._rows[:-1]]), b""
-        if self._rows:
-            last = self._lines(self._rows[-1:])
+    def _rewrite(self, rows: list[Row]) -> None:
+        head = self._lines([dict(zip(self._columns, self._columns, strict=True)), *rows[:-1]])
         with written_whole(self.path) as file:
-            file.write(head + last)
-        self._last_row_at = len(head)
+            file.write(head + self._lines(rows[-1:]))
+        self._last, self._last_row_at = (rows[-1] if rows else None), len(head)
 
     def _lines(self, rows: list[Row]) -> bytes:
         text = io.StringIO()

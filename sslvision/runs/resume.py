@@ -26,7 +26,7 @@ MAY_DIFFER = {
     "how long processes wait for one another": ("timeout",),
     "descriptions and loggers": ("about", "reference", "logger"),
     "monitoring, checkpoints, and when to give up": (
-        *("health", "max_skipped", "knn_every_epochs", "evaluate_images", "probe_data"),
+        *("health", "max_skipped", "knn_every_epochs", "knn_every_steps", "evaluate_images", "probe_data"),
         *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints"),
     ),
     "where and how the images are read; their number is compared": (

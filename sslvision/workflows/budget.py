@@ -1,5 +1,7 @@
 """`budget=30m`: a run as long as a time, measured before training with the method, the images and the devices of the run.
 
+`max_steps=20000`: a run of so many updates, for which nothing is measured.
+
 Updates take another time after minutes than in the first seconds, so the length is corrected twice on the way.
 
 The settings of a recipe that count epochs keep their share of the run: a warm-up of 3 of 60 epochs becomes 0.4 of 8. Those
@@ -37,7 +39,7 @@ WHOLE = ("knn_every_epochs", "checkpoint_every_epochs")  # settings in whole epo
 
 @dataclasses.dataclass(frozen=True)
 class Length:
-    """The length of a run with a budget.
+    """The length of a run with a budget or a number of updates.
 
     Attributes:
         settings: The settings, with epochs and what counts them in accordance.
@@ -89,6 +91,16 @@ def fill_budget(settings: Pretrain, method: Method, data: ImageData, words: Sequ
     return Length(scaled, {"updates": updates, "words": told, "corrections": []}, spent, told)
 
 
+def length_of_steps(settings: Pretrain, images: int, words: Sequence[str], resume: Resume | None = None) -> Length:
+    """Return the length of a run of `max_steps` updates; `words`, the command line, have settings that stay as they are."""
+    assert settings.max_steps is not None
+    if resume is not None:
+        return Length(_counted_as_then(settings, resume), {"updates": settings.max_steps}, 0.0, "")
+    per_epoch = max(1, images // settings.batch_size)
+    scaled, changes = scale_epochs(settings, settings.max_steps / per_epoch, words)
+    return Length(scaled, {"updates": settings.max_steps}, 0.0, "; ".join(changes))
+
+
 def recorded_length(settings: Pretrain, resume: Resume) -> Length:
     """Return the length that a run had from the start, and the settings that follow from it.
 
@@ -99,12 +111,16 @@ def recorded_length(settings: Pretrain, resume: Resume) -> Length:
         raise UsageError(
             f"{resume.path} is of a run without a budget, which ends after its epochs: resume it without budget=."
         )
+    corrected = [f"on the way {one['updates']:,}" for one in found.get("corrections", [])]
+    return Length(_counted_as_then(settings, resume), dict(found), 0.0, "; ".join([found["words"], *corrected]))
+
+
+def _counted_as_then(settings: Pretrain, resume: Resume) -> Pretrain:
+    """Return the settings with the epochs, and what counts them, that the run had from the start."""
     then = resume.record["settings"]
     method = {key: then["method"].get(key, value) for key, value in settings.method.items() if counts_epochs(key)}
     whole = {key: then[key] for key in ("epochs", *WHOLE)}
-    scaled = dataclasses.replace(settings, method={**settings.method, **method}, **whole)
-    corrected = [f"on the way {one['updates']:,}" for one in found.get("corrections", [])]
-    return Length(scaled, dict(found), 0.0, "; ".join([found["words"], *corrected]))
+    return dataclasses.replace(settings, method={**settings.method, **method}, **whole)
 
 
 def keep_budget(

@@ -1,5 +1,6 @@
 """The callbacks of a pretraining run."""
 
+import math
 from pathlib import Path
 
 from pytorch_lightning.callbacks import Callback
@@ -32,9 +33,14 @@ def pretraining_callbacks(
         evaluated: The images of the evaluation on the way.
         steps: Optimizer updates of the whole run.
     """
-    splits, every = data.splits, settings.knn_every_epochs
+    splits, every_steps = data.splits, settings.knn_every_steps
+    every = (
+        min(settings.knn_every_epochs, math.ceil(settings.epochs / 2)) or None
+    )  # a short run has a look on the way, too
     callbacks: list[Callback] = [
-        UnreadableImages(splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1)),
+        UnreadableImages(
+            splits.train, folder / "unreadable.csv", settings.data.get("max_unreadable", 0.1), timeout=settings.timeout
+        ),
         PeriodicCheckpoints(
             folder / "checkpoints" / "last.ckpt",
             every_epochs=settings.checkpoint_every_epochs,
@@ -49,19 +55,21 @@ def pretraining_callbacks(
         SkippedUpdates(folder, settings.max_skipped),
         Health(settings.health),
     ]
-    if every:
+    looks = every is not None or every_steps is not None
+    if looks:
         labeled = has_labels(evaluated)
         evaluation = OnlineEvaluation(
             evaluated,
             labeled=labeled,
             every_epochs=every,
+            every_steps=every_steps,
             at_most=min(ON_THE_WAY, settings.evaluate_images),
             workers=data.workers,
             from_start=settings.init_from is not None,
         )
         callbacks += [evaluation, Continued(evaluation)] if settings.init_from is not None else [evaluation]
-    if every and splits.test is not None:
-        callbacks.append(Pictures(splits.test, folder / "figures", every_epochs=every))
+    if looks and splits.test is not None:
+        callbacks.append(Pictures(splits.test, folder / "figures", every_epochs=every, every_steps=every_steps))
     waits = None
     if splits.train.images is None:  # images in memory have no loader to wait for
         callbacks.append(waits := DataWaits(workers=data.workers, cached=settings.data.get("cache") in ("ram", "disk")))

@@ -37,7 +37,7 @@ from sslvision.training.trainer import (
     precision_in_effect,
     silence_lightning,
 )
-from sslvision.workflows.budget import Length, fill_budget, keep_budget, recorded_length
+from sslvision.workflows.budget import Length, fill_budget, keep_budget, length_of_steps, recorded_length
 from sslvision.workflows.callbacks import pretraining_callbacks
 from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.console import (
@@ -85,12 +85,16 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
             if resume is not None
             else fill_budget(settings, method_from_settings(settings), data, words, started=started)
         )
+    elif settings.max_steps is not None:
+        length = length_of_steps(settings, len(data.splits.train), words, resume)
+    if length is not None:
         settings, method = length.settings, with_settings(method, length.settings)
     evaluated, images = open_evaluated(settings, data.splits), len(data.splits.train)
     steps = length.updates if length is not None else settings.epochs * (images // settings.batch_size)
-    facts = {"images": images} | ({} if length is None else {"budget": length.record})
+    timed = length if settings.budget is not None else None
+    facts = {"images": images} | ({} if timed is None else {"budget": timed.record})
     checkpoints = AtomicCheckpoints(keep=settings.keep_checkpoints, record=record(settings, **facts))
-    keeping = [] if length is None else keep_budget(length, checkpoints.record, folder, words, console)
+    keeping = [] if timed is None else keep_budget(timed, checkpoints.record, folder, words, console)
     trainer = build_trainer(
         folder=folder,
         epochs=settings.epochs,
@@ -303,8 +307,8 @@ def effective_configuration(
         "evaluation": describe_crop(method.pretrained().crop_pct, method.pretrained().image_size),
         "device": f"{device.type}{gpu if world == 1 else f' x {world}'}, precision {precision}",
     }
-    if length is not None:
-        rows["budget"] = length.words
+    if length is not None and length.words:
+        rows["budget" if settings.budget is not None else "scaled"] = length.words
     if should_compile(settings.compile, device):
         rows["kernels"] = (
             "blocks and losses are compiled during the first steps" + method.captures * ", steps are CUDA graphs"

@@ -21,12 +21,14 @@ class Scale(Pretrain):
     budget: str | None = option(
         None, "time for everything, such as 30m or 2h: the lengths that fill it are measured first"
     )
+    max_steps: int | None = option(None, "refused: budget or epochs is the length of a ladder")
     name: str | None = option(None, "name of the folder in outputs/ (default: recipe and data)")
     resume: str | None = option(None, "auto, or nothing: trainings that are done are kept in any case")
     init_from: str | None = option(None, "refused: weights have one size, and a ladder has several")
     knn_every_epochs: int = option(10, _AT_THE_END)
+    knn_every_steps: int | None = option(None, _AT_THE_END)
     checkpoint_every_epochs: int = option(10, _UNSAVED)
-    checkpoint_every_steps: int | None = option(None, _UNSAVED)
+    checkpoint_every_steps: int | None = option(2000, _UNSAVED)
     keep_checkpoints: int = option(3, _UNSAVED)
     evaluate_images: int = option(
         50_000, "maximum number of training images that are neighbors in k-NN, and of held-out images that are scored"
@@ -59,6 +61,11 @@ class Scale(Pretrain):
         if self.resume not in (None, "auto"):
             raise UsageError(
                 f"resume={self.resume}: a ladder goes on in its own folder, by itself or with resume=auto."
+            )
+        if self.max_steps is not None:
+            raise UsageError(
+                f"max_steps={self.max_steps}: a ladder has trainings of several lengths. Give budget, or epochs, the length of "
+                "the largest (~max_steps removes that of a recipe)."
             )
         if self.init_from is not None:
             raise UsageError(

@@ -97,11 +97,13 @@ class Tune(Search, Pretrain):
 
     epochs: int = option(100, _LENGTH)
     budget: str | None = option(None, _BUDGET)
+    max_steps: int | None = option(None, "refused: lengths of trials are trial_epochs, that of the recipe epochs")
     name: str | None = option(None, _NAME)
     resume: str | None = option(None, _RESUME)
     knn_every_epochs: int = option(10, _AT_THE_END)
+    knn_every_steps: int | None = option(None, _AT_THE_END)
     checkpoint_every_epochs: int = option(10, _UNSAVED)
-    checkpoint_every_steps: int | None = option(None, _UNSAVED)
+    checkpoint_every_steps: int | None = option(2000, _UNSAVED)
     keep_checkpoints: int = option(3, _UNSAVED)
     dry_run: bool = option(False, _DRY)
     objective: Literal["auto", "knn", "rankme"] = option(
@@ -113,6 +115,11 @@ class Tune(Search, Pretrain):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_search()
+        if self.max_steps is not None:
+            raise UsageError(
+                f"max_steps={self.max_steps}: give epochs, the length of the recipe that is found, and trial_epochs, that of a "
+                "trial (~max_steps removes that of a recipe)."
+            )
 
 
 @dataclass

@@ -64,3 +64,24 @@ def test_two_processes_compare_features_of_each_of_five_images_once(photos, tiny
     found = values(tmp_path / "outputs" / "two", "knn_top1")
     assert len(found) == 2
     assert {value % 20 for value in found} == {0}
+
+
+def test_unreadable_images_that_only_all_processes_together_find_too_many_stop_all_of_them(
+    tiny_settings, tmp_path, command
+):
+    """36 of 240 cannot be read, and 24 may: of 18 in each process neither would stop, before the second epoch."""
+    for place in range(240):
+        file = tmp_path / "photos" / f"{place:03d}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.random.default_rng(place).integers(0, 256, (32, 32), dtype=np.uint8)).save(file)
+        if place % 20 < 3:
+            file.write_bytes(b"no image")
+    kept = [word for word in tiny_settings("mae") if not word.startswith(("data=", "batch_size", "knn", "epochs"))]
+    words = ("data=folder", "data.root=photos", "data.channels=1", "data.holdout=0", "data.workers=0", "batch_size=2")
+    ended = command("recipe=mae", *kept, *words, "epochs=9", "knn_every_epochs=0", *TWO, cwd=tmp_path)
+    assert ended.returncode == 3, ended.stderr
+    assert "240 images cannot be read" in ended.stderr
+    assert "data.max_unreadable=0.1 of them" in ended.stderr
+    run = tmp_path / "outputs" / "two"
+    assert read_metrics(run / "metrics.csv")["step"][-1] <= 100, "told every 50 batches, of 120 in the first epoch"
+    assert 24 < len((run / "unreadable.csv").read_text().splitlines()) - 1 <= 36

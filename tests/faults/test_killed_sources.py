@@ -53,9 +53,10 @@ SOURCES = {
 def test_a_run_killed_at_ten_random_moments_ends_as_one_that_never_was(source, place, tiny_settings):
     if source == "hf":
         as_table(place)
-    tiny = [word for word in tiny_settings("mae") if not word.startswith(("data=", "batch_size", "epochs"))]
-    tiny += ["backbone.image_size=16", "data.channels=3", "data.workers=2", "batch_size=20", "epochs=6"]
-    tiny += ["checkpoint_every_steps=1", "knn_every_epochs=0", "evaluate_images=20", "data.normalize=imagenet"]
+    more = ["backbone.image_size=16", "data.channels=3", "data.workers=2", "batch_size=20", "epochs=6"]
+    more += ["checkpoint_every_steps=1", "knn_every_epochs=0", "evaluate_images=20", "data.normalize=imagenet"]
+    given = {word.split("=")[0] for word in ["data=", *more]}
+    tiny = [*(word for word in tiny_settings("mae") if word.split("=")[0] not in given), *more]
     words = [sys.executable, "-m", "sslvision.pretrain", "recipe=mae", *SOURCES[source], *tiny]
     whole, broken = place / f"{source}-whole", place / f"{source}-broken"
     subprocess.run([*words, f"output_dir={whole}"], cwd=place, check=True, capture_output=True)

@@ -89,21 +89,22 @@ class Progress:
     def __init__(self, steps_per_epoch, accumulate):
         self.saved = []
         self.global_step = self.current_epoch = 0
-        self.is_last_batch = False
-        self.steps_per_epoch, self.accumulate = steps_per_epoch, accumulate
+        self.is_last_batch, self.max_steps = False, -1
+        self.steps_per_epoch, self.accumulate_grad_batches = steps_per_epoch, accumulate
 
     def save_checkpoint(self, path):
         self.saved.append((self.global_step, self.batches))
 
     def train(self, callback: Callback, epochs, begin=0):
         self.global_step, self.current_epoch = begin, begin // self.steps_per_epoch
-        callback.on_train_start(self, None)
         self.batches = 0
         while self.current_epoch < epochs:
             self.batches += 1
-            self.global_step += self.batches % self.accumulate == 0
-            self.is_last_batch = self.batches % self.accumulate == 0 and self.global_step % self.steps_per_epoch == 0
-            callback.on_train_batch_end(self, None, None, None, 0)
+            self.global_step += self.batches % self.accumulate_grad_batches == 0
+            self.is_last_batch = (
+                self.batches % self.accumulate_grad_batches == 0 and self.global_step % self.steps_per_epoch == 0
+            )
+            callback.on_train_batch_end(self, None, None, None, self.batches - 1)
             if self.is_last_batch:
                 callback.on_train_epoch_end(self, None)
                 self.current_epoch += 1
@@ -113,7 +114,7 @@ def test_checkpoints_come_right_after_updates_never_between_accumulated_batches(
     trainer = Progress(steps_per_epoch=5, accumulate=2)
     trainer.train(PeriodicCheckpoints(tmp_path / "last.ckpt", every_epochs=2, every_steps=3), epochs=2)
     assert trainer.saved == [(3, 6), (6, 12), (9, 18), (10, 20)]
-    # A resumed run stands at an update that has been saved: its first micro-batch is none to save after.
+    # A resumed run stands at an update that has been saved: the first accumulated batch is none to save after.
     trainer = Progress(steps_per_epoch=5, accumulate=2)
     trainer.train(PeriodicCheckpoints(tmp_path / "last.ckpt", every_epochs=9, every_steps=3), epochs=2, begin=3)
     assert trainer.saved == [(6, 6), (9, 12)]

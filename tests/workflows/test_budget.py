@@ -1,4 +1,4 @@
-"""A run with a budget: its length is measured once, belongs to the run, and takes along what counts epochs."""
+"""A run with a budget or a number of updates: its length belongs to the run, and takes along what counts epochs."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +13,7 @@ from sslvision.cli.recipes import PRETRAIN
 from sslvision.errors import UsageError
 from sslvision.training.callbacks import keep_budget
 from sslvision.workflows import budget, pretraining
-from sslvision.workflows.budget import scale_epochs
+from sslvision.workflows.budget import length_of_steps, scale_epochs
 
 
 @pytest.fixture
@@ -96,6 +96,8 @@ def test_anything_else_is_refused_with_examples(budget):
 def test_a_length_is_given_once():
     with pytest.raises(UsageError, match=r"epochs=2 and budget=30m .* give one of them"):
         compose_settings(["recipe=mae", "budget=30m", "epochs=2"])
+    with pytest.raises(UsageError, match=r"budget=30m and max_steps=9 .* give one of them \(~max_steps removes"):
+        compose_settings(["recipe=mae", "budget=30m", "max_steps=9"])
     with pytest.raises(UsageError, match=r"epochs=2 and budget=30m .* give one of them"):
         compose_values({"recipe": "mae", "budget": "30m", "epochs": 2}, PRETRAIN)
 
@@ -115,6 +117,25 @@ def test_what_counts_epochs_keeps_its_share_of_the_run_unless_it_was_given():
     assert changes == []
     never = compose_settings([*words, "knn_every_epochs=0"])
     assert scale_epochs(never, 8, [])[0].knn_every_epochs == 0
+
+
+def test_a_number_of_updates_is_the_length_wherever_its_epochs_end_resumed_or_not(run, tmp_path):
+    run(tmp_path / "whole", "max_steps=6")  # of four to an epoch
+    assert (tmp_path / "whole/metrics.csv").read_text().splitlines()[-1].startswith("6,1.5,")
+    assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["epochs"] == 2
+
+    run(tmp_path / "broken", "max_steps=6", "checkpoint_every_steps=1", break_after=5)
+    with pytest.raises(UsageError, match=r"max_steps: 6 then"):
+        run(tmp_path / "broken", "max_steps=7", "resume=auto")
+    config = tmp_path / "broken/config.yaml"  # without its recipe, whose warm-up is scaled
+    pretraining.pretrain(compose_settings([f"recipe={config}", "resume=auto"]), tmp_path / "broken", ["resume=auto"])
+    assert_same_weights(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_what_a_recipe_counts_in_epochs_keeps_its_share_of_a_number_of_updates():
+    settings = compose_settings(["recipe=dino", "max_steps=100", "batch_size=100"])  # 40 epochs, warm-up 2
+    length = length_of_steps(settings, 1000, [])  # ten updates to an epoch
+    assert (length.updates, length.settings.epochs, length.settings.method["warmup_epochs"]) == (100, 10, 0.5)
 
 
 @pytest.mark.thorough

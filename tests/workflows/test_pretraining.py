@@ -262,6 +262,19 @@ def unlabeled(tmp_path_factory):
     return "data=folder", f"data.root={folder}", "data.workers=0", "batch_size=20", "data.channels=1"
 
 
+def test_the_features_are_looked_at_every_so_many_updates_and_halfway_of_a_short_run(train_tiny, tmp_path):
+    train_tiny(tmp_path / "updates", "knn_every_epochs=0", "knn_every_steps=3", "epochs=2")  # of four updates
+    train_tiny(tmp_path / "half", "knn_every_epochs=10", "epochs=2")
+    train_tiny(tmp_path / "without", "knn_every_epochs=0", "epochs=2")
+    looks = {run: [row["step"] for row in table(tmp_path / run / "metrics.csv") if row.get("knn_top1")]
+             for run in ("updates", "half", "without")}  # fmt: skip
+    assert looks == {"updates": ["3", "6"], "half": ["4"], "without": []}
+    assert table(tmp_path / "updates/metrics.csv")[2]["epoch"] == "0.75"
+    weights = [checkpoint_of(tmp_path / run)["state_dict"] for run in looks]
+    assert all(torch.equal(one[name], weights[0][name]) for one in weights for name in one)  # a look changes nothing
+    assert (tmp_path / "updates/figures/reconstructions.png").is_file()
+
+
 def test_without_labels_rankme_is_compared_with_the_untrained_networks_and_neighbors_are_drawn(
     unlabeled, run_tiny, tmp_path, capsys
 ):

@@ -37,20 +37,29 @@ class Continued(Callback):
         self.console = console or Console(stderr=True, soft_wrap=True, highlight=False)
         self.scores: list[tuple[float, float]] = []
         self.best, self.weights = 0, dict[str, Tensor]()
-        self._told = False
+        self._told, self._added_at = False, -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the score of the start."""
         if self.evaluation.measured_at == trainer.global_step == 0:
             self._add(trainer, pl_module, epoch=0)
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare and keep, if there was an evaluation in mid-epoch."""
+        if self.evaluation.measured_at == trainer.global_step != self._added_at:
+            epoch = trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches
+            self._add(trainer, pl_module, epoch=round(epoch, 2))
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare and keep, if there was an evaluation."""
-        if self.evaluation.measured_at == trainer.global_step:
+        if self.evaluation.measured_at == trainer.global_step != self._added_at:
             self._add(trainer, pl_module, epoch=trainer.current_epoch + 1)
 
-    def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+    def _add(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
         assert isinstance(pl_module, Method)
+        self._added_at = trainer.global_step
         score = self.evaluation.measured.get(self.name)
         if score is None:  # no image could be read
             return

@@ -81,6 +81,10 @@ class KeepBudget(Checkpoint):
         if trainer.is_last_batch:
             self.spent, self._running_since = self._spent(), None
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock for an evaluation in mid-epoch."""
+        self.spent, self._running_since = self._spent(), None
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Correct the length if that became due with the last update of the epoch."""
         self._correct(trainer)

@@ -1,5 +1,7 @@
 """k-NN accuracy and RankMe of the features during training."""
 
+from typing import Any
+
 import pytorch_lightning as L
 import torch
 import torch.distributed
@@ -12,6 +14,7 @@ from sslvision.evaluation.knn import SIMILARITIES_AT_ONCE, knn_top
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
 from sslvision.methods.base import Method
+from sslvision.training.callbacks.every import Every
 from sslvision.training.trainer import compute_dtype
 
 ON_THE_WAY = 10_000  # images at most: a run on millions should not wait for their features
@@ -23,7 +26,7 @@ class OnlineEvaluation(Callback):
     Args:
         splits: The training images, neighbors of k-NN and images of RankMe, and the held-out images.
         labeled: Whether to compute k-NN accuracy; the last epoch is then left to the evaluation after training.
-        every_epochs: Epochs between evaluations.
+        every_epochs, every_steps: Epochs and optimizer updates between evaluations; None for never.
         at_most: Maximal number of training images, a random sample if there are more.
         workers: Number of loader processes.
         from_start: Evaluate before the first update and after the last epoch, too: the run starts from weights.
@@ -38,12 +41,14 @@ class OnlineEvaluation(Callback):
         splits: Splits,
         *,
         labeled: bool,
-        every_epochs: int,
+        every_epochs: int | None = None,
+        every_steps: int | None = None,
         at_most: int = ON_THE_WAY,
         workers: int = 0,
         from_start: bool = False,
     ):
-        self.labeled, self.every_epochs, self.workers, self.from_start = labeled, every_epochs, workers, from_start
+        self.labeled, self.every, self.workers = labeled, Every(every_epochs, every_steps), workers
+        self.from_start = from_start
         self.measured, self.measured_at = dict[str, float](), -1
         sources = [(splits.train, at_most), *([(splits.test, ON_THE_WAY)] if labeled else [])]
         self.evaluated = [(one, sample_indices(one, most, seed=0)) for one, most in sources if one is not None]
@@ -53,14 +58,23 @@ class OnlineEvaluation(Callback):
         if self.from_start and trainer.global_step == 0:
             self._measure(trainer, pl_module, epoch=0)
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate in mid-epoch; callbacks that measure training are told, as of Lightning's own validation."""
+        if self.every.after_batch(trainer, batch_idx):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                callback.on_validation_start(trainer, pl_module)
+            self._measure(trainer, pl_module, trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate and log; the progress bar shows the result."""
         epoch = trainer.current_epoch + 1
         last = epoch == trainer.max_epochs
-        if (last or epoch % self.every_epochs == 0) and (self.from_start or not (last and self.labeled)):
+        if (last or self.every.after_epoch(trainer)) and (self.from_start or not (last and self.labeled)):
             self._measure(trainer, pl_module, epoch)
 
-    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+    def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: float) -> None:
         assert isinstance(pl_module, Method)
         found: list[Tensor] = []
         # By now the data module knows how many processes share the cores.

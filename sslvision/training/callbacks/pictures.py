@@ -16,31 +16,43 @@ from sslvision.evaluation.features import DEFAULT, Extraction, extract_features,
 from sslvision.figures.images import picture_figure
 from sslvision.methods.base import Method
 from sslvision.nn.compilation import force_eager
+from sslvision.training.callbacks.every import Every
 
 IMAGES = 16  # held-out images in a picture
 QUERIES, NEIGHBORS, AMONG = 10, 5, 2000  # images, neighbors of each, training images they are looked for among
 
 
 class Pictures(Callback):
-    """Draw the method's output for held-out images every N epochs.
+    """Draw the method's output for held-out images every N epochs and N updates.
 
     Args:
         source: Held-out images.
         folder: figures/ of the run folder.
-        every_epochs: Epochs between pictures.
+        every_epochs, every_steps: Epochs and optimizer updates between pictures; None for never.
     """
 
-    def __init__(self, source: Source, folder: Path, *, every_epochs: int):
-        self.source, self.folder, self.every_epochs = source, folder, every_epochs
+    def __init__(
+        self, source: Source, folder: Path, *, every_epochs: int | None = None, every_steps: int | None = None
+    ):
+        self.source, self.folder, self.every = source, folder, Every(every_epochs, every_steps)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw the pictures in mid-epoch."""
+        if self.every.after_batch(trainer, batch_idx):
+            self._draw(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw the pictures; those of the last epoch are drawn after training."""
-        epoch = trainer.current_epoch + 1
-        if epoch % self.every_epochs == 0 and epoch != trainer.max_epochs:
-            assert isinstance(pl_module, Method)
-            with pl_module.whole() as method:
-                if trainer.is_global_zero:
-                    draw_pictures(method, self.source, self.folder, trainer.loggers, trainer.global_step)
+        if self.every.after_epoch(trainer) and trainer.current_epoch + 1 != trainer.max_epochs:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Method)
+        with pl_module.whole() as method:
+            if trainer.is_global_zero:
+                draw_pictures(method, self.source, self.folder, trainer.loggers, trainer.global_step)
 
 
 def draw_pictures(method: Method, source: Source, folder: Path, loggers: list[Any], step: int) -> None:
