@@ -91,7 +91,12 @@ class Pretrain:
         None,
         "start from the weights of a run, an export, a checkpoint of MAE, DINO, DINOv2, SwAV or MoCo, or a timm name",
     )
-    dry_run: bool = option(False, "run two steps of everything, then stop: training, evaluation, export, figures")
+    dry_run: bool | Literal["plan"] = option(
+        False,
+        "true: run two steps of everything, then stop: training, evaluation, export, figures; plan: print what each device "
+        "would hold and send, and the largest batch that fits, for any devices, and stop",
+    )
+    plan_gb: float = option(80.0, "dry_run=plan: memory of a device, in GB")
     logger: Literal["csv", "wandb", "tensorboard"] = option(
         "csv", "csv | wandb | tensorboard; metrics.csv is always written"
     )
@@ -129,8 +134,10 @@ class Pretrain:
     def __post_init__(self) -> None:
         at_least(self, epochs=1, batch_size=1, knn_every_epochs=0, evaluate_images=1, seed=0)
         at_least(self, checkpoint_every_epochs=1, keep_checkpoints=1, max_skipped=0, timeout=1)
-        _positive(self, "base_lr", "lr", "checkpoint_every_steps", "knn_every_steps", "max_steps")
+        _positive(self, "base_lr", "lr", "checkpoint_every_steps", "knn_every_steps", "max_steps", "plan_gb")
         check_folder_name(self.name)
+        if self.dry_run not in (True, False, "plan"):
+            raise UsageError(f"dry_run={self.dry_run} is unknown: it is true, false or plan.")
         for section in ("method", "data"):
             if "_target_" not in getattr(self, section):
                 raise UsageError(f"The recipe names no {section}: give {section}._target_, as the included recipes do.")

@@ -175,6 +175,33 @@ def check_wandb_logger():
     assert re.search(r"self\._wandb_init: .*=|self\._wandb_init =", source)
 
 
+def check_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    attention = torch.ops.aten
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 5, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        flash = attention._scaled_dot_product_flash_attention(q, q, q, 0.0, False, scale=1.0)[0]
+        efficient = attention._scaled_dot_product_efficient_attention(q, q, q, None, True, 0.0, False, scale=1.0)[0]
+        assert flash.shape == efficient.shape == q.shape
+        assert flash.device.type == "cuda"
+        (of,) = (flash + efficient).grad_fn._input_metadata
+        assert (torch.Size(of.shape), of.dtype) == (q.shape, q.dtype)
+
+
+def check_recomputation():
+    from torch.utils import checkpoint
+
+    parameters = [*inspect.signature(checkpoint._checkpoint_without_reentrant_generator).parameters]
+    assert parameters[:2] == ["fn", "preserve_rng_state"]
+
+
+def check_parameters():
+    layer = torch.nn.Linear(2, 2)
+    layer._parameters["weight"] = new = torch.nn.Parameter(torch.zeros(2, 2))
+    assert layer.weight is new
+
+
 def check_dispatch_mode():
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -221,6 +248,22 @@ TABLE = [
         "sees every operation: the bytes that it makes, and what it reads",
         check_dispatch_mode,
     ),
+    *(
+        (name, f"inspection/{file}.py", "runs a step without data, memory and the device", check_fake_tensors)
+        for name, file in (
+            ("torch._subclasses", "fake_update"),
+            ("torch.ops.aten._scaled_dot_product_flash_attention", "fake_update"),
+            ("torch.ops.aten._scaled_dot_product_efficient_attention", "fake_update"),
+            ("torch.autograd.graph.Node._input_metadata", "fake_backward"),
+        )
+    ),
+    (
+        "torch.utils.checkpoint._checkpoint_without_reentrant_generator",
+        "inspection/fake_update.py",
+        "recomputes without the random state of a device that is not there",
+        check_recomputation,
+    ),
+    ("torch.nn.Module._parameters", "inspection/fake_update.py", "puts fake parameters in place", check_parameters),
     ("torch._foreach_norm", "nn/shards.py", "norms of all gradients in one pass", check_foreach),
     ("torch._foreach_mul_", "methods/dino.py", "clips each gradient in one pass", check_foreach),
     ("torch._foreach_add_", "nn/cuda_graphs.py", "adds the gradients of accumulated batches", check_foreach),

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,40 @@ def run_warm(code, *, log, environment):
     process.join()
     assert process.exitcode == 0, streams[1].read_text()
     return streams[0].read_text()
+
+
+def train_only(words, cwd, streams, environment):
+    """Pretrain without all that comes after training, which takes most of a tiny run's time."""
+    from sslvision.workflows import pretraining
+
+    pretraining.conclude = lambda *arguments, **options: {}
+    _main("pretrain", words, cwd, streams, environment)
+
+
+def start_processes(target, arguments, log, number):
+    """Call `target` in forked processes as ranks 0, 1, ..., and return what each said, once all have ended."""
+    common = {**os.environ, "COLUMNS": "200", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common["WORLD_SIZE"] = str(number)
+    processes, streams = [], []
+    for rank in range(number):
+        (Path(log) / str(rank)).mkdir(parents=True, exist_ok=True)
+        streams.append([Path(log) / str(rank) / name for name in ("stdout", "stderr")])
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
+        processes.append(CONTEXT.Process(target=target, args=(*arguments, streams[-1], environment)))
+        processes[-1].start()
+    for process in processes:
+        process.join(600)
+    said = ["".join(stream.read_text() for stream in of_rank) for of_rank in streams]
+    for process in processes:
+        process.kill()
+    assert [process.exitcode for process in processes] == [0] * number, said
+    return said
+
+
+def _free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
 
 
 def _run(code, streams, environment):

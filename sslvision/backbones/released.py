@@ -12,6 +12,7 @@ from torch import Tensor
 from sslvision.backbones.backbone import Backbone
 from sslvision.backbones.build import build_backbone
 from sslvision.errors import UsageError
+from sslvision.system.checkpoint_folders import is_folder_of_shards, read_folder
 from sslvision.system.torch_files import is_archive, load_plain, refuse_other_kinds, verify
 
 NO_WEIGHTS = ("optim", "scaler", "loops", "callbacks", "lr_scheduler")  # keys of a checkpoint
@@ -35,7 +36,9 @@ RESNETS = {  # kind, blocks, channels of the first block
 
 
 def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of a checkpoint, given as a file or as its content. Nothing in a file is executed.
+    """Return the content of a checkpoint, given as a file, a folder of shards or its content. Nothing in a file is executed.
+
+    Of a folder the state of optimizers is left on the disk.
 
     Raises:
         UsageError: The file does not exist, is damaged, or contains more than weights and plain containers.
@@ -43,6 +46,8 @@ def read_released(checkpoint: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(checkpoint, (str, Path)):
         return dict(checkpoint)
     file = Path(checkpoint)
+    if is_folder_of_shards(file):
+        return read_folder(file, without=NO_WEIGHTS)
     if not file.is_file():
         raise UsageError(f"{file} does not exist: give a .pth file or a .safetensors file.")
     refuse_other_kinds(file)

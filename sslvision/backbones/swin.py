@@ -65,7 +65,7 @@ class Swin(Backbone):
         self.stride = patch[0] * 2**self.levels
         self.grid = self.units_of(*self.image_size)
         self.num_prefix = 0
-        self.run_block, self._counts = run_block, True
+        self.run_block, self.counts_windows = run_block, True
 
     def encode(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Encode all units of images (B, C, H, W), of any size, or only the visible units `keep`. See Backbone.encode.
@@ -148,7 +148,7 @@ class Swin(Backbone):
             if partition not in windows and keep is None:
                 windows[partition] = all_windows(B, unit, partition, tokens.device)
             elif partition not in windows and keep is not None:
-                count = self._counts and keep.device.type == "cpu"
+                count = self.counts_windows and keep.device.type == "cpu"
                 windows[partition] = build_windows(keep, unit, partition, B // len(keep), count=count)
             checkpointed = stage.grad_checkpointing and self.training
             tokens = run_checkpointed(self.run_block, block, tokens, windows[partition], enabled=checkpointed)
@@ -164,7 +164,7 @@ class Swin(Backbone):
         for stage in self.model.layers:
             for block in stage.blocks:
                 compile_module(block)
-        self.run_block, self._counts = compiled(run_block), False
+        self.run_block, self.counts_windows = compiled(run_block), False
 
     def init_weights(self) -> None:
         """Initialize as MAE's encoder (He et al. 2021, appendix A.1): Xavier-uniform matrices, attention biases near 0."""

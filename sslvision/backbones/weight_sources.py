@@ -19,6 +19,7 @@ from sslvision.backbones.released import INSTEAD_OF_TRANSFORMERS, part_of, read_
 from sslvision.errors import UsageError
 from sslvision.nn.image_size import height_and_width, shortest
 from sslvision.nn.normalize import IMAGENET_MEAN, IMAGENET_STD
+from sslvision.system.checkpoint_folders import is_folder_of_shards
 from sslvision.system.resuming import command_to_resume
 
 OF_METHODS = (
@@ -92,7 +93,7 @@ def find_source(
     for folder in (path / "export", path):
         if (folder / "config.json").is_file():
             return _exported(folder, where)
-    if path.is_file():
+    if path.is_file() or is_folder_of_shards(path):
         if path.name in WEIGHTS and (path.parent / "config.json").is_file():
             return _exported(path.parent, path.parent)
         return _released(path, heads, image_size)

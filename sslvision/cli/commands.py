@@ -57,6 +57,10 @@ def work(run: Run[Any], words: Sequence[str]) -> functools.partial[Any]:
         from sslvision.training.trainer import check_options
 
         check_options(settings.trainer, pretrains=isinstance(settings, Pretrain))
+    if isinstance(settings, Pretrain) and settings.dry_run == "plan":  # leaves nothing on the disk
+        from sslvision.workflows.planning import plan
+
+        return functools.partial(plan, settings)
     workflow, name, dated = _workflow(settings, run.recipe)
     return functools.partial(workflow, settings, choose_run_folder(settings, name, run.suffix, dated=dated), words)
 

@@ -63,6 +63,10 @@ EXAMPLES = {
         ),
         ("resume=auto name=a", "resume run `a` where it stopped, with its settings"),
         ("recipe=mae dry_run=true", "run two steps of everything, to see whether it works"),
+        (
+            "recipe=mae_vitl16_in1k data.root=imagenet trainer.devices=8 trainer.num_nodes=8 dry_run=plan plan_gb=80",
+            "memory and traffic of each of 64 GPUs, which need not be here, and the largest batch",
+        ),
         ("recipe=mae --cfg job", "print all settings and stop"),
         ("recipe=my/own.yaml", "your own recipe: the output of --cfg job, or a copy from recipes/pretrain/, changed"),
         ("recipe=outputs/a/config.yaml data=photos", "the settings of run `a` on other images"),

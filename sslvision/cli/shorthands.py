@@ -12,6 +12,7 @@ from sslvision.cli.recipes import SOURCES, Command, source_target
 from sslvision.errors import UsageError
 from sslvision.runs.renamed_settings import warn
 from sslvision.settings import locate
+from sslvision.system.checkpoint_folders import is_folder_of_shards
 
 _NAMED = {
     "method": "a method is chosen by its recipe: recipe=mae, recipe=dino, ... Its settings are method.KEY=...",
@@ -166,8 +167,9 @@ _WHAT_TO_RESUME = "Give the path of a .ckpt file, or resume=auto with the name= 
 def _run_to_resume(resume: str, name: Any, output_dir: Any, dry_run: Any) -> Path | None:
     if resume != "auto":
         given = Path(resume)
-        return given.absolute().parent.parent if given.is_file() else given
+        return given.absolute().parent.parent if given.is_file() or is_folder_of_shards(given) else given
     if output_dir is None and name is None:
         return None
     folder = Path(output_dir) if output_dir is not None else Path("outputs") / str(name)
-    return folder.with_name(f"{folder.name}-dry-run") if dry_run and "-dry-run" not in folder.name else folder
+    is_dry = dry_run and dry_run != "plan" and "-dry-run" not in folder.name
+    return folder.with_name(f"{folder.name}-dry-run") if is_dry else folder

@@ -2,7 +2,7 @@
 
 import itertools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ class LiveTensors(TorchDispatchMode):
     Attributes:
         bytes: Bytes alive now.
         peak: Most bytes that were alive at once.
+        made: Called after each tensor that was made.
     """
+
+    made: Callable[[], None] | None = None
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__()
@@ -90,3 +93,5 @@ class LiveTensors(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, gone)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
+        if self.made is not None:
+            self.made()

@@ -159,7 +159,9 @@ class LightningLoop(L.LightningModule):
             return
         from torch.distributed.device_mesh import init_device_mesh
 
-        self._whole = [copy.deepcopy(self, {id(self.trainer): None, id(mesh): None})]
+        # The copy has no weights but while they are gathered: see whole.
+        without = {id(one): nn.Parameter(one.to("meta"), one.requires_grad) for one in self.parameters()}
+        self._whole = [copy.deepcopy(self, {id(self.trainer): None, id(mesh): None, **without})]
         for module in self.modules():
             for name in getattr(module, "block_functions", ()):
                 setattr(module, name, through_block(getattr(module, name)))
@@ -186,14 +188,13 @@ class LightningLoop(L.LightningModule):
             yield self
             return
         (whole,) = self._whole
-        own = self.state_dict()
         with torch.no_grad():
-            for name, tensor in whole.state_dict().items():
-                tensor.copy_(whole_tensor(own[name]))
+            weights = {name: whole_tensor(tensor).clone() for name, tensor in self.state_dict().items()}
+        whole.load_state_dict(weights, assign=True)
         try:
             yield whole.to(self.device)
         finally:
-            whole.to("cpu")
+            whole.load_state_dict({name: tensor.to("meta") for name, tensor in weights.items()}, assign=True)
 
     # An update: one optimizer step.
 

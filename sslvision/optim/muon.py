@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from sslvision.errors import UsageError
+from sslvision.nn.shards import is_sharded
 
 # Polynomials a x + b x^3 + c x^5, one per iteration, that drive singular values towards 1 (You Jiacheng 2025, as in timm).
 COEFFICIENTS = (
@@ -67,7 +68,7 @@ class Muon(Optimizer):
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "parts": 0})
         for group in self.param_groups:
-            if group["parts"] and any(type(p.data) is not Tensor or p.ndim != 2 for p in group["params"]):
+            if group["parts"] and any(is_sharded(p) or p.ndim != 2 for p in group["params"]):
                 raise UsageError(
                     "optimizer=muon needs whole matrices, and these are shards or no matrices: use trainer.strategy=ddp, or "
                     "optimizer=adamw."

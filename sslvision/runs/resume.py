@@ -17,6 +17,7 @@ from sslvision.runs.metrics import MetricsCSV
 from sslvision.runs.redaction import redact
 from sslvision.runs.renamed_settings import renamed
 from sslvision.settings import locate
+from sslvision.system.checkpoint_folders import is_folder_of_shards, is_of_lightning, remove
 
 # Settings that may differ when a run is resumed, and why. All others determine what is computed, and must be the same.
 MAY_DIFFER = {
@@ -77,13 +78,16 @@ class Resume:
     def set_aside(self) -> None:
         """Rename the damaged checkpoints, so that none is mistaken for a good one later."""
         for file in self.damaged:
-            file.rename(file.with_name(f"{file.name}.damaged"))
+            aside = file.with_name(f"{file.name}.damaged")
+            if aside.exists() and (aside.is_dir() or file.is_dir()):  # a folder does not replace anything
+                remove(aside)
+            file.rename(aside)
 
 
 def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
     """Return the checkpoint that `resume` means; None if it is None, or "auto" and there is no checkpoint yet.
 
-    Of a folder the newest undamaged checkpoint is used; a file is used itself.
+    Of a run the newest undamaged checkpoint is used; a checkpoint is used itself.
 
     Raises:
         UsageError: There is no checkpoint at the given path, or all are damaged.
@@ -91,13 +95,13 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
     if resume is None:
         return None
     given = Path(resume).absolute()
-    if resume != "auto" and given.is_file():
+    if resume != "auto" and (given.is_file() or is_folder_of_shards(given)):
         return _resume(given, read_head(given), {})
     checkpoints = (folder if resume == "auto" else given) / "checkpoints"
-    if shards := [*([given] if _is_shards(given) else []), *filter(_is_shards, checkpoints.glob("*.ckpt"))]:
+    if others := sorted(filter(is_of_lightning, checkpoints.glob("*.ckpt"))):
         raise UsageError(
-            f"resume={resume}: {shards[0]} is a folder of shards, which Lightning writes with strategies other than ours. "
-            f"python -m pytorch_lightning.utilities.consolidate_checkpoint {shards[0]} makes one file of it, whose weights a "
+            f"resume={resume}: {others[0]} is a folder of shards, which Lightning writes with strategies other than ours. "
+            f"python -m pytorch_lightning.utilities.consolidate_checkpoint {others[0]} makes one file of it, whose weights a "
             "new run can start from (init_from=FILE). Move the folder away to resume without it."
         )
     found = newest_good(checkpoints)
@@ -111,11 +115,6 @@ def checkpoint_to_resume(resume: str | None, folder: Path) -> Resume | None:
     if resume == "auto":
         return None
     raise UsageError(f"resume={resume}: there is no checkpoint. Give a .ckpt file, a run folder, or auto.")
-
-
-def _is_shards(path: Path) -> bool:
-    """Return whether a path is a checkpoint of several files."""
-    return path.is_dir() and ((path / ".metadata").is_file() or path.suffix == ".ckpt")
 
 
 def _resume(file: Path, head: dict[str, Any], damaged: dict[Path, str]) -> Resume:

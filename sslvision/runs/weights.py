@@ -21,6 +21,7 @@ from sslvision.errors import UsageError
 from sslvision.methods.base import Method
 from sslvision.runs.checkpoint import newest_good
 from sslvision.runs.config import read_settings
+from sslvision.system.checkpoint_folders import is_folder_of_shards
 
 
 def export_backbone(
@@ -167,7 +168,7 @@ def find_weights(path: Path) -> Path:
     Raises:
         UsageError: There is none, or none that is intact.
     """
-    if path.is_file():
+    if path.is_file() or is_folder_of_shards(path):
         return path
     found = newest_good(path / "checkpoints")
     if found.path is not None:

@@ -52,7 +52,7 @@ def written_whole(
         if before_replace is not None:
             before_replace()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         with suppress(OSError):  # the disk may have become read-only
             temporary.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ def _available_memory() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have the new name survive a power failure, where the file system can do so."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)

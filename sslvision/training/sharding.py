@@ -1,10 +1,10 @@
 """trainer.strategy=fsdp2: weights, gradients and the optimizer's state in shards over the processes, by torch's `fully_shard`.
 
-A checkpoint is one plain file with whole tensors, the same as that of one process or of DDP, so that a run goes on with any
-number of processes and either strategy.
+A checkpoint is a folder into which each process writes its shards, by torch.distributed.checkpoint. A run goes on from it, and
+from the file of one process or of DDP, with any number of processes and either strategy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,20 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sslvision.nn.shards import is_sharded, shard_like, whole_tensor
+from sslvision.nn.shards import is_sharded, shard_like
+from sslvision.runs.checkpoint import AtomicCheckpoints, same_everywhere
+from sslvision.system.checkpoint_folders import OPTIMIZERS, STATE, read_folder
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's strategy for modules that shard themselves in `configure_model`, with checkpoints of whole tensors.
+    """Lightning's strategy for modules that shard themselves in `configure_model`, with checkpoints whole or not at all.
 
     Args:
         timeout: How long a process waits for the others.
     """
 
     def __init__(self, timeout: timedelta):
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=timeout)
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=True, timeout=timeout)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -38,50 +40,69 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the whole weights in the first process, nothing in others. All call this."""
+        """Return the weights as they are in each process, in shards."""
         assert self.lightning_module is not None
-        return self._gathered(self.lightning_module.state_dict())
+        return dict(self.lightning_module.state_dict())
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the whole state of the optimizer in the first process, nothing in others. All call this."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
-        return self._gathered(optimizer.state_dict())
+        """Return the state of the optimizer as it is in each process, in shards."""
+        return getattr(optimizer, "optimizer", optimizer).state_dict()  # Lightning wraps it
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """Write a folder, each process its shards."""
+        self._checkpoints().save_shards(checkpoint, Path(self.broadcast(str(filepath))))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint in every process."""
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        """Read a file in every process, or of a folder each process its shards."""
+        if not Path(checkpoint_path).is_dir():
+            return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)
+        path = same_everywhere(checkpoint_path)
+        without = () if self.optimizers else (OPTIMIZERS,)
+        # It was verified when it was found.
+        content = read_folder(path, without=without, place=self._shards_for(), verified="no")
+        return self._checkpoints().for_this_run(content)
+
+    def _checkpoints(self) -> AtomicCheckpoints:
+        """Return the Trainer's plugin; in a Trainer of one's own one that leaves it to callbacks how many are kept."""
+        io = self.checkpoint_io
+        return io if isinstance(io, AtomicCheckpoints) else AtomicCheckpoints(keep=1)
+
+    def _shards_for(self) -> Callable[[str, torch.Size, torch.dtype], Tensor | None]:
+        """Return a function that makes room for this process's shards of a tensor in a checkpoint."""
+        assert self.lightning_module is not None
+        weights = self.lightning_module.state_dict()
+        parameters = [
+            [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for optimizer in self.optimizers
+        ]
+
+        def place(name: str, size: torch.Size, dtype: torch.dtype) -> Tensor | None:
+            key, _, rest = name.partition(".")
+            if key == STATE:
+                like = weights.get(rest)
+            else:
+                number, index, _ = rest.split(".", 2)
+                known = parameters[int(number)] if int(number) < len(parameters) else []
+                like = known[int(index)] if int(index) < len(known) else None
+            if like is None or not is_sharded(like) or like.shape != size:
+                return None
+            return torch.empty_like(like, dtype=dtype, requires_grad=False)
+
+        return place
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load whole weights; each process takes its shards."""
+        """Load weights, whole or in shards; of whole ones each process takes its shards."""
         assert self.lightning_module is not None
         own, given = self.lightning_module.state_dict(), checkpoint["state_dict"]
         state = {name: shard_like(value, own[name]) if name in own else value for name, value in given.items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load the whole states of optimizers; each process takes its shards."""
+        """Load the states of optimizers, whole or in shards; of whole ones each process takes its shards."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             cut = {index: _cut(values, parameters[index]) for index, values in state["state"].items()}
             optimizer.load_state_dict({**state, "state": cut})
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the file in the first process."""
-        if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, Path(filepath), storage_options=storage_options)
-
-    @torch.no_grad()
-    def _gathered(self, state: Any) -> Any:
-        """Return nested containers with whole tensors on the CPU; empty ones in all processes but the first."""
-        if isinstance(state, dict):
-            gathered = {key: self._gathered(value) for key, value in state.items()}
-            return gathered if self.is_global_zero else {}
-        if isinstance(state, list | tuple):
-            return type(state)([self._gathered(value) for value in state])
-        if not isinstance(state, Tensor):
-            return state
-        whole = whole_tensor(state)
-        return whole.cpu() if self.is_global_zero else None
 
 
 def _cut(values: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def build_trainer(
         UsageError: Lightning rejects an option.
     """
     defaults: dict[str, Any] = {
-        "precision": _default_precision(options.get("accelerator", "auto")),
+        "precision": default_precision(options.get("accelerator", "auto")),
         "log_every_n_steps": max(1, min(50, steps // 100)),  # a short run has a learning curve too
         "enable_model_summary": False,  # the printed configuration contains it
         "num_sanity_val_steps": 0,
@@ -164,7 +164,7 @@ def resolve_machine(options: dict[str, Any]) -> Machine:
         UsageError: Lightning rejects an option.
     """
     names = ("accelerator", "devices", "num_nodes", "strategy", "precision", "plugins")
-    given = {"precision": _default_precision(options.get("accelerator", "auto")), **options}
+    given = {"precision": default_precision(options.get("accelerator", "auto")), **options}
     given["strategy"] = strategy_for(given, 1800)
     with _rejections(options):  # Lightning resolves them in this class only, a private one; Trainer calls it first
         connector = _AcceleratorConnector(**{name: given[name] for name in names if name in given})
@@ -218,8 +218,8 @@ def _dtype_of(precision: Any) -> torch.dtype:
     return torch.bfloat16 if str(precision).startswith("bf16") else torch.float32
 
 
-def _default_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """bf16 where the hardware has units for it; a CPU without them is a hundred times slower in bf16."""
+def default_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """Return bf16 where the hardware has units for it; a CPU without them is a hundred times slower in bf16."""
     if trains_on_cpu(accelerator):
         features = torch.cpu.get_capabilities()
         return "bf16-mixed" if features.get("avx512_bf16") or features.get("amx_bf16") else "32-true"

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
-import torch
 from rich.console import Console
 
 from sslvision.backbones.backbone import Backbone
@@ -26,6 +25,8 @@ from sslvision.methods.base import Method
 from sslvision.runs.metrics import read_metrics
 from sslvision.runs.weights import export_backbone, load_weights, record_value_range
 from sslvision.settings import Pretrain
+from sslvision.system.checkpoint_folders import OPTIMIZERS, read_folder
+from sslvision.system.torch_files import load_plain
 from sslvision.training.callbacks.continued import Continued
 from sslvision.training.callbacks.online_evaluation import ON_THE_WAY
 from sslvision.training.callbacks.pictures import draw_neighbors, draw_pictures
@@ -55,7 +56,8 @@ def export_and_evaluate(
         Loss, scores and findings.
     """
     device, precision = trainer.strategy.root_device, compute_dtype(trainer)
-    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    last = folder / "checkpoints" / "last.ckpt"
+    checkpoint = read_folder(last, without=[OPTIMIZERS]) if last.is_dir() else load_plain(last)
     method = method_from_settings(settings)
     method.load_state_dict(checkpoint["state_dict"])
     method.to(device)

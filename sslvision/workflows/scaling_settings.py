@@ -34,6 +34,7 @@ class Scale(Pretrain):
         50_000, "maximum number of training images that are neighbors in k-NN, and of held-out images that are scored"
     )
     dry_run: bool = option(False, "measure, print the plan, and stop")
+    plan_gb: float = option(80.0, "without effect: for dry_run=plan of pretrain")
     axes: list[str] = option([*AXES], "what is scaled: parameters, images, updates")
     rungs: int = option(6, "number of sizes on each axis, the largest included, which all axes share")
     factor: float = option(2.0, "ratio of a size to the next smaller one")

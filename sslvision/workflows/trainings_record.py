@@ -40,7 +40,7 @@ def claim(
     Raises:
         UsageError: The folder is used by something else, or by trainings with other settings.
     """
-    record, kept, overwrite = folder / file, folder / "settings.json", settings.overwrite or settings.dry_run
+    record, kept, overwrite = folder / file, folder / "settings.json", settings.overwrite or bool(settings.dry_run)
     plain = json.loads(json.dumps(redact(dataclasses.asdict(settings))))
     resumes = kept.is_file() and not overwrite
     done = recorded(record) if resumes else []

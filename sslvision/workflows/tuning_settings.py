@@ -106,6 +106,7 @@ class Tune(Search, Pretrain):
     checkpoint_every_steps: int | None = option(2000, _UNSAVED)
     keep_checkpoints: int = option(3, _UNSAVED)
     dry_run: bool = option(False, _DRY)
+    plan_gb: float = option(80.0, "without effect: for dry_run=plan of pretrain")
     objective: Literal["auto", "knn", "rankme"] = option(
         "auto",
         "what is best: knn, the k-NN top-1 on held-out labeled images (probe_data= gives some to images without labels); "

@@ -119,7 +119,7 @@ def test_every_recipe_says_what_it_is(name):
 
 
 def test_the_imagenet_recipes_hold_the_papers_values():
-    for name in ("mae_vitb16_in1k", "mae_vitl16_in1k"):
+    for name in ("mae_vitb16_in1k", "mae_vitl16_in1k", "mae_vith14_in1k"):
         run = compose_settings([f"recipe={name}", "data.root=x"])
         assert (run.epochs, run.batch_size, run.base_lr, run.peak_lr) == (800, 4096, 1.5e-4, 2.4e-3)
         method = run.method

@@ -139,6 +139,11 @@ def test_what_is_in_effect_goes_into_the_record(tmp_path):
 @pytest.mark.parametrize("given", ["auto", "run", "run/checkpoints/last.ckpt"])
 def test_a_checkpoint_of_several_files_is_refused_instead_of_starting_again(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run" / "checkpoints" / "last.ckpt").mkdir(parents=True)
+    folder = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    folder.mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"last\.ckpt is not whole: it has no meta\.pt"):
+        checkpoint_to_resume(given, tmp_path / "run")
+    (folder / ".metadata").write_bytes(b"an index")
+    torch.save({"epoch": 1}, folder / "meta.pt")  # as Lightning writes it
     with pytest.raises(UsageError, match=r"last\.ckpt is a folder of shards.*consolidate_checkpoint.*init_from="):
         checkpoint_to_resume(given, tmp_path / "run")
