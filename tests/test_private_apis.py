@@ -5,8 +5,11 @@ these tests say what has to be looked at. The last test finds private names in t
 """
 
 import ast
+import importlib
 import inspect
 import re
+import tempfile
+import warnings
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +18,13 @@ import pytest
 import pytorch_lightning as L
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import nn
 from torchvision import datasets
+
+from sslvision.system.checkpoint_folders import NAMES, _Index
 
 PACKAGE = Path(__file__).parents[1] / "sslvision"
 
@@ -231,7 +237,24 @@ OPERATIONS = (
     *("_adaptive_avg_pool2d", "_native_batch_norm_legit_no_training", "_reshape_alias", "_to_copy", "_unsafe_view"),
     "_scaled_dot_product_flash_attention_for_cpu",
 )
+
+
 # What is used, where, why, and the check.
+def check_names_in_metadata():
+    for module, names in NAMES.items():
+        if not module.startswith("pathlib"):  # which of them there are depends on Python
+            assert [name for name in names if not hasattr(importlib.import_module(module), name)] == []
+    with tempfile.TemporaryDirectory() as folder:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it saves alone
+            dcp.save({"weight": torch.zeros(3), "step": 1}, checkpoint_id=folder, no_dist=True)
+        with open(Path(folder) / ".metadata", "rb") as file:
+            assert set(_Index(file).load().state_dict_metadata) == {
+                "weight",
+                "step",
+            }  # raises for a name that is not listed
+
+
 TABLE = [
     *(
         (
@@ -241,6 +264,14 @@ TABLE = [
             check_operations,
         )
         for name in OPERATIONS
+    ),
+    *(
+        (name, "system/checkpoint_folders.py", "what the index of a folder of shards names", check_names_in_metadata)
+        for name in (
+            "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+            "torch.distributed.checkpoint.filesystem._StorageInfo",
+            "torch.serialization._get_layout",
+        )
     ),
     (
         "torch.utils._python_dispatch",

@@ -24,7 +24,7 @@ MAY_DIFFER = {
     "where the run folder is, and how the run starts": ("name", "output_dir", "overwrite", "resume"),
     "how the same numbers are computed, up to rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
     "used before the first update only; the checkpoint contains the result": ("init_from",),
-    "how long processes wait for one another": ("timeout",),
+    "how long processes wait for one another, and what is planned only": ("timeout", "plan_gb"),
     "descriptions and loggers": ("about", "reference", "logger"),
     "monitoring, checkpoints, and when to give up": (
         *("health", "max_skipped", "knn_every_epochs", "knn_every_steps", "evaluate_images", "probe_data"),
