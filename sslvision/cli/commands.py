@@ -22,6 +22,11 @@ from sslvision.workflows.segmenting_settings import Segment
 from sslvision.workflows.tuning_settings import Tune, TuneFinetune
 
 
+def has_trainings(settings: Any) -> bool:
+    """Return whether a command does several trainings, of which it keeps those that have ended."""
+    return getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges")
+
+
 def folder_of(run: Run[Any]) -> Path | None:
     """Return the folder that a run would have now; None for a command that has none.
 

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from sslvision.cli.commands import work
+from sslvision.cli.commands import has_trainings, work
 from sslvision.cli.compose import Run, compose_runs
 from sslvision.cli.help import print_help
 from sslvision.cli.recipes import COMMANDS, Command
@@ -128,7 +128,7 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
         settings: The settings of the run that was interrupted, if one had begun.
     """
     name = signal.Signals(signum).name
-    if _has_trainings(settings):
+    if has_trainings(settings):
         told = f"{name}. {_left_of_trainings(command, words, settings)}"
     elif isinstance(settings, Embed | Pack):
         told = (
@@ -142,11 +142,6 @@ def _interrupted(signum: int, command: Command[Any], words: Sequence[str], setti
     why_not = _why_not_requeued(words, settings)
     outcome = why_not or (requeue() if _rank() == "0" else "")
     return Stopped(f"{told} {outcome}", signal.SIGTERM)
-
-
-def _has_trainings(settings: Any) -> bool:
-    """Return whether a command does several trainings, of which it keeps those that have ended."""
-    return getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges")
 
 
 def _left_of_run(settings: Any) -> str:
@@ -169,7 +164,7 @@ def _why_not_requeued(words: Sequence[str], settings: Any) -> str:
         words: The command line.
         settings: The settings of the run that was interrupted; None if none had begun.
     """
-    keeps = _has_trainings(settings) or isinstance(settings, Embed | Pack)
+    keeps = has_trainings(settings) or isinstance(settings, Embed | Pack)
     if keeps and settings.overwrite:
         return "The job is not requeued: its command has overwrite=true, which would delete what is kept."
     if keeps and getattr(settings, "dry_run", False):

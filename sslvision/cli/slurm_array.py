@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from sslvision.cli.commands import folder_of
+from sslvision.cli.commands import folder_of, has_trainings
 from sslvision.cli.compose import Run
 from sslvision.cli.recipes import Command
 from sslvision.cli.slurm_settings import SlurmJobs
@@ -123,8 +123,7 @@ def _own_folder(run: Run[Any]) -> Path:
 
 def _resumes(settings: Any) -> bool:
     """Return whether a run goes on by resume=auto. Other commands go on by themselves, or begin again."""
-    several = getattr(settings, "compare", False) or hasattr(settings, "rungs") or hasattr(settings, "ranges")
-    return hasattr(settings, "resume") and not several
+    return hasattr(settings, "resume") and not has_trainings(settings)
 
 
 def _words_of_job(run: Run[Any], folder: Path) -> list[str]:

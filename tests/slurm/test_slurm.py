@@ -107,28 +107,22 @@ def test_a_run_that_reaches_its_time_limit_is_saved_requeued_and_ends_as_if_noth
     assert f"SIGUSR1: saved at step {UPDATE}" in said(tmp_path)
     assert f"SLURM has requeued job {job}" in said(tmp_path)
     assert "Traceback" not in said(tmp_path)
-    assert (
-        int(cluster.job(job)["Restarts"]) >= 1
-    )  # more if the machine is so busy that the first start comes to no update
+    # More restarts if the machine is so busy that the first start comes to no update.
+    assert int(cluster.job(job)["Restarts"]) >= 1
     assert_ended_like(tmp_path / "outputs" / "run", undisturbed)
 
 
-def test_a_run_that_is_sent_usr1_is_saved_requeued_and_goes_on(cluster, submit, wait_at_update, undisturbed, tmp_path):
+@pytest.mark.parametrize(
+    ("asked", "name"), [(("scancel", "--signal=USR1"), "SIGUSR1"), (("scontrol", "requeue"), "SIGTERM")]
+)
+def test_a_run_that_is_sent_usr1_or_that_an_operator_requeues_is_saved_and_goes_on(
+    asked, name, cluster, submit, wait_at_update, undisturbed, tmp_path
+):
     job = submit("--time=600")
     wait_at_update(job)
-    cluster.run("scancel", "--signal=USR1", job)
+    cluster.run(*asked, job)
     cluster.wait_for_state(job, "COMPLETED")
-    assert f"SIGUSR1: saved at step {UPDATE}" in said(tmp_path)
-    assert cluster.job(job)["Restarts"] == "1"
-    assert_ended_like(tmp_path / "outputs" / "run", undisturbed)
-
-
-def test_a_run_that_an_operator_requeues_is_saved_and_goes_on(cluster, submit, wait_at_update, undisturbed, tmp_path):
-    job = submit("--time=600")
-    wait_at_update(job)
-    cluster.run("scontrol", "requeue", job)
-    cluster.wait_for_state(job, "COMPLETED")
-    assert f"SIGTERM: saved at step {UPDATE}" in said(tmp_path)
+    assert f"{name}: saved at step {UPDATE}" in said(tmp_path)
     assert cluster.job(job)["Restarts"] == "1"
     assert_ended_like(tmp_path / "outputs" / "run", undisturbed)
 
