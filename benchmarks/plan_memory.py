@@ -42,6 +42,11 @@ SWIN += [
 CASES = {
     "mae-vit": [*MAE, *VIT, "backbone.depth=8", "batch_size=32"],
     "mae-vit-recomputed": [*MAE, *VIT, "backbone.depth=8", "batch_size=64", "activation_checkpointing=true"],
+    # Blocks as wide as those of ViT-L/16, of which four fit into main memory four times.
+    "mae-vit-large": [
+        *(*MAE, *VIT[1:-2], "backbone.name=vit_large_patch16_224", "backbone.embed_dim=1024", "backbone.num_heads=16"),
+        *("backbone.depth=4", "batch_size=32"),
+    ],
     "dino-vit": [*DINO, *VIT, "backbone.depth=5", "local_size=48", "batch_size=8"],
     "mae-swin": [*MAE, *SWIN, "batch_size=32"],
     "dino-swin": [*DINO, *SWIN, "local_size=32", "batch_size=8"],
