@@ -76,7 +76,7 @@ def line_up(folder, scratch, arguments):
     train = open_folder(folder, holdout=0).train
     paths = [train.describe(index) for index in range(len(train))]
     (scratch / "images.csv").write_text("".join(f"{path}\n" for path in ["path", *paths]))
-    with zipfile.ZipFile(scratch / "images.zip", "w") as archive:
+    with zipfile.ZipFile(scratch / "images.zip", "w", strict_timestamps=False) as archive:
         for path in paths:
             archive.write(path, Path(path).relative_to(folder))
     per_shard = arguments.images_per_shard or max(1, len(train) // 32)
