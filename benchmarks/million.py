@@ -3,8 +3,8 @@
 python benchmarks/million.py --source /data/imagenette/train --at /tmp/million
 
 Makes a million hard links to some JPEGs, in a thousand folders and in one, and pretrains a tiny MAE on them through the command
-line, twice each, until `--updates` updates are done. With `--rows 100000000` also on a Parquet list of so many paths, of which
-only the first exist. What is printed of a process: resident memory, its proportional share (a page that four processes
+line, twice each, until `--updates` updates are done. With `--rows 100000000` also on a Parquet list of so many paths, which
+lead to the same files. What is printed of a process: resident memory, its proportional share (a page that four processes
 map counts a quarter in each), what it alone holds, and the highest resident memory that it ever had; in MiB.
 """
 
@@ -45,7 +45,7 @@ def main():
     if arguments.rows:
         table = listed(files, arguments.at / f"{arguments.rows}.parquet", arguments.rows)
         print(f"\n{arguments.rows:,} rows of a Parquet list, {table.stat().st_size:,} bytes")
-        twice(arguments, ["data=list", f"data.file={table}", "data.max_unreadable=1.0"])
+        twice(arguments, ["data=list", f"data.file={table}"])
 
 
 def copies(source, folder, *, at_least, usual):
@@ -78,32 +78,38 @@ def linked(files, root, images, folders):
 
 
 def listed(files, table, rows):
-    """Write a Parquet list whose first rows are the files, and whose others do not exist."""
+    """Write a Parquet list of paths that are all different, and all lead to the files.
+
+    Folders named 00 to 99 are links to the folder that they are in: files/12/34/56/00078.jpg is files/00078.jpg.
+    """
     import pyarrow as pa
     from pyarrow import compute, parquet
 
     if table.is_file():
         return table
+    for number in range(100):
+        link = files[0].parent / f"{number:02}"
+        if not link.is_symlink():
+            link.symlink_to(".")
+    names = pa.array([file.name for file in files])
     classes = pa.array([f"class_{number:04}" for number in range(1000)])
     schema = pa.schema([("path", pa.string()), ("label", pa.dictionary(pa.int32(), pa.string()))])
 
-    def padded(numbers, width):
-        return compute.utf8_lpad(pa.array(numbers).cast(pa.string()), width, "0")
+    def of_two(numbers):
+        return compute.utf8_lpad(pa.array(numbers % 100).cast(pa.string()), 2, "0")
 
-    with parquet.ParquetWriter(table, schema) as writer:
+    part = table.with_suffix(".part")
+    with parquet.ParquetWriter(part, schema) as writer:
         for start in range(0, rows, 1 << 20):
             numbers = np.arange(start, min(rows, start + (1 << 20)))
-            parts = (
-                "images",
-                padded(numbers // 10_000, 6),
-                compute.binary_join_element_wise("image", padded(numbers, 10), "_"),
+            turns = numbers // len(files)
+            folders = [of_two(turns // 100**level) for level in range(-(-len(str(rows // len(files))) // 2))]
+            paths = compute.binary_join_element_wise(
+                files[0].parent.name, *folders, names.take(pa.array(numbers % len(files))), "/"
             )
-            paths = compute.binary_join_element_wise(compute.binary_join_element_wise(*parts, "/"), ".jpg", "")
-            if not start:
-                paths = pa.concat_arrays([pa.array([str(file) for file in files]), paths[len(files) :]])
             labels = pa.DictionaryArray.from_arrays(pa.array((numbers % 1000).astype(np.int32)), classes)
             writer.write_table(pa.table({"path": paths, "label": labels}, schema=schema))
-    return table
+    return part.rename(table)
 
 
 def twice(arguments, words):

@@ -1,7 +1,7 @@
 """What each regularizer brings when a pretrained backbone is fine-tuned on few labels.
 
 python benchmarks/regularizers.py --run outputs/mae [--data embedded] [--labels 10 50] [--seeds 0 1 2]
-python benchmarks/regularizers.py --run outputs/photos --data folder data.root=~/imagenette
+python benchmarks/regularizers.py --run outputs/photos --data folder --updates 100 data.root=~/imagenette
 python benchmarks/regularizers.py --report
 
 Each line of CHANGES is one change of `finetune run=... scratch=false`. The same seed has the same labeled images, order and
@@ -47,6 +47,7 @@ def main():
     parser.add_argument("--data", default="embedded")
     parser.add_argument("--labels", type=int, nargs="+", default=[10, 50], help="labeled images per class")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, help="of each fine-tuning (default: as many as `finetune` makes)")
     parser.add_argument("--report", action="store_true", help="print what there is")
     parser.add_argument("settings", nargs="*", help="further settings of the data, such as data.root=photos")
     arguments = parser.parse_args()
@@ -57,7 +58,9 @@ def main():
 
 def measure(arguments):
     """Fine-tune once for each seed, number of labels and change that is not done."""
-    file = FOLDER / f"{Path(arguments.run).name}-on-{arguments.data}.csv"
+    length = {"epochs": 1, "min_updates": arguments.updates} if arguments.updates else {}
+    named = f"-{arguments.updates}-updates" if length else ""
+    file = FOLDER / f"{Path(arguments.run).name}-on-{arguments.data}{named}.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
     done = {(row["change"], int(row["labels"]), int(row["seed"])) for row in rows_of(file)}
     given = {key: str(Path(value).expanduser()) for key, value in (word.split("=", 1) for word in arguments.settings)}
@@ -66,7 +69,7 @@ def measure(arguments):
             for change, settings in CHANGES.items():
                 if (change, labels, seed) in done:
                     continue
-                folder = FOLDER / "run"
+                folder = file.with_suffix(".run")
                 results = sslvision.finetune(
                     arguments.run,
                     data=arguments.data,
@@ -76,6 +79,7 @@ def measure(arguments):
                     output_dir=str(folder),
                     overwrite=True,
                     **given,
+                    **length,
                     **settings,
                 )
                 row = [change, labels, seed, results["fine_tuned"]["top1"], results["frozen_features"]["top1"]]
