@@ -53,7 +53,7 @@ def lines(name, gpus, memory):
     method = prepare(settings, WORLD, sharded=True, recomputed=False)
     # AdamW's two averages; its temporary tensors are next to nothing.
     state = {key: (2 * one.nbytes, 0) for key, one in method.named_parameters() if one.requires_grad}
-    about = {"accumulate": 1, "optimizer": OptimizerBytes(state, 0), "low": True, "copied": False}
+    about = {"accumulate": 1, "optimizer": OptimizerBytes(state, 0), "low": True}
     found = {}
     for recomputed in (False, True):
         steps = steps_of(settings, len(method.pretrained().blocks()), recomputed=recomputed)

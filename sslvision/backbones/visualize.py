@@ -15,7 +15,7 @@ def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) ->
     "patch_features": The three principal components of the patch features of all images, as red, green and blue. The mean of
     each position over the images is subtracted: position is a large part of a ViT's features, and would be most of the picture.
     "attention": The attention of the class token in the last block, a column for each head (DINO, section 4.2.2), if the
-    class token is the feature.
+    class token is the feature; each picture from its least to its greatest, as in the authors' code.
 
     Args:
         images: (N, C, H, W) normalized.
@@ -36,7 +36,8 @@ def visualize_features(backbone: Backbone, images: Tensor, originals: Tensor) ->
     pictures = {"patch_features": [("original", originals), ("patch features", enlarged(colors, images))]}
     if isinstance(backbone, ViT) and backbone.has_attention_maps:
         maps = at_offsets(backbone.attention_maps, images, stride)  # (N, heads, rows, columns)
-        maps = enlarged(maps / maps.amax(dim=(2, 3), keepdim=True), images)
+        low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
+        maps = enlarged((maps - low) / (high - low).clamp(min=1e-12), images)
         heads = [(f"head {number + 1}", heat(maps[:, number])) for number in range(maps.shape[1])]
         pictures["attention"] = [("original", originals), *heads]
     return pictures

@@ -141,8 +141,10 @@ def memory_of(
     }
     return DeviceMemory(
         held=held,
-        in_forward=root.weights(n) + 3 * largest,  # two blocks, and the buffer that one arrives in
-        in_backward=root.weights(n) + root.gradients + 3 * largest + of_gradients,
+        # One block, and the buffer that another one arrives in; in the backward pass also the gradients of the one, and those of
+        # the block before it, which are being reduced.
+        in_forward=root.weights(n) + 2 * largest,
+        in_backward=root.weights(n) + root.gradients + 2 * largest + of_gradients,
         kept=True,
         sent=sent,
         **common,

@@ -34,8 +34,8 @@ DRAWN = (
 CAPTIONS = {
     "reconstructions": "Held-out images, what the network sees of them (gray is hidden from it), and what it fills in. Right "
     "shapes and colors in the hidden parts mean that it has learned what usually stands there; fine detail is not expected.",
-    "attention": "Where the class token of the last block looks, one column for each attention head. Heads that follow objects "
-    "have learned to find them without labels; even heads have not.",
+    "attention": "Where the class token of the last block looks, one column for each attention head, from where it looks least "
+    "(black) to where most (white). Heads that follow objects have learned to find them without labels.",
     "patch_features": "The first three principal components of the patch features as red, green and blue. Parts of the same "
     "color are alike to the network: objects that stand out, and parts that recur, are a good sign.",
     "neighbors": "Left the image that is asked for, beside it the training images whose features are nearest. Good features "

@@ -24,3 +24,13 @@ def test_patch_features_show_content_however_much_of_them_is_position():
 def test_the_only_image_keeps_its_own_features():
     backbone, images = build_backbone(**VIT).eval(), torch.randn(1, 3, 32, 32)
     assert visualize_features(backbone, images, images)["patch_features"][1][1].std() > 0.1
+
+
+def test_the_attention_of_each_head_is_drawn_from_black_to_white_even_where_it_is_nearly_even():
+    torch.manual_seed(0)
+    backbone, images = build_backbone(**VIT, pool="token").eval(), torch.randn(3, 3, 32, 32)
+    heads = visualize_features(backbone, images, images)["attention"][1:]
+    assert [name for name, _ in heads] == ["head 1", "head 2"]
+    for _, picture in heads:
+        assert picture.amin(dim=(1, 2, 3)).tolist() == [0] * 3
+        assert picture.amin(dim=1).amax(dim=(1, 2)).tolist() == [1] * 3  # white: red, green and blue
