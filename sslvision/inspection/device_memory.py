@@ -141,8 +141,8 @@ def memory_of(
     }
     return DeviceMemory(
         held=held,
-        # One block, and the buffer that another one arrives in; in the backward pass also the gradients of the one, and those of
-        # the block before it, which are being reduced.
+        # One block, and the buffer that another one arrives in; in the backward pass also the gradients of the one, and those
+        # of the block before it, which are being reduced.
         in_forward=root.weights(n) + 2 * largest,
         in_backward=root.weights(n) + root.gradients + 2 * largest + of_gradients,
         kept=True,

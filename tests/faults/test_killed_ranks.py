@@ -1,5 +1,6 @@
-"""A process of several under torchrun that is killed at random moments: the run goes on each time, and ends as one that never was."""
+"""A process of several is killed at random moments: under torchrun the run goes on, and ends as one that never was."""
 
+import contextlib
 import os
 import random
 import signal
@@ -46,7 +47,8 @@ def start(tiny_settings, tmp_path):
     yield call
     for process in started:
         for pid in (*ranks(process), process.pid):
-            signal_if_there(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 
@@ -104,10 +106,3 @@ def step_of(folder, name):
 def weights(folder, name):
     file = folder / "outputs" / name / "checkpoints" / "last.ckpt"
     return (read_folder(file) if file.is_dir() else torch.load(file, weights_only=True))["state_dict"]
-
-
-def signal_if_there(pid, number):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
