@@ -30,7 +30,7 @@ ABOUT = {
     "outliers": "Find the images that are least like any others.",
     "select": "Choose a diverse subset of the images, to label first.",
     "cluster": "Group images that are alike.",
-    "pack": "Write images as tar shards with an index, for fast reading and for buckets.",
+    "pack": "Write images as tar or Parquet shards with an index, for fast reading and for buckets.",
 }
 EXAMPLES = {
     "pretrain": (
@@ -197,6 +197,7 @@ EXAMPLES = {
         ("data=photos output_dir=shards image_size=256", "photographs shrunk to a short side of 256 pixels"),
         ("data=list data.file=images.csv output_dir=shards shard_size=1000", "of a list, 1,000 images to a shard"),
         ("data=hf data.path=flowers.parquet output_dir=shards", "of a Hugging Face data set"),
+        ("data=photos output_dir=table shards=parquet", "a Hugging Face data set, for data=hf data.path=table"),
     ),
     "cluster": (("embeddings=outputs/embed-a-photos k=20", "twenty groups, as a CSV file and a picture"),),
 }

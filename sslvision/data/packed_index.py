@@ -1,6 +1,6 @@
 """The index of packed shards, index.json: which shards there are, how many images each has, and their checksums.
 
-Beside every shard, in .members.npz, is where its files begin, so that a shard is not read to know what is in it.
+Beside every tar shard, in .members.npz, is where its files begin, so that a shard is not read to know what is in it.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class PackedShard(NamedTuple):
         images: Number of images.
         bytes: Its size.
         sha256: Its checksum.
-        members_sha256: That of its list of members.
+        members_sha256: That of its list of members; empty for a Parquet file.
     """
 
     file: str
@@ -81,6 +81,26 @@ def index_text(index: PackedIndex, about: Mapping[str, Any]) -> str:
     content = {"format": FORMAT, "version": VERSION, "images": sum(one.images for one in index.shards), **about}
     content |= {"classes": index.classes, "shards": [one._asdict() for one in index.shards]}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def check_whole(folder: str) -> None:
+    """Compare the shards in a folder with its index, if it has one.
+
+    Raises:
+        DataError: Some are missing or have other sizes, which are named.
+    """
+    file = os.path.join(folder, NAME)
+    try:
+        with open(file, "rb") as opened:
+            index = read_index(opened.read(), file)
+    except OSError:
+        return
+    shards = [(os.path.join(folder, one.file), one.bytes) for one in index.shards] if index else []
+    if broken := [one for one, size in shards if not os.path.isfile(one) or os.path.getsize(one) != size]:
+        raise DataError(
+            f"{len(broken):,} of {len(shards):,} shards are missing or do not have the sizes that {NAME} tells: "
+            f"{some(broken)}. Copy or pack them again."
+        )
 
 
 def members_file(shard: str) -> str:

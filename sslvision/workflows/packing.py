@@ -1,4 +1,4 @@
-"""Packing: images of any source as tar shards with an index, in several processes; what is whole is not written again.
+"""Packing: images of any source as shards with an index, in several processes; what is whole is not written again.
 
 The plan, which images go into which shard, is written first, and a line for every shard that is whole. The index appears when
 all are. So an interrupted command, given again, goes on; and a shard has the same bytes whenever it is written.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from sslvision.data.datamodule import available_cores
 from sslvision.data.image_bytes import image_file
 from sslvision.data.order import Order
-from sslvision.data.packed_index import FOLDERS, MEMBERS, NAME, PackedIndex, PackedShard, index_text
+from sslvision.data.packed_index import FOLDERS, NAME, PackedIndex, PackedShard, index_text, members_file
 from sslvision.data.shard_writer import ShardWriter, ToWrite, Written
 from sslvision.data.source import Source, Splits, UnreadableImage, remarks_in_errors
 from sslvision.data.sources.list_images import share
@@ -64,10 +65,12 @@ def pack(settings: Pack) -> dict[str, Any]:
         What was written: images, shards, bytes, unreadable, and the path of the index.
 
     Raises:
-        UsageError: The folder holds other shards, or something else.
+        UsageError: The folder holds other shards, or something else, or pyarrow is not installed.
         DataError: There are no images, or too many that cannot be read.
         StorageError: The disk is full.
     """
+    if settings.shards == "parquet" and not find_spec("pyarrow"):
+        raise UsageError('shards=parquet needs the package pyarrow: pip install "sslvision[parquet]".')
     console, begun = Console(soft_wrap=True, highlight=False), time.perf_counter()
     folder = Path(settings.output_dir or "").expanduser().absolute()
     splits = open_splits(settings.data)
@@ -100,7 +103,8 @@ def pack(settings: Pack) -> dict[str, Any]:
         f"{results['images']:,} images in {results['shards']:,} shards, {results['bytes'] / 1e6:,.1f} MB, in {seconds:.0f} s: "
         f"{results['index']}"
     )
-    console.print(f"  sslvision pretrain recipe=... data=webdataset data.urls={os.path.relpath(folder)}", markup=False)
+    reader = "webdataset data.urls" if settings.shards == "tar" else "hf data.path"
+    console.print(f"  sslvision pretrain recipe=... data={reader}={os.path.relpath(folder)}", markup=False)
     return results
 
 
@@ -127,7 +131,7 @@ def _plan(settings: Pack, sources: Mapping[str, Source]) -> Plan:
     mean = _mean_bytes(settings, next(iter(sources.values())))
     per_shard = size if unit == "images" else max(1, round(size / mean))
     shards = [
-        ToWrite(split, number, start, min(start + per_shard, len(source)))
+        ToWrite(split, number, start, min(start + per_shard, len(source)), settings.shards)
         for split, source in sources.items()
         for number, start in enumerate(range(0, len(source), per_shard))
     ]
@@ -138,6 +142,7 @@ def _plan(settings: Pack, sources: Mapping[str, Source]) -> Plan:
         "image_size": settings.image_size,
         "encoding": [settings.format, settings.quality] if settings.image_size else None,
         "per_shard": per_shard,
+        **({} if settings.shards == "tar" else {"shards": settings.shards}),
     }
     key = sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     return Plan(key, per_shard, int(mean * sum(map(len, sources.values()))), shards)
@@ -157,7 +162,7 @@ def _mean_bytes(settings: Pack, source: Source) -> float:
             f"None of {min(SAMPLE, len(source)):,} images drawn from {source.name} can be read, such as "
             f"{source.describe(0)}. Is it the right folder?"
         )
-    return sum(sizes) / len(sizes) + AROUND
+    return sum(sizes) / len(sizes) + (AROUND if settings.shards == "tar" else 0)
 
 
 def _refuse_others(folder: Path, plan: Plan, *, overwrite: bool) -> None:
@@ -173,8 +178,8 @@ def _refuse_others(folder: Path, plan: Plan, *, overwrite: bool) -> None:
         raise UsageError(f"{folder} holds something else than packed shards ({min(there)}): give another output_dir.")
     if key is not None and not overwrite:
         raise UsageError(
-            f"{folder} holds shards of other images or settings (image_size, format, quality, shard_size, split): give another "
-            "output_dir, or replace them with overwrite=true."
+            f"{folder} holds shards of other images or settings (shards, image_size, format, quality, shard_size, split): give "
+            "another output_dir, or replace them with overwrite=true."
         )
     for name in FOLDERS.values():
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -220,7 +225,8 @@ def _line(written: Written) -> str:
 def _is_whole(folder: Path, shard: PackedShard) -> bool:
     path = str(folder / shard.file)
     with suppress(OSError):
-        return os.path.getsize(path) == shard.bytes and os.path.isfile(path.removesuffix(".tar") + MEMBERS)
+        listed = not path.endswith(".tar") or os.path.isfile(members_file(path))
+        return os.path.getsize(path) == shard.bytes and listed
     return False
 
 

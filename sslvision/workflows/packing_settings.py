@@ -12,7 +12,7 @@ UNITS = {"MB": 10**6, "GB": 10**9}
 
 @dataclass
 class Pack:
-    """All settings of writing images as tar shards."""
+    """All settings of writing images as shards."""
 
     sections: ClassVar[Sections] = {"data": None}
     elsewhere: ClassVar[tuple[str, ...]] = ()
@@ -22,6 +22,9 @@ class Pack:
     )
     output_dir: str | None = option(None, "folder of the shards; the same command goes on where it was interrupted")
     split: Literal["all", "train", "validation", "test"] = option("all", "which images of the data to write")
+    shards: Literal["tar", "parquet"] = option(
+        "tar", "files to write: tar for data=webdataset, parquet for data=hf and whatever else reads tables"
+    )
     image_size: int | None = option(
         None,
         "images with a longer short side, in pixels, are shrunk to it; others keep their bytes (default: all keep them)",

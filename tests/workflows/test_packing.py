@@ -176,6 +176,44 @@ def test_the_reader_takes_counts_and_places_from_the_index_and_without_it_from_t
         read(shards, verify=True)
 
 
+def test_parquet_shards_have_the_same_images_labels_and_splits_and_keep_bytes_and_paths(pack, photos):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    shards = pack("shards=parquet")
+    names = sorted(path.relative_to(shards).as_posix() for path in shards.rglob("*.*"))
+    assert [name for name in names if name.endswith(".parquet")] == [
+        *(f"train/train-00000{number}.parquet" for number in range(3)),
+        "val/val-000000.parquet",
+    ]
+    rows = [row for name in names if name.endswith(".parquet") for row in parquet.read_table(shards / name).to_pylist()]
+    assert len(rows) == 11
+    for row in rows:
+        path = row["image"]["path"]
+        assert row["image"]["bytes"] == (photos / path).read_bytes()
+        assert row["label"] == ["cat", "dog"].index(path.split("/")[1])
+    again = pack("shards=parquet", to="again")
+    assert all((again / name).read_bytes() == (shards / name).read_bytes() for name in names if "." in name[-8:])
+
+
+def test_parquet_shards_are_read_as_a_hugging_face_data_set(pack, photos):
+    pytest.importorskip("datasets")
+    from sslvision.data.sources.hugging_face import open_hugging_face
+
+    shards = pack("shards=parquet")
+    found, expected = open_hugging_face(str(shards)), open_folder(photos)
+    for one, other in (
+        (found.train, expected.train),
+        (found.validation or found.test, expected.validation or expected.test),
+    ):
+        assert (one.classes, one.labels.tolist()) == (other.classes, other.labels.tolist())
+        assert all(torch.equal(one.read(index), other.read(index)) for index in range(len(other)))
+    with pytest.raises(UsageError, match=r"data=hf data\.path"):
+        read(shards)
+    with open(shards / "train" / "train-000001.parquet", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(DataError, match="1 of 4 shards are missing or do not have the sizes"):
+        open_hugging_face(str(shards))
+
+
 def test_an_index_of_another_program_is_none(pack):
     shards = pack()
     (shards / "index.json").write_text("<html>not ours")

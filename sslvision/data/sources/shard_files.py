@@ -95,6 +95,10 @@ def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]
         if not some_of:
             raise DataError(f"{setting}={url} names no shards (.tar) that exist.")
         found += some_of
+    if tables := [path for path in found if path.endswith(".parquet")]:
+        raise UsageError(
+            f"{setting}: {shown(tables[0])} is a Parquet file, and no tar file: data=hf data.path=... reads it."
+        )
     _refuse_missing([path for path in found if not is_remote(path) and not os.path.isfile(path)], found, setting)
     return found
 
