@@ -137,7 +137,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_a_plugin_is_imported_where_a_file_needs_it_in_spawned_workers_too(tmp_path):
     (tmp_path / "plugins").mkdir()
     (tmp_path / "plugins" / "pillow_heif.py").write_text(PLUGIN)

@@ -98,7 +98,7 @@ def export_all(names, settings_of, folder):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("timm", [False, True], ids=["without timm", "with timm"])
+@pytest.mark.parametrize("timm", [False, pytest.param(True, marks=pytest.mark.e2e)], ids=["without timm", "with timm"])
 def test_whoever_has_only_transformers_gets_our_features_of_an_image_file(timm, settings_of, tmp_path):
     names = [name for name, (*_, kind) in NETWORKS.items() if kind.startswith("TimmWrapper") is timm]
     classes_of, ours = export_all(names, settings_of, tmp_path)

@@ -98,7 +98,7 @@ def test_bytes_are_linear_in_the_batch_and_autocast_halves_most_of_them():
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("recomputed", [False, pytest.param(True, marks=pytest.mark.e2e)])
 def test_blocks_of_a_vit_need_equally_much(recomputed):
     """benchmarks/plan_table.py relies on it."""
     found = []
