@@ -83,26 +83,6 @@ def index_text(index: PackedIndex, about: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-def check_whole(folder: str) -> None:
-    """Compare the shards in a folder with its index, if it has one.
-
-    Raises:
-        DataError: Some are missing or have other sizes, which are named.
-    """
-    file = os.path.join(folder, NAME)
-    try:
-        with open(file, "rb") as opened:
-            index = read_index(opened.read(), file)
-    except OSError:
-        return
-    shards = [(os.path.join(folder, one.file), one.bytes) for one in index.shards] if index else []
-    if broken := [one for one, size in shards if not os.path.isfile(one) or os.path.getsize(one) != size]:
-        raise DataError(
-            f"{len(broken):,} of {len(shards):,} shards are missing or do not have the sizes that {NAME} tells: "
-            f"{some(broken)}. Copy or pack them again."
-        )
-
-
 def members_file(shard: str) -> str:
     """Return the path of the list of a shard's members."""
     return shard.removesuffix(".tar") + MEMBERS

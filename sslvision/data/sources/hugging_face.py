@@ -21,12 +21,12 @@ import numpy as np
 from sslvision.data.decode import MAX_PIXELS, File
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.encoded import EncodedSource, file_stamp
-from sslvision.data.packed_index import check_whole
 from sslvision.data.source import Splits, UnreadableImage
 from sslvision.data.sources.layout import split_of
 from sslvision.data.sources.list_file import LABELS, check_options, with_values
 from sslvision.data.sources.list_images import some
 from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of, refuse_several
+from sslvision.data.sources.shard_files import check_whole
 from sslvision.errors import DataError, UsageError
 
 FILES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -152,7 +152,7 @@ def _opened(path: str, config: str | None) -> Any:
             return datasets.load_from_disk(local)
         files = [local] if os.path.isfile(local) else sorted(glob.glob(local))
         if os.path.isdir(local):
-            check_whole(local)
+            check_whole(local, "data.path")
             files = sorted(glob.glob(os.path.join(glob.escape(local), "**", "*"), recursive=True))
         files = [file for file in files if os.path.splitext(file)[1] in FILES]
         if files:

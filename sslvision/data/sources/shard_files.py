@@ -103,6 +103,18 @@ def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]
     return found
 
 
+def check_whole(folder: str, setting: str) -> None:
+    """Compare the shards in a folder with its index, if it has one.
+
+    Raises:
+        DataError: Some are missing or have other sizes, which are named.
+    """
+    if (index := _index_of(folder)) is not None:
+        paths = [os.path.join(folder, shard.file) for shard in index.shards]
+        _refuse_missing([path for path in paths if not os.path.isfile(path)], paths, setting)
+        _check_sizes(_described(paths, index.shards))
+
+
 def _refuse_missing(missing: Sequence[str], of: Sequence[str], setting: str) -> None:
     if missing:
         names = some([shown(path) for path in missing])
