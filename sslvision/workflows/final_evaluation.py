@@ -1,23 +1,31 @@
-"""What a pretraining run leaves: exports, figures, and what its features are worth."""
+"""What a pretraining run leaves: exports, figures, and what its features are worth.
+
+All processes encode the images, each its share. The first does the rest, after the others have ended.
+"""
 
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as L
+import torch
+import torch.distributed as dist
 from rich.console import Console
+from torch import Tensor
 
 from sslvision.backbones.backbone import Backbone
 from sslvision.data.datamodule import ImageData
 from sslvision.data.source import Splits
 from sslvision.errors import UsageError
 from sslvision.evaluation.evaluate import (
-    evaluate_backbone,
+    Encoded,
+    encode,
     evaluate_pixels,
     has_labels,
     intervals_of,
+    scores_of,
     why_not_evaluated,
 )
-from sslvision.evaluation.features import Extraction, extract_features, sample_indices
+from sslvision.evaluation.features import Extraction
 from sslvision.evaluation.placement import place_for
 from sslvision.evaluation.rankme import rankme
 from sslvision.figures.curves import health_figure, learning_curve_figure
@@ -55,7 +63,7 @@ def export_and_evaluate(
     Returns:
         Loss, scores and findings.
     """
-    device, precision = trainer.strategy.root_device, compute_dtype(trainer)
+    device = trainer.strategy.root_device
     last = folder / "checkpoints" / "last.ckpt"
     checkpoint = read_folder(last, without=[OPTIMIZERS]) if last.is_dir() else load_plain(last)
     method = method_from_settings(settings)
@@ -66,15 +74,16 @@ def export_and_evaluate(
         backbone.crop_pct = data.crop_pct
         if prefix in ("", "best_"):
             export(settings, method, backbone, folder / ("export-best" if prefix else "export"))
-    at_most = min(256, settings.evaluate_images) if settings.dry_run else settings.evaluate_images
-    how = Extraction(workers=data.workers, precision=precision)
+    encoded = encode_together(
+        settings, method, {prefix: one for prefix, (_, one) in compared.items()}, data, evaluated, trainer
+    )
+    at_most = images_at_most(settings)
+    how = Extraction(workers=data.workers, precision=compute_dtype(trainer))
     draw_images(method, data, evaluated, folder / "figures", trainer, console, at_most=at_most, how=how)
     if has_labels(evaluated):
         rows = {
-            prefix: evaluate_backbone(
-                *(backbone, method.normalize, evaluated), at_most=at_most, workers=data.workers, precision=precision
-            )
-            for prefix, (_, backbone) in compared.items()
+            prefix: scores_of(features, evaluated, at_most=at_most, device=device)
+            for prefix, features in encoded.items()
         }
         size = method.pretrained().image_size
         rows["pixels_"] = evaluate_pixels(evaluated, size, device=device, at_most=at_most, workers=data.workers)
@@ -83,10 +92,7 @@ def export_and_evaluate(
                 f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."
             )
     else:
-        rows = {
-            prefix: {"rankme": rank_of(backbone, method, evaluated, at_most=min(at_most, RANKME_IMAGES), how=how)}
-            for prefix, (_, backbone) in compared.items()
-        }
+        rows = {prefix: {"rankme": rank_on(device, features)} for prefix, ((_, features),) in encoded.items()}
         console.print(
             f"{why_not_evaluated(evaluated)}, so that accuracy is not measured. RankMe, the effective rank of the features, "
             "and figures/neighbors.png tell what was learned: more than the untrained network, and neighbors that you find "
@@ -110,6 +116,69 @@ def export_and_evaluate(
     loss = draw_curves(settings, folder, untrained_knn=scores.get("untrained_knn_top1"))
     tested = {"held_out_images": images, "intervals": intervals} if images else {}
     return {"loss": loss, **scores, **tested, "findings": findings}
+
+
+def encode_share(settings: Pretrain, data: ImageData, evaluated: Splits, trainer: L.Trainer) -> None:
+    """Take part in `export_and_evaluate` of the first process."""
+    method, device = method_from_settings(settings), trainer.strategy.root_device
+    for module in (method.normalize, method.pretrained()):
+        module.to(device)
+    encode_together(settings, method, {}, data, evaluated, trainer)
+
+
+def encode_together(
+    settings: Pretrain,
+    method: Method,
+    backbones: dict[str, Backbone],
+    data: ImageData,
+    evaluated: Splits,
+    trainer: L.Trainer,
+) -> dict[str, list[Encoded]]:
+    """Return the features of training images and, with labels, of test images, by the name of the backbone.
+
+    All processes call this; the result is the first one's. The weights are, too: others may have no files to load them from.
+
+    Args:
+        settings: All settings.
+        method: The method, its normalization and backbone on the device of this process.
+        backbones: The backbones of the first process, on its device; none in the others.
+        data: The images of training.
+        evaluated: The images to encode.
+        trainer: The trainer, after training.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    precision = compute_dtype(trainer)
+    how = Extraction(workers=data.workers, precision=precision, rank=rank, world_size=world_size)
+    labeled, at_most = has_labels(evaluated), images_at_most(settings)
+    sources = [evaluated.train, *([evaluated.test] if labeled and evaluated.test is not None else [])]
+    names, encoded = [list(backbones)], dict[str, list[Encoded]]()
+    if together:
+        dist.broadcast_object_list(names, device=trainer.strategy.root_device)
+        send_weights(method.normalize)
+    for name in names[0]:
+        backbone = backbones.get(name, method.pretrained())
+        backbone.crop_pct = data.crop_pct
+        if together:
+            send_weights(backbone)
+        most = at_most if labeled else min(at_most, RANKME_IMAGES)
+        features = encode(backbone, method.normalize, sources, at_most=most, how=how)
+        if rank == 0:
+            encoded[name] = features
+    return encoded
+
+
+def send_weights(module: torch.nn.Module) -> None:
+    """Give all processes the parameters and buffers of the first."""
+    for tensor in module.state_dict().values():
+        sent = tensor.contiguous()
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+
+
+def images_at_most(settings: Pretrain) -> int:
+    """Return the maximal number of images to evaluate."""
+    return min(256, settings.evaluate_images) if settings.dry_run else settings.evaluate_images
 
 
 def draw_images(
@@ -167,9 +236,13 @@ def export(settings: Pretrain, method: Method, backbone: Backbone, folder: Path)
 
 def rank_of(backbone: Backbone, method: Method, splits: Splits, *, at_most: int, how: Extraction) -> float:
     """Return RankMe of the features of training images."""
-    indices = sample_indices(splits.train, at_most, seed=0)
-    _, features = extract_features(backbone, method.normalize, splits.train, indices, how=how)
-    return rankme(features.to(place_for(method.device, 4 * features.nbytes)))
+    ((_, features),) = encode(backbone, method.normalize, [splits.train], at_most=at_most, how=how)
+    return rank_on(method.device, features)
+
+
+def rank_on(device: torch.device, features: Tensor) -> float:
+    """Return RankMe of features (N, D), computed on `device` if it has enough memory."""
+    return rankme(features.to(place_for(device, 4 * features.nbytes)))
 
 
 def draw_curves(settings: Pretrain, folder: Path, *, untrained_knn: float | None) -> float | None:

@@ -47,7 +47,7 @@ from sslvision.workflows.console import (
     print_findings,
     waiting_of,
 )
-from sslvision.workflows.final_evaluation import export_and_evaluate
+from sslvision.workflows.final_evaluation import encode_share, export_and_evaluate
 from sslvision.workflows.method import method_from_settings, with_settings
 from sslvision.workflows.readings import next_command, print_next, read_curves_of
 from sslvision.workflows.reporting import reports
@@ -126,6 +126,7 @@ def pretrain(settings: Pretrain, folder: Path, words: Sequence[str] = ()) -> dic
     fit(trainer, method, data, checkpoint=resume.path if resume is not None else None)
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if not trainer.is_global_zero:
+        encode_share(settings, data, evaluated, trainer)
         return {}
     return conclude(settings, folder, data, evaluated, trainer, console, words, findings=findings, started=started)
 

@@ -434,3 +434,7 @@ def test_two_processes_and_two_accumulated_batches_train_as_one(recipe, command,
     )
     assert len(losses) == 8
     assert all(other == pytest.approx(losses, abs=1e-7) for other in others)
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    names = ["knn_top1", "linear_top1", "rankme", "untrained_knn_top1", "pixels_knn_top1", "held_out_images"]
+    for name in names:  # both processes have encoded images
+        assert two[name] == pytest.approx(one[name], abs=0.1), name
