@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from workflows.test_report_of_trainings import STEPS, folder_of, ladder, lines, searched
 
 from sslvision.workflows.finetuning import finetune
 from sslvision.workflows.report_settings import Report
@@ -50,8 +51,14 @@ def reports(run_tiny, settings_of, tmp_path_factory):
     finetune(settings_of("finetune", *words, "epochs=0", "min_updates=4", "evaluations=2"), runs / "tuned")
     report(Report(run=[str(OLD_RUNS / "mae")], output=str(runs / "stopped.html")))
     report(Report(run=[str(runs / "mae"), str(runs / "dino"), str(runs / "tuned")], output=str(runs / "three.html")))
+    steps = {"steps.jsonl": lines(STEPS), "results.json": {"best": None, "objective": "k-NN top-1", "unit": " %"}}
+    folder_of(runs / "steps", {"search": None, "trial_epochs": None}, steps)
+    searched(runs / "search")
+    ladder(runs / "ladder")
+    for name in ("steps", "search", "ladder"):
+        report(Report(run=[str(runs / name)]))
     return [
-        *(runs / name / "report.html" for name in ("mae", "dino", "tuned")),
+        *(runs / name / "report.html" for name in ("mae", "dino", "tuned", "steps", "search", "ladder")),
         runs / "stopped.html",
         runs / "three.html",
     ]
