@@ -55,9 +55,10 @@ def in_short(run: RunRecord, space: Mapping[str, Range]) -> str:
     best = results.get("best") or best_of(run.trainings)
     told = [str(one).strip() for one in results.get("evidence") or []]
     if not told and best:
-        told = [f"The best of {len(run.trainings)} trials so far is trial {best['trial']}: {score_of(run, best)}."]
-    if told and best and space:
-        told = [told[0].rstrip(":") + f": {values_of(best, space)} gave {score_of(run, best)}.", *told[3:]]
+        told = [f"The best of {len(run.trainings)} trials so far is trial {best['trial']}:"]
+    if told and best:
+        values = f"{values_of(best, space)} gave " if space else ""
+        told = [f"{told[0]} {values}{score_of(run, best)}.", *told[3:]]
     if run.status == "stopped":
         why = f": {run.reason}" if run.reason else "."
         stopped = [f"The search ended before its end{why} The same command goes on."]
