@@ -48,7 +48,7 @@ def test_the_public_names_are_sorted_and_each_has_a_home():
     assert set(sslvision.__all__) == set(sslvision._HOMES)
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_a_commands_module_is_its_function_too(warm_python):
     """`import sslvision.pretrain` puts the module where the function was."""
     code = f"""

@@ -102,7 +102,7 @@ def test_few_sizes_are_too_few_to_believe_and_fewer_are_refused():
         examine([1, 1, 2, 2], [3, 3.1, 2, 2.1], [0.1] * 4, seed=0)
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_trainings_that_differ_more_than_test_sets_are_no_fault_of_a_law_if_seeds_show_it_but_a_bend_is():
     x, seeds, passed = np.repeat(SIZES, 3), np.random.default_rng(2), {"law": 0, "bend": 0, "one seed": 0}
     bend = 10 * np.log2(x / SIZES[0]) * (5 - np.log2(x / SIZES[0])) / 6.25  # 0 at both ends, 10 between
@@ -121,7 +121,7 @@ def test_trainings_that_differ_more_than_test_sets_are_no_fault_of_a_law_if_seed
     assert passed["one seed"] <= 8
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 @pytest.mark.parametrize("scatter", [1.0, 3.0])
 def test_noise_without_a_law_is_rarely_told_to_fall_however_large_it_is(scatter):
     rng, told = np.random.default_rng(3), 0

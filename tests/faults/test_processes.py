@@ -120,7 +120,7 @@ def test_a_sigterm_to_all_processes_of_a_run_leaves_the_loader_working_until_it_
     assert str(run.folder / "checkpoints" / "last.ckpt") == told[2]
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_a_loader_process_that_is_killed_ends_the_run_in_words(start, photos):
     """Row 30."""
     run = start(*photos)

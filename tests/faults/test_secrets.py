@@ -56,7 +56,7 @@ def test_no_file_of_a_run_holds_a_secret(private, run_tiny, tmp_path, monkeypatc
     assert told["batch_size"] == 296  # what is no secret is all there
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_no_file_of_a_sweep_holds_a_secret(warm_command, tmp_path):
     words = (
         "-m",

@@ -80,7 +80,7 @@ def test_a_run_that_patience_stopped_is_the_same_when_resumed(times, finetune, t
     assert same_bits(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 @pytest.mark.parametrize("cut", [1, 3])
 def test_a_cut_in_the_arm_from_scratch_changes_neither_arm(cut, finetune, tmp_path, monkeypatch):
     words = (STOPS, "patience=4")
