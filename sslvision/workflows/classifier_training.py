@@ -222,7 +222,7 @@ def build_classifier_trainer(
     loggers: Sequence[Logger] = (),
     checkpoints: AtomicCheckpoints | None = None,
 ) -> L.Trainer:
-    """Build the trainer of a classifier: it validates as planned, and keeps the best weights.
+    """Build the trainer of a classifier: it validates as planned, and keeps the latest of the best weights.
 
     Args:
         plan: How to train.
@@ -235,7 +235,8 @@ def build_classifier_trainer(
         UsageError: Lightning rejects an option.
     """
     settings = plan.settings
-    used: list[Callback] = [*callbacks, SkippedUpdates(plan.folder, settings.max_skipped), KeepBest()]
+    best = KeepBest(0 if labeled.validation is None else len(labeled.validation))
+    used: list[Callback] = [*callbacks, SkippedUpdates(plan.folder, settings.max_skipped), best]
     if settings.patience and labeled.validation is not None:
         used.append(StopEarly("val_top1", mode="max", patience=settings.patience))
     return build_trainer(
@@ -261,7 +262,7 @@ def build_classifier_trainer(
 def train_classifier(
     plan: TrainingPlan, labeled: LabeledData, method: Supervised, trainer: L.Trainer, *, checkpoint: Path | None = None
 ) -> Mapping[str, float]:
-    """Train a classifier, and leave in `method` the weights that validated best.
+    """Train a classifier, and leave in `method` the weights that `KeepBest` keeps.
 
     Args:
         plan: How to train.
@@ -271,7 +272,7 @@ def train_classifier(
         checkpoint: A checkpoint of the same training to resume from.
 
     Returns:
-        val_top1 (in percent), val_loss and step of the best validation; empty without validation images.
+        val_top1 (in percent), val_loss and step of their validation; empty without validation images.
     """
     data = ImageData(
         Splits(labeled.train, None, labeled.validation),

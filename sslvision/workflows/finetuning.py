@@ -349,8 +349,9 @@ def print_conclusions(
     """Print what the scores mean. `too_high` says that the learning curves show too high a rate."""
     if best.get("step") == 0 and not too_high:
         console.print(
-            "[yellow]No update did better on the validation images than the fitted head on frozen features, so that one is "
-            "kept. A higher learning rate (lr_ratio=), more updates, or more validation images (holdout=) may help.[/]"
+            "[yellow]After every update the validation accuracy is lower than with the fitted head on frozen features, by more "
+            "than a standard error, so that one is kept. Another learning rate (lr_ratio=), more updates, or more validation "
+            "images (holdout=) may help.[/]"
         )
     if (scratch := scores.get("from scratch")) is not None:
         gain = scores["fine-tuned"].top1 - scratch.top1
