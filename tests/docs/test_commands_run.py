@@ -127,6 +127,8 @@ def test_a_command_that_is_shown_runs(name, words, prepared, warm_command, tmp_p
     shutil.copytree(prepared, folder)
     if name == "pack":
         shutil.rmtree(folder / "shards")
+    if name == "embed":
+        shutil.rmtree(folder / "outputs" / "embedded")
     if name == "finetune" and (named := [word for word in words if word.startswith("name=")]):
         shutil.rmtree(folder / "outputs" / named[0].removeprefix("name="))
     run(warm_command, folder, name, shortened(name, words))
