@@ -95,6 +95,8 @@ def prepared(warm_command, tmp_path_factory):
     begun = [*TINY, *OF_METHOD["mae"], *CPU, "max_steps=4"]
     for name in ("mae", "a"):
         run(warm_command, folder, "pretrain", ["recipe=mae", f"name={name}", *begun])
+    begun_dino = [*TINY, *OF_METHOD["dino"], *CPU, "max_steps=4"]
+    run(warm_command, folder, "pretrain", ["recipe=dino", "name=dino", *begun_dino])
     run(warm_command, folder, "pretrain", ["recipe=mae_photos", "data.root=photos", "name=first", *begun])
     run(warm_command, folder, "embed", ["run=outputs/first", "data.root=photos", "output_dir=outputs/embedded"])
     run(warm_command, folder, "pack", ["data=folder", "data.root=photos", "data.channels=3", "output_dir=shards"])
