@@ -57,6 +57,17 @@ def wilson_interval(correct: float, images: int) -> tuple[float, float]:
     return 100 * (low if correct > 0 else 0.0), 100 * (high if correct < images else 1.0)
 
 
+def standard_error(top1: float, images: int) -> float:
+    """Return the standard error of an accuracy, both in percent, never 0 (Agresti and Coull 1998, Am. Stat. 52: 119-126).
+
+    Args:
+        top1: The accuracy.
+        images: Number of test images.
+    """
+    share = (images * top1 / 100 + 2) / (images + 4)
+    return 100 * math.sqrt(share * (1 - share) / (images + 4))
+
+
 def score(ranking: Tensor, labels: Tensor, *, classes: int) -> Scores:
     """Compare the classes given to M test images with the true ones.
 

@@ -8,6 +8,7 @@ from sslvision.augment.randomness import ImageRandom
 from sslvision.data.loader import evaluation_loader
 from sslvision.data.source import Source, Splits
 from sslvision.errors import DataError
+from sslvision.evaluation.confidence import standard_error
 from sslvision.evaluation.features import Extraction, extract_features, sample_indices
 from sslvision.evaluation.knn import knn_top
 from sslvision.methods.base import Method
@@ -39,9 +40,7 @@ def knn_error(method: Method, splits: Splits, *, at_most: int, how: Extraction) 
             raise DataError(f"None of the images of {source.name} can be read.")
         labeled += [features, source.labels[indices]]
     top1, _ = knn_top(*labeled)
-    images = len(labeled[2])
-    share = (images * (1 - top1 / 100) + 2) / (images + 4)  # Agresti and Coull 1998: right near 0, too
-    return 100 - top1, 100 * math.sqrt(share * (1 - share) / (images + 4))
+    return 100 - top1, standard_error(top1, len(labeled[2]))
 
 
 @torch.no_grad()

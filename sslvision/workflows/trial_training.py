@@ -16,6 +16,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from sslvision.errors import Diverged, UsageError
+from sslvision.evaluation.confidence import standard_error
 from sslvision.evaluation.evaluate import has_labels, why_not_evaluated
 from sslvision.evaluation.features import Extraction
 from sslvision.methods.base import Method
@@ -355,11 +356,9 @@ class Finetuning:
         return _ended(best.get("val_top1", math.nan), facts, stop, judge is not None and prune.stopped)
 
     def _sigma(self, top1: float) -> float | None:
-        """Return the standard error of an accuracy on the validation images (Agresti and Coull 1998)."""
+        """Return the standard error of an accuracy on the validation images."""
         assert self.labeled.validation is not None
-        images = len(self.labeled.validation)
-        share = (images * top1 / 100 + 2) / (images + 4)
-        return 100 * math.sqrt(share * (1 - share) / (images + 4)) if math.isfinite(top1) else None
+        return standard_error(top1, len(self.labeled.validation)) if math.isfinite(top1) else None
 
 
 def _after_validations(plan: TrainingPlan) -> list[int]:

@@ -7,6 +7,7 @@ import pytorch_lightning as L
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from sslvision.evaluation.confidence import standard_error
 from sslvision.methods.supervised import Supervised
 
 
@@ -60,12 +61,6 @@ class KeepBest(Callback):
         """Restore the state from a checkpoint."""
         self.best, self._weights = state_dict["best"], state_dict["weights"]
         self.highest = state_dict.get("highest", self.best.get("val_top1", -math.inf))  # of 0.1.0 and before
-
-
-def standard_error(top1: float, images: int) -> float:
-    """Return the standard error of an accuracy, both in percent, as if two more images had been seen, one of them right."""
-    p = (top1 / 100 * images + 1) / (images + 2)
-    return 100 * math.sqrt(p * (1 - p) / images)
 
 
 def _evaluated(method: L.LightningModule) -> Any:
