@@ -45,9 +45,12 @@ def shortened(name, words):
         short = [*TINY, *OF_METHOD[method], *CPU, "dry_run=true"]
     elif name == "finetune":
         short = [*FEW_UPDATES, *CPU, *(COMPARED if "recipe=compare" in words else [])]
-    elif name in ("tune", "scale"):
-        tiny = [*TINY, *OF_METHOD[method], "epochs=1"] if "run=" not in line else ["epochs=1"]
-        short = [*tiny, *CPU[:2], "budget=45s", *(["trials=2"] if "search=" in line else [])]
+    elif name == "tune":
+        tiny = [*TINY, *OF_METHOD[method]] if "run=" not in line else []
+        short = [*tiny, *CPU[:2], "epochs=1", "budget=45s", *(["trials=2"] if "search=" in line else [])]
+    elif name == "scale":
+        length = [] if "dry_run=true" in words else ["budget=90s"]
+        short = [*TINY, *OF_METHOD[method], *CPU[:2], *length, "rungs=4", "factor=1.5"]
     elif name == "inspect":
         short = ["batch_size=1"]
     else:
