@@ -15,6 +15,7 @@ from sslvision.methods.base import Method
 from sslvision.methods.mae import MAE
 
 MASKS = 1  # seed of the masks of the held-out loss, the same for every method
+DRAW = 50  # images whose mean loss counts as one draw for its standard error, which takes two draws
 
 
 def knn_error(method: Method, splits: Splits, *, at_most: int, how: Extraction) -> tuple[float, float]:
@@ -44,9 +45,7 @@ def knn_error(method: Method, splits: Splits, *, at_most: int, how: Extraction) 
 
 
 @torch.no_grad()
-def held_out_loss(
-    method: MAE, source: Source, *, at_most: int, how: Extraction, batch: int = 50
-) -> tuple[float, float]:
+def held_out_loss(method: MAE, source: Source, *, at_most: int, how: Extraction) -> tuple[float, float]:
     """Return MAE's loss on whole images that it was not trained on, with masks that depend on the image alone; and its error.
 
     Args:
@@ -54,16 +53,15 @@ def held_out_loss(
         source: The images.
         at_most: Maximal number of them, a random sample if there are more.
         how: How they are read and encoded.
-        batch: Images whose mean loss counts as one draw for the standard error.
 
     Raises:
-        DataError: Fewer than two batches of images can be read.
+        DataError: One draw of images can be read, or fewer.
     """
     backbone, device = method.backbone, method.mask_token.device
     rows, columns = backbone.grid
     indices = sample_indices(source, at_most, seed=0)
     loader = evaluation_loader(
-        source, backbone.image_size, indices, batch_size=batch, workers=how.workers, crop_pct=backbone.crop_pct
+        source, backbone.image_size, indices, batch_size=DRAW, workers=how.workers, crop_pct=backbone.crop_pct
     )
     was_training, losses, counts = method.training, [], []
     method.eval()
@@ -77,7 +75,9 @@ def held_out_loss(
             counts.append(len(where))
     method.train(was_training)
     if len(losses) < 2:
-        raise DataError(f"{source.name} has too few held-out images for a loss: {batch + 1} or more are needed.")
+        raise DataError(
+            f"{source.name} has too few held-out images that can be read for a loss: more than {DRAW} are needed."
+        )
     values, weights = torch.tensor(losses).double(), torch.tensor(counts).double() / sum(counts)
     mean = float(values @ weights)
     return mean, math.sqrt(float(weights @ (values - mean) ** 2) / (len(losses) - 1))

@@ -17,7 +17,7 @@ from sslvision.data.subsets import Subset
 from sslvision.errors import UsageError
 from sslvision.evaluation.evaluate import has_labels, why_not_evaluated
 from sslvision.evaluation.features import Extraction
-from sslvision.evaluation.held_out_scores import held_out_loss, knn_error
+from sslvision.evaluation.held_out_scores import DRAW, held_out_loss, knn_error
 from sslvision.methods.base import Method
 from sslvision.methods.mae import MAE
 from sslvision.runs.loggers import build_loggers, close_loggers
@@ -100,24 +100,27 @@ class Ground:
         return found
 
 
-def scores_of(asked: str, method: Method, splits: Splits, evaluated: Splits) -> tuple[str, ...]:
-    """Return the scores that can be taken, the one to fit laws to first.
+def scores_of(asked: str, method: Method, splits: Splits, evaluated: Splits, *, at_most: int) -> tuple[str, ...]:
+    """Return the scores that can be taken, of at most so many images each, the one to fit laws to first.
 
     Raises:
         UsageError: The one that was asked for cannot be taken, or none.
     """
-    labeled, held_out = has_labels(evaluated), splits.test is not None
-    possible = {"knn": labeled, "loss": isinstance(method, MAE) and held_out}
+    held_out = min(at_most, len(splits.test)) if splits.test is not None else 0
+    possible = {"knn": has_labels(evaluated), "loss": isinstance(method, MAE) and held_out > DRAW}
     if asked != "auto" and not possible[asked]:
-        why = why_not_evaluated(evaluated) if asked == "knn" else "it is MAE's, on images that are held out"
+        of_loss = (
+            f"it is MAE's, on more than {DRAW} images that are held out, and {held_out} are (evaluate_images={at_most})"
+        )
+        why = why_not_evaluated(evaluated) if asked == "knn" else of_loss
         raise UsageError(f"score={asked} is not possible: {why}. score=auto takes what is.")
     found = [name for name, can in possible.items() if can]
     if not found:
         raise UsageError(
             f"There is nothing to score: {why_not_evaluated(evaluated)}, and a {type(method).__name__} without labels has no "
             "number that can be compared between sizes: the loss of a teacher and student is measured against themselves, and "
-            "RankMe is no error. Give labeled images with probe_data=FOLDER, or use MAE, with images held out "
-            "(data.holdout=0.1)."
+            "RankMe is no error. Give labeled images with probe_data=FOLDER, or use MAE, with more than "
+            f"{DRAW} images held out (data.holdout=0.1), where {held_out} are now."
         )
     return tuple(sorted(found, key=lambda name: name != asked))
 

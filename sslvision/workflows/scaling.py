@@ -154,7 +154,7 @@ def prepare(settings: Scale) -> tuple[Ground, list[Size], list[int], list[str]]:
         crop_pct=data.crop_pct or 1.0,
         mean=method.normalize.mean.flatten().tolist(),
         std=method.normalize.std.flatten().tolist(),
-        scores=scores_of(settings.score, method, data.splits, evaluated),
+        scores=scores_of(settings.score, method, data.splits, evaluated, at_most=settings.evaluate_images),
         machine=machine,
     )
     return ground, sizes, shares, [*data.splits.remarks, *method.remarks()]

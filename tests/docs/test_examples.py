@@ -44,7 +44,7 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.syspath_prepend(OWN_METHOD)
     shutil.copy(OWN_METHOD / "simsiam.yaml", tmp_path)
-    for name in ("mae", "a", "first", "photos", "classifier"):
+    for name in ("mae", "dino", "a", "first", "photos", "classifier"):
         (tmp_path / "outputs" / name).mkdir(parents=True)
         settings = dataclasses.asdict(compose_settings(["recipe=mae"]))
         (tmp_path / "outputs" / name / "config.yaml").write_text(yaml.safe_dump(settings))

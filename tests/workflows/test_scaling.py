@@ -179,6 +179,10 @@ def test_a_budget_too_small_is_refused_with_what_suffices_before_training(scale,
         (["trainer.devices=2", "trainer.strategy=ddp"], r"one device: set trainer.devices=1"),
         (["rungs=6", "batch_size=148"], r"37 of 1,198 images, fewer than batch_size=148"),
         (["recipe=dino", "score=loss", "backbone.num_heads=2"], r"score=loss is not possible: it is MAE's"),
+        (
+            ["score=loss", "evaluate_images=50"],
+            r"more than 50 images that are held out, and 50 are \(evaluate_images=50\)",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(scale, tmp_path, words, message):
@@ -204,9 +208,15 @@ def test_dino_without_labels_is_told_that_nothing_can_be_scored():
     backbone = build_backbone("vit_tiny_patch16_224", image_size=32, patch_size=8, channels=1, depth=1)
     dino = DINO(backbone, prototypes=8, hidden=8, bottleneck=8, mean=[0.5], std=[0.5])
     with pytest.raises(UsageError, match=r"nothing to score: .* has no labels .* probe_data=FOLDER"):
-        rung_training.scores_of("auto", dino, splits, splits)
+        rung_training.scores_of("auto", dino, splits, splits, at_most=100)
     mae = MAE(backbone, decoder_embed_dim=16, decoder_num_heads=2, mean=[0.5], std=[0.5])
-    assert rung_training.scores_of("auto", mae, splits, splits) == ("loss",)
+    assert rung_training.scores_of("auto", mae, splits, splits, at_most=100) == ("loss",)
+
+
+def test_a_loss_of_too_few_images_is_left_out_where_labels_give_a_score(settings_of):
+    words = [word for word in SHORT if not word.startswith("evaluate_images=")]
+    scores = [scaling.prepare(settings_of("scale", *words, f"evaluate_images={n}"))[0].scores for n in (50, 51)]
+    assert scores == [("knn",), ("knn", "loss")]
 
 
 @pytest.mark.e2e
