@@ -123,7 +123,7 @@ def cached(
     if kind not in ("disk", "ram"):
         raise UsageError(f"data.cache={kind} is unknown: it is none, disk or ram.")
     if side < 1:
-        raise UsageError(f"data.cache_size={side} is the short side of cached images in pixels: at least 1.")
+        raise UsageError(f"data.cache_size={side} must be 1 or more: it is the short side of cached images in pixels.")
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     root = _memory_folder() if kind == "ram" else cache_folder(folder)

@@ -134,10 +134,10 @@ class Duplicates:
     def __post_init__(self) -> None:
         _needs_embeddings(self)
         if not -1 < self.threshold <= 1:
-            raise UsageError(f"threshold={self.threshold} is a cosine similarity: at most 1, such as 0.8.")
+            raise UsageError(f"threshold={self.threshold} must be a cosine similarity: at most 1, such as 0.8.")
         if not -1 <= self.pixels <= 1:
             raise UsageError(
-                f"pixels={self.pixels} is a correlation: at most 1 and near it, such as 0.95; or -1 for none."
+                f"pixels={self.pixels} must be a correlation: at most 1 and near it, such as 0.95; or -1 for none."
             )
 
 

@@ -57,9 +57,9 @@ class Pack:
         if self.workers is not None:
             at_least(self, workers=0)
         if not 1 <= self.quality <= 100:
-            raise UsageError(f"quality={self.quality} is the quality of JPEGs, from 1 to 100.")
+            raise UsageError(f"quality={self.quality} must be a quality of JPEGs, from 1 to 100.")
         if not 0 <= self.max_unreadable <= 1:
-            raise UsageError(f"max_unreadable={self.max_unreadable} is a fraction from 0 to 1.")
+            raise UsageError(f"max_unreadable={self.max_unreadable} must be a fraction from 0 to 1.")
         size_of(self.shard_size)
 
 
@@ -74,6 +74,6 @@ def size_of(shard_size: str) -> tuple[int, str]:
     size = 0 if found is None or (unit is None and "." in found[1]) else round(float(found[1]) * (unit or 1))
     if size < 1:
         raise UsageError(
-            f"shard_size={shard_size} is a number of images, such as 1000, or a size, such as 256MB or 1GB."
+            f"shard_size={shard_size} must be a number of images, such as 1000, or a size in MB or GB, such as 256MB."
         )
     return size, "bytes" if unit else "images"

@@ -104,7 +104,9 @@ def open_folder(
     if not os.fspath(root):
         raise UsageError("data.root is empty: set it to the folder of the images.")
     if max_pixels < 1:
-        raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
+        raise UsageError(
+            f"data.max_pixels={max_pixels} must be 1 or more: it is the most pixels that an image may have."
+        )
     given = value_range_from(value_range)
     whole = os.path.abspath(os.path.expanduser(root))
     archive = open_archive(whole) if is_archive(whole) else None

@@ -152,7 +152,9 @@ def check_options(channels: int, holdout: float, max_pixels: int) -> None:
     if channels < 1:
         raise UsageError(f"data.channels must be at least 1, not {channels}.")
     if max_pixels < 1:
-        raise UsageError(f"data.max_pixels={max_pixels} is the most pixels that an image may have: at least 1.")
+        raise UsageError(
+            f"data.max_pixels={max_pixels} must be 1 or more: it is the most pixels that an image may have."
+        )
 
 
 def with_values(sources: Sequence[EncodedSource], given: Any, remarks: Sequence[str]) -> Splits:

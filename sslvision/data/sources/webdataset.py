@@ -134,7 +134,7 @@ def _checked_window(window: int | None, cache_gb: float, files: Sequence[ShardFi
         UsageError: Two windows of shards that are elsewhere, the one being read and the next, are larger than their folder.
     """
     if window is not None and window < 0:
-        raise UsageError(f"data.window={window} is a number of shards: 1 or more, or 0 for all.")
+        raise UsageError(f"data.window={window} must be a number of shards: 1 or more, or 0 for all.")
     if not remote:
         return window or 0
     window = min(WINDOW if window is None else window or len(files), len(files))
