@@ -21,10 +21,10 @@ from sslvision.workflows.classifier_training import (
 from sslvision.workflows.labeled_data import open_labeled_data, pretraining_base_lr, untrained_backbone
 
 
-def planned(settings, labeled):
+def planned(settings, labeled, *, pretrained=True):
     """The plan of a fine-tuning with these settings."""
     machine = resolve_machine(settings.trainer)
-    options = {"folder": Path("unused"), "lr_ratio": 0.1, "seed": 0, "pretrained": True, "head_first": False}
+    options = {"folder": Path("unused"), "lr_ratio": 0.1, "seed": 0, "pretrained": pretrained, "head_first": False}
     return plan_training(settings, labeled, machine, **options)
 
 
@@ -102,6 +102,24 @@ def test_a_small_set_is_gone_through_more_often_and_the_last_validation_is_at_th
         assert updates >= max(300, 20 * (images // min(64, images)))
     longer, _ = count_updates(from_scratch(settings), 6400, 64)
     assert longer == 6000
+
+
+def test_a_network_from_scratch_warms_up_for_a_tenth_of_its_updates_or_as_asked_and_a_pretrained_one_as_asked(
+    settings_of, tiny_run
+):
+    words = ("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=20", "holdout=0")  # 200 images, 3 batches
+    labeled = open_labeled_data(settings_of(*words))
+
+    def epochs(*more, pretrained=False):
+        settings = settings_of(*words, *more)
+        plan = planned(settings if pretrained else from_scratch(settings), labeled, pretrained=pretrained)
+        return plan.settings.method["warmup_epochs"]
+
+    assert epochs() == pytest.approx(0.1 * 900 / 3)
+    assert epochs("scratch_warmup=0") == 0
+    assert epochs("warmup_epochs=20") == 60  # of three times as many
+    assert epochs("warmup_epochs=20", pretrained=True) == 20
+    assert epochs(pretrained=True) == 0
 
 
 def test_a_batch_is_never_larger_than_the_set_and_divides_among_devices(settings_of, tiny_run):

@@ -264,6 +264,7 @@ def test_two_processes_train_as_one(finetune, command, tiny_run, tmp_path):
         (["trainer.max_epochs=3"], UsageError, "epochs"),
         (["epochs=0", "min_updates=0"], UsageError, "nothing to do"),
         (["randaugment=31"], UsageError, "31"),
+        (["scratch_warmup=1"], UsageError, "scratch_warmup=1.0 must be a fraction"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_the_folder_is_made(words, error, message, finetune, tmp_path):
