@@ -257,7 +257,7 @@ class Finetune:
     )
     evaluations: int = option(20, "number of validations during the run")
     patience: int = option(
-        0, "stop after this many validations without improvement (0: never); the best weights are kept"
+        0, "stop after this many validations without improvement (0: never); the best weights, up to noise, are kept"
     )
     compare: bool = option(
         False,

@@ -1,5 +1,6 @@
 """Training one classifier, for fine-tuning and its comparisons: the plan, the network, its head, the trainer."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -174,7 +175,8 @@ def fit_head(labeled: LabeledData, backbone: Backbone, *, precision: torch.dtype
     )
     validation = None
     if labeled.validation is not None:
-        validation = frozen_features(backbone, labeled, labeled.validation, precision=precision)[1:]
+        found = frozen_features(backbone, labeled, labeled.validation, precision=precision)
+        validation = (found.features, found.labels) if len(found.labels) else None
     probe = linear_probe(
         train.features.to(next(backbone.parameters()).device),
         train.labels,
@@ -189,10 +191,11 @@ def fit_head(labeled: LabeledData, backbone: Backbone, *, precision: torch.dtype
 
 @torch.no_grad()
 def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) -> bool:
-    """Give the trainable batch norms the statistics of the training images, and return whether there are any.
+    """Give the trainable batch norms the statistics of the training images, and return whether they were changed.
 
     Training normalizes by its own batches. A head fitted on features that were normalized by the statistics of pretraining
-    would not fit those of the first step. Frozen norms stay as they are. (Li et al. 2016, arXiv:1603.04779)
+    would not fit those of the first step. Frozen norms stay as they are, and all do if too few images can be read. (Li et
+    al. 2016, arXiv:1603.04779)
     """
     norms = [
         module
@@ -212,17 +215,22 @@ def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) ->
         crop_pct=backbone.crop_pct,
     )
     device, momenta = next(backbone.parameters()).device, [norm.momentum for norm in norms]
+    before = copy.deepcopy([norm.state_dict() for norm in norms])
+    adapted = False
     backbone.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
     for read, images in loader:
-        if len(read) == batch_size:
+        if len(read) >= max(2, batch_size // 2):  # unreadable images leave gaps; statistics of a few would be noise
+            adapted = True
             backbone(Normalize(labeled.mean, labeled.std).to(device)(images.to(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, state in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
-    return True
+        if not adapted:
+            norm.load_state_dict(state)
+    return adapted
 
 
 def build_classifier_trainer(

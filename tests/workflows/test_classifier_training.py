@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslvision.data.source import UnreadableImage
+from sslvision.data.subsets import Subset
 from sslvision.nn.normalize import Normalize
 from sslvision.training.trainer import resolve_machine
 from sslvision.workflows.classifier_training import (
@@ -61,6 +63,30 @@ def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs
     with torch.no_grad():
         method.backbone.eval()(Normalize(labeled.mean, labeled.std)(labeled.train.images))
     torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("broken", "adapts"), [(1, True), (15, False)])
+def test_images_that_cannot_be_read_leave_norms_the_statistics_of_the_others_or_their_own(
+    resnet, monkeypatch, broken, adapts
+):
+    settings, labeled, method = resnet("labels_per_class=2", "holdout=0")  # 20 images: a batch
+    whole = build_network(settings, labeled, pretrained=True, seed=0)
+    assert adapt_batch_norms(whole, labeled, seed=0)
+
+    def read(index):
+        if index < broken:
+            raise UnreadableImage("broken")
+        return Subset.read(labeled.train, index)
+
+    monkeypatch.setattr(labeled.train, "images", None)
+    monkeypatch.setattr(labeled.train, "read", read)
+    before = [norm.running_mean.clone() for norm in norms_of(method)]
+    assert adapt_batch_norms(method.backbone, labeled, seed=0) == adapts
+    after = [norm.running_mean for norm in norms_of(method)]
+    if adapts:
+        full = [module.running_mean for module in whole.modules() if isinstance(module, _BatchNorm)]
+        torch.testing.assert_close(after[0], full[0], rtol=0.2, atol=0.05)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) != adapts
 
 
 @pytest.mark.thorough

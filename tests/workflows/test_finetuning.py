@@ -273,6 +273,13 @@ def test_what_cannot_be_meant_is_refused_before_the_folder_is_made(words, error,
     assert not (tmp_path / "run").exists()
 
 
+def test_of_one_image_a_class_none_is_held_out_and_the_run_says_so(settings_of, tiny_run):
+    settings = settings_of("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=1")
+    labeled = finetuning.open_labeled_data(settings)
+    assert (len(labeled.train), labeled.validation) == (10, None)
+    assert "none is held out to choose weights" in labeled.remarks[-1]
+
+
 def test_images_without_labels_are_refused(finetune, tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(20):
