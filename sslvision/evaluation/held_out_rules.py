@@ -113,7 +113,9 @@ def degrading(run: Run) -> Reading | None:
     name = "Validation accuracy" if run.kind == "supervised" else "k-NN accuracy"
     told = f"{name} fell from {smooth[best]:.1f} % at update {known.steps[best]:,.0f} to {now:.1f} % at the end."
     if run.kind == "supervised":
-        advice = "A lower learning rate changes less of what the backbone knew; weights as good as the best ones are kept."
+        advice = (
+            "A lower learning rate changes less of what the backbone knew; weights as good as the best ones are kept."
+        )
     else:
         advice = "The features degrade: a lower learning rate, or a shorter run."
     return Reading("degrading", told, advice, run.given.rate(0.3))
