@@ -243,6 +243,9 @@ class Finetune:
     head_first: bool = option(True, "train the head on frozen features first, then all layers (LP-FT)")
     scratch: bool = option(True, "also train the same network from random weights, for comparison")
     scratch_lr_ratio: float = option(1.0, "scratch: its learning rate as a fraction of the pretraining learning rate")
+    scratch_warmup: float = option(
+        0.1, "scratch: fraction of its updates in which the learning rate rises; warmup_epochs, if that is more"
+    )
     scratch_longer: int = option(3, "scratch: its number of updates as a multiple, since it starts from random weights")
     labels_per_class: Any = option(
         None,
@@ -254,7 +257,7 @@ class Finetune:
     )
     evaluations: int = option(20, "number of validations during the run")
     patience: int = option(
-        0, "stop after this many validations without improvement (0: never); the best weights are kept"
+        0, "stop after this many validations without improvement (0: never); the best weights, up to noise, are kept"
     )
     compare: bool = option(
         False,
@@ -293,6 +296,10 @@ class Finetune:
         _needs_run_and_data(self)
         if not 0 <= self.holdout <= 0.5:
             raise UsageError(f"holdout={self.holdout} must be a fraction of the training images, from 0 to 0.5.")
+        if not 0 <= self.scratch_warmup < 1:
+            raise UsageError(
+                f"scratch_warmup={self.scratch_warmup} must be a fraction of the updates, from 0 to below 1."
+            )
         if self.epochs == 0 and self.min_updates == 0:
             raise UsageError("epochs=0 and min_updates=0 leave nothing to do: give one of them.")
         if self.randaugment > 30:

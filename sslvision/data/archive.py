@@ -89,19 +89,26 @@ def _of_zip(file: str) -> Members:
 
 
 def _of_tar(file: str) -> Members:
-    names, places = [], []
+    names, places, links = [], [], dict[int, str]()
     with tarfile.open(file, "r:", encoding="utf-8", errors="surrogateescape") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # which would keep every header
             if member.isreg():
                 names.append(member.name.removeprefix("./"))
                 places.append((member.offset_data, member.size))
+            elif member.islnk():  # a second name of a file, whose bytes stand below the first
+                links[len(names)] = member.linkname.removeprefix("./")
+                names.append(member.name.removeprefix("./"))
+                places.append((0, 0))
         end = archive.offset  # where no header is: of a whole archive, a block of zeros
     with open(file, "rb") as opened:
         opened.seek(end)
         if opened.read(BLOCK) != bytes(BLOCK):
             after = f" after {names[-1]}" if names else ""
             raise DataError(f"{file} is cut off or damaged{after}: the mark of its end is missing. Copy it again.")
+    of = dict(zip(names, places, strict=True)) if links else {}
+    for place, name in links.items():
+        places[place] = of.get(name, (0, 0))
     offsets, sizes = np.array(places, np.int64).reshape(-1, 2).T
     methods, checksums = np.full(len(names), STORED, np.uint8), np.full(len(names), -1, np.int64)
     return Members(PathTable.of(names), offsets, sizes, methods, checksums)

@@ -111,6 +111,9 @@ class ImageData(L.LightningDataModule):
             return []
         assert trainer is not None
         indices = list(range(trainer.global_rank, len(source), trainer.world_size))
+        if not indices:  # fewer images than processes: this one takes part in the sums, with an empty batch
+            nothing: Any = [(torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.uint8))]
+            return DataLoader(nothing, batch_size=None)
         return evaluation_loader(
             source,
             self.crops[0].shape,

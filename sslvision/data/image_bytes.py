@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from sslvision.data.cache_build import shrunk
-from sslvision.data.decode import PASSING, WAITS, image_size, reasons_in_words
+from sslvision.data.decode import PASSING, WAITS, read_header, reasons_in_words
 from sslvision.data.encoded import EncodedSource
 from sslvision.data.image_plugins import EXTRA_FORMATS, HEAD
 from sslvision.data.source import Source, SourceGone, UnreadableImage
@@ -56,8 +56,12 @@ def image_file(source: Source, index: int, *, side: int | None, encoding: str, q
         pixels = source.read(index)
         small = side is None or min(pixels.shape[1:]) <= side
         return encoded(pixels, "png") if side is None or small else encoded(shrunk(pixels, side), encoding, quality)
-    if side is not None and min(image_size(source.file(index), source.channels, max_pixels=source.max_pixels)) > side:
-        return encoded(shrunk(source.read(index), side), encoding, quality)
+    if side is not None:
+        header = read_header(source.file(index), source.channels, max_pixels=source.max_pixels)
+        if min(header.height, header.width) > side:
+            return encoded(shrunk(source.read(index), side), encoding, quality)
+        if header.wide:  # to 8 bits by the range of the whole set, as those that are shrunk
+            return encoded(source.read(index), "png")
     content = content_of(source, index)
     return ImageFile(content, ending_of(source.describe(index), content))
 

@@ -120,7 +120,10 @@ def open_masked_folder(root: str | os.PathLike[str], *, holdout: float = 0.2) ->
         if is_mask:
             masks[split, name].append(file)
         else:
-            images[split, name] = file
+            if (other := images.setdefault((split, name), file)) != file:
+                raise DataError(
+                    f"{other} and {file} have the same name, so that a mask could be of either: rename one."
+                )
     if several := [found for found in masks.values() if len(found) > 1]:
         raise DataError(
             f"{len(several):,} images have more than one mask, such as {', '.join(map(str, several[0]))}: keep one folder of "

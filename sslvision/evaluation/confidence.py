@@ -100,7 +100,7 @@ def score(ranking: Tensor, labels: Tensor, *, classes: int) -> Scores:
     correct = int(hits.sum())
     return Scores(
         top1=100 * correct / M,
-        top5=100 * int((ranking == labels[:, None]).sum()) / M,
+        top5=100 * int((ranking == labels[:, None]).any(1).sum()) / M,
         interval=wilson_interval(correct, M),
         per_class=100 * hits.double() / confusion.sum(1),  # 0 / 0 is NaN
         confusion=confusion,

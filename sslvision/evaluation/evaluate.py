@@ -102,26 +102,29 @@ def evaluate_pixels(
     splits: Splits,
     image_size: tuple[int, int] = (PIXELS, PIXELS),
     *,
+    crop_pct: float | None = None,
     at_most: int,
+    test_at_most: int | None = None,
     seed: int = 0,
     workers: int = 0,
     device: torch.device | None = None,
 ) -> dict[str, float]:
     """Return `scores_of` the pixels of what a backbone sees, at `size_of_pixels`, as features.
 
-    It is computed on `device` (None: the CPU). `image_size` is the backbone's.
+    It is computed on `device` (None: the CPU). `image_size` and `crop_pct` are the backbone's. Of the test images there
+    are `test_at_most`, or `at_most` too.
     """
     size = size_of_pixels(image_size)
 
-    def pixels(source: Source) -> Encoded:
-        indices = sample_indices(source, at_most, seed=seed)
-        batches = list(evaluation_loader(source, size, indices, workers=workers))
+    def pixels(source: Source, most: int) -> Encoded:
+        indices = sample_indices(source, most, seed=seed)
+        batches = list(evaluation_loader(source, size, indices, workers=workers, crop_pct=crop_pct))
         where = torch.cat([where for where, _ in batches])
         rows = [images.flatten(1) for _, images in batches if images.numel()]
         return where, torch.cat(rows).float() / 255 if rows else torch.empty(0)
 
     assert splits.test is not None
-    encoded = [pixels(splits.train), pixels(splits.test)]
+    encoded = [pixels(splits.train, at_most), pixels(splits.test, test_at_most or at_most)]
     return scores_of(encoded, splits, at_most=at_most, seed=seed, device=device or torch.device("cpu"))
 
 

@@ -247,6 +247,18 @@ def data_digest(source: Source, indices: Sequence[int]) -> tuple[str, str]:
     return digest.hexdigest(), f"{told}, sizes and times of change of its files" if version else told
 
 
+def labels_digest(source: Source) -> str | None:
+    """Return a hash of the labels of a source and the names of its classes; None without labels.
+
+    `data_digest` does not cover labels of images in files, because features do not depend on them.
+    """
+    if source.labels is None:
+        return None
+    digest = sha256("\0".join(source.classes or ()).encode("utf-8", "surrogateescape"))
+    digest.update(_bytes(source.labels))
+    return digest.hexdigest()
+
+
 def _read(
     folder: Path, about: dict[str, Any], indices: Sequence[int], *, retry: Source | None = None
 ) -> tuple[Tensor, Tensor] | None:

@@ -51,7 +51,7 @@ def overfitting(run: Run) -> Reading | None:
     more = f"more labeled images (labels_per_class={2 * labels})" if isinstance(labels, int) else "more labeled images"
     advice = f"The network overfits: more regularization, or {more}, which help most."
     if not run.given.get("patience") and words:
-        advice += " patience=5 saves the time after the best validation, whose weights are kept in any case."
+        advice += " patience=5 saves the time after the best validation; the weights are kept in any case."
     return Reading("overfitting", told + ".", advice, words)
 
 
@@ -114,7 +114,7 @@ def degrading(run: Run) -> Reading | None:
     told = f"{name} fell from {smooth[best]:.1f} % at update {known.steps[best]:,.0f} to {now:.1f} % at the end."
     if run.kind == "supervised":
         advice = (
-            "A lower learning rate changes less of what the backbone knew; the weights of the best validation are kept."
+            "A lower learning rate changes less of what the backbone knew; weights as good as the best ones are kept."
         )
     else:
         advice = "The features degrade: a lower learning rate, or a shorter run."

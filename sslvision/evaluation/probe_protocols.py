@@ -161,6 +161,10 @@ def train_head(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Train on views (N, F) on the device of the labels (N,); return the head, in eval mode, and how it was trained."""
     N, device, labels = len(labels), labels.device, labels.clone()
+    if protocol.batch_norm and N < 2:
+        raise DataError(
+            f"Protocol {protocol.name} standardizes features by their batch, and there is one image: add images."
+        )
     batch = min(protocol.batch_size, N)
     steps = N // batch if protocol.drop_last else math.ceil(N / batch)  # of an epoch
     peak = protocol.base_lr * batch / 256

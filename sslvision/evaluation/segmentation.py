@@ -161,12 +161,14 @@ class Overlaps:
         return float(100 * self.both.sum() / self.true.sum())
 
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of the mean, over test sets of so many images."""
+        """Return the 95 % bootstrap interval of the mean, over test sets of so many images with a known pixel."""
+        known = self.true.sum(1) > 0  # (M,)
+        images = int(known.sum())
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.randint(len(self.both), (RESAMPLED, len(self.both)), generator=generator)
-        weights = torch.zeros(RESAMPLED, len(self.both), dtype=torch.float64)
+        drawn = torch.randint(images, (RESAMPLED, images), generator=generator)
+        weights = torch.zeros(RESAMPLED, images, dtype=torch.float64)
         weights.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        both, either, true = (weights @ one for one in (self.both, self.either, self.true))  # (RESAMPLED, K)
+        both, either, true = (weights @ one[known] for one in (self.both, self.either, self.true))  # (RESAMPLED, K)
         means = torch.where(true > 0, 100 * both / either.clamp(min=1), torch.nan).nanmean(dim=1)
         low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
         return float(low), float(high)

@@ -28,7 +28,7 @@ def write_program(network: ExportedNetwork, loaded: Loaded, folder: Path) -> Non
     program = _trace(network, loaded)
     about = _about(loaded, network.interface)
     torch.export.save(program, folder / PROGRAM, extra_files={PREPROCESSING: about})
-    (folder / PREPROCESSING).write_text(about + "\n")
+    (folder / PREPROCESSING).write_text(about + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_program(folder: Path) -> Callable[[Tensor], Mapping[str, Tensor]]:
@@ -69,7 +69,7 @@ def write_onnx(network: ExportedNetwork, loaded: Loaded, folder: Path, *, opset:
         size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
         exported.save(str(folder / ONNX), external_data=size > LARGEST_PROTOBUF)
         onnx.checker.check_model(str(folder / ONNX))
-    (folder / PREPROCESSING).write_text(_about(loaded, interface) + "\n")
+    (folder / PREPROCESSING).write_text(_about(loaded, interface) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def read_onnx(folder: Path, outputs: tuple[str, ...]) -> Callable[[Tensor], Mapping[str, Tensor]]:

@@ -75,7 +75,7 @@ def write_card(
     ]
     if deviation is not None:
         parts.append(f"## Fidelity of this export\n\nDeviation from the outputs in training's own code: {deviation}.")
-    (folder / "README.md").write_text("\n\n".join(parts) + "\n")
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 USE = """\
@@ -260,6 +260,12 @@ def data_name(known: Mapping[str, Any]) -> str:
 def without_folders(text: str) -> str:
     """Return text with the last part alone of each absolute path: an export is given away, and folders name people."""
     return re.sub(r"(?<![\w./:])(?:~?/[^\s'\"=,]+/)([^\s'\"=,/]+)", r"\1", text)
+
+
+def without_folder(word: str) -> str:
+    """Return a word of a command, or a path, with the last part alone of an absolute path, which may have spaces."""
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else word
 
 
 def _settings(section: Mapping[str, Any]) -> str:

@@ -40,7 +40,9 @@ def write_counterpart(loaded: Loaded, found: Counterpart, folder: Path) -> str:
             "label2id": {one: number for number, one in enumerate(classes)},
         }
     config |= {"architectures": [name], "dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     tensors = {key: value.detach().float().contiguous().clone() for key, value in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o777 & (folder / "config.json").stat().st_mode)

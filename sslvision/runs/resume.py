@@ -20,6 +20,7 @@ from sslvision.settings import locate
 from sslvision.system.checkpoint_folders import is_folder_of_shards, is_of_lightning, remove
 
 # Settings that may differ when a run is resumed, and why. All others determine what is computed, and must be the same.
+UNRECORDED = {"scratch_warmup": 0.0}  # settings that earlier versions did not have: the values they acted by
 MAY_DIFFER = {
     "where the run folder is, and how the run starts": ("name", "output_dir", "overwrite", "resume"),
     "how the same numbers are computed, up to rounding": ("activation_checkpointing", "compile", "cuda_graphs"),
@@ -169,6 +170,7 @@ def check_same(resume: Resume, now: Mapping[str, Any]) -> None:
     then["settings"] = renamed(then["settings"], str(resume.path), trusted=targets[0] == targets[1])
     free = {key for keys in MAY_DIFFER.values() for key in keys}
     before, after = (flat(one["settings"]) for one in (then, now))
+    before = {key: value for key, value in UNRECORDED.items() if key in after} | before
     if targets[0] == targets[1]:  # a setting of the method that one of them does not name has its default
         defaults = _defaults(targets[0])
         before, after = ({**{key: defaults[key] for key in defaults if key in other}, **one}

@@ -19,6 +19,7 @@ import yaml
 
 from sslvision.errors import UsageError
 from sslvision.runs.redaction import redact
+from sslvision.system.files import written_whole
 
 try:
     import fcntl
@@ -163,8 +164,9 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write readable JSON, without the secrets in it."""
-    file.write_text(json.dumps(redact(content), indent=2, ensure_ascii=False) + "\n")
+    r"""Write readable JSON, without the secrets in it. Bytes of file names that are not UTF-8 are written \udcff."""
+    with written_whole(file, "w", encoding="utf-8", errors="backslashreplace") as opened:
+        opened.write(json.dumps(redact(content), indent=2, ensure_ascii=False) + "\n")
 
 
 def _version(package: str) -> str | None:

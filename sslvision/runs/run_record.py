@@ -142,7 +142,7 @@ def kind_of(settings: Mapping[str, Any]) -> Kind:
 def record_stop(folder: Path, reason: str) -> None:
     """Write why a run ended before its end."""
     told = {"reason": redact(reason), "when": datetime.now().astimezone().isoformat(timespec="seconds")}
-    with written_whole(folder / STOPPED, "w", encoding="utf-8") as file:
+    with written_whole(folder / STOPPED, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(told, file, indent=2, ensure_ascii=False)
 
 

@@ -1,5 +1,6 @@
 """Training one classifier, for fine-tuning and its comparisons: the plan, the network, its head, the trainer."""
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -86,6 +87,8 @@ def plan_training(
     shares = machine.world_size * int(settings.trainer.get("accumulate_grad_batches", 1))
     batch_size = settings.batch_size if images >= settings.batch_size else max(1, images // shares) * shares
     updates, validate_every = count_updates(settings, images, batch_size)
+    if not pretrained:
+        settings = warmed_up(settings, epochs=updates / max(1, images // batch_size))
     base_lr = settings.base_lr if settings.base_lr is not None else lr_ratio * labeled.base_lr
     return TrainingPlan(
         settings=settings,
@@ -118,6 +121,15 @@ def from_scratch(settings: Finetune) -> Finetune:
     longer = {key: settings.scratch_longer * getattr(settings, key) for key in ("epochs", "min_updates", "evaluations")}
     alike = with_method(settings, freeze=0, freeze_stages=0, layer_decay=1.0)
     return dataclasses.replace(alike, lr=None, base_lr=None, **longer)
+
+
+def warmed_up(settings: Finetune, *, epochs: float) -> Finetune:
+    """Return the settings of a training from random weights with its warm-up, without which a ViT is held back by high rates.
+
+    The authors of MAE warm up for 20 of 300 epochs (He et al. 2021, arXiv:2111.06377, appendix A.2).
+    """
+    given = settings.scratch_longer * settings.method.get("warmup_epochs", 0)
+    return with_method(settings, warmup_epochs=max(given, settings.scratch_warmup * epochs))
 
 
 def with_method(settings: Finetune, **replaced: Any) -> Finetune:
@@ -163,7 +175,8 @@ def fit_head(labeled: LabeledData, backbone: Backbone, *, precision: torch.dtype
     )
     validation = None
     if labeled.validation is not None:
-        validation = frozen_features(backbone, labeled, labeled.validation, precision=precision)[1:]
+        found = frozen_features(backbone, labeled, labeled.validation, precision=precision)
+        validation = (found.features, found.labels) if len(found.labels) else None
     probe = linear_probe(
         train.features.to(next(backbone.parameters()).device),
         train.labels,
@@ -178,10 +191,11 @@ def fit_head(labeled: LabeledData, backbone: Backbone, *, precision: torch.dtype
 
 @torch.no_grad()
 def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) -> bool:
-    """Give the trainable batch norms the statistics of the training images, and return whether there are any.
+    """Give the trainable batch norms the statistics of the training images, and return whether they were changed.
 
     Training normalizes by its own batches. A head fitted on features that were normalized by the statistics of pretraining
-    would not fit those of the first step. Frozen norms stay as they are. (Li et al. 2016, arXiv:1603.04779)
+    would not fit those of the first step. Frozen norms stay as they are, and all do if too few images can be read. (Li et
+    al. 2016, arXiv:1603.04779)
     """
     norms = [
         module
@@ -201,17 +215,22 @@ def adapt_batch_norms(backbone: Backbone, labeled: LabeledData, *, seed: int) ->
         crop_pct=backbone.crop_pct,
     )
     device, momenta = next(backbone.parameters()).device, [norm.momentum for norm in norms]
+    before = copy.deepcopy([norm.state_dict() for norm in norms])
+    adapted = False
     backbone.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean over all batches
         norm.train()
     for read, images in loader:
-        if len(read) == batch_size:
+        if len(read) >= max(2, batch_size // 2):  # unreadable images leave gaps; statistics of a few would be noise
+            adapted = True
             backbone(Normalize(labeled.mean, labeled.std).to(device)(images.to(device)))
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, state in zip(norms, momenta, before, strict=True):
         norm.momentum = momentum
-    return True
+        if not adapted:
+            norm.load_state_dict(state)
+    return adapted
 
 
 def build_classifier_trainer(

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from sslvision.data.sources.list_images import share, some
 from sslvision.data.subsets import Subset, draw_up_to
-from sslvision.errors import UsageError
+from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.confidence import ranking_of, score, wilson_interval
 from sslvision.evaluation.linear_probe import linear_probe
 from sslvision.figures.label_efficiency import Cell, about_seeds, about_test_images, label_efficiency_figure
@@ -301,6 +301,11 @@ class Comparison:
                 head, _ = fit_head(labeled, method.backbone, precision=precision, seed=seed)
             method.start_head(*head)
         best = train_classifier(plan, labeled, method, trainer)
+        if "val_top1" not in best:
+            raise DataError(
+                f"None of the {len(self.validation):,} validation images of {labeled.train.name} can be read, and a comparison "
+                "chooses learning rates by them: repair these files, or hold out more images (holdout=0.2)."
+            )
         ranking, labels = rank_classes(method.evaluated.to(device), labeled, labeled.test, precision=precision)
         return {
             "val_top1": best["val_top1"],

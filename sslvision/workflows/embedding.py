@@ -28,7 +28,7 @@ from sslvision.embeddings import parts as part_files
 from sslvision.embeddings.parts import ABOUT, has_pyarrow, part_file
 from sslvision.errors import DataError, UsageError
 from sslvision.evaluation.central_crop import choose_crop_pct, describe_crop
-from sslvision.evaluation.feature_cache import data_digest, weights_digest
+from sslvision.evaluation.feature_cache import data_digest, labels_digest, weights_digest
 from sslvision.runs import run_files
 from sslvision.runs.redaction import redact
 from sslvision.system.files import require_free, written_whole
@@ -40,7 +40,7 @@ from sslvision.workflows.labeled_data import statistics_of
 from sslvision.workflows.pretraining import decided_from, open_splits, read_as_in_training
 from sslvision.workflows.probing import Process, join_processes, open_backbone
 
-FORMAT = 1  # of the files; part of the key
+FORMAT = 2  # of the files; part of the key
 PATIENCE = datetime.timedelta(days=30)  # for the other processes, which may have more to do
 
 CONTENTS = """\
@@ -159,7 +159,7 @@ def begin(
     needed = len(missing) * about["images_per_part"] * about["dim"] * np.dtype(about["dtype"]).itemsize
     require_free(folder, needed, "The embeddings", advice="set dtype=float16, or give another output_dir")
     run_files.claim(folder, overwrite=settings.overwrite, resume=before is not None, figures=False)
-    with written_whole(folder / ABOUT, "w") as opened:
+    with written_whole(folder / ABOUT, "w", encoding="utf-8", errors="backslashreplace") as opened:
         opened.write(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     run_files.describe(folder, dataclasses.asdict(settings), words, command="embed", contents=CONTENTS)
     if before is not None:
@@ -186,6 +186,7 @@ def describe(
             name: [len(one), data_digest(one, range(len(one)))[0]]
             for name, one in zip(source.names, source.sources, strict=True)
         },
+        "labels": {name: labels_digest(one) for name, one in zip(source.names, source.sources, strict=True)},
     }
     classes = next((one.classes for one in source.sources if one.classes), None)
     return {
@@ -214,8 +215,9 @@ def refuse_others(folder: Path, before: Mapping[str, Any], about: Mapping[str, A
     """Raise UsageError if the embeddings in a folder are others than those to be made, with what differs."""
     if all(before.get(key) == about[key] for key in ("key", "format")):
         return
-    names = {"weights": "the weights", "splits": "the images"}
-    keys = ("weights", "splits", "image_size", "crop_pct", "mean", "std", "precision", "dtype", "format")
+    names = {"weights": "the weights", "splits": "the images", "labels": "the labels"}
+    keys = ["weights", "splits", "image_size", "crop_pct", "mean", "std", "precision", "dtype", "format"]
+    keys += ["labels"] if "labels" in before else []  # not in files of version 1
     differing = [names.get(key, key) for key in keys if before.get(key) != about[key]] or ["the version of the files"]
     raise UsageError(
         f"{folder} holds other embeddings: {', '.join(differing)} differ. Replace them with overwrite=true, or give another "

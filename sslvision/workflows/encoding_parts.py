@@ -140,7 +140,7 @@ def write(
     predictions = probabilities = None
     if loaded.classes:
         best = [index for one in encoded if one.classes is not None for index in one.classes.tolist()]
-        predictions = [loaded.classes[index] for index in best]
+        predictions = [as_text(loaded.classes[index]) for index in best]
         chances = [one.probabilities for one in encoded if one.probabilities is not None]
         probabilities = (torch.cat(chances) if chances else torch.empty(0)).numpy().astype(np.float32)
     rows = Rows(
@@ -162,7 +162,7 @@ def row_of(images: Images, index: int) -> tuple[str, str, str]:
     label = ""
     if source.labels is not None:
         number = int(source.labels[place])
-        label = source.classes[number] if source.classes else str(number)
+        label = as_text(source.classes[number]) if source.classes else str(number)
     return path_of(images, index), split, label
 
 

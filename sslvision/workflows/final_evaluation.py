@@ -85,8 +85,14 @@ def export_and_evaluate(
             prefix: scores_of(features, evaluated, at_most=at_most, device=device)
             for prefix, features in encoded.items()
         }
-        size = method.pretrained().image_size
-        rows["pixels_"] = evaluate_pixels(evaluated, size, device=device, at_most=at_most, workers=data.workers)
+        rows["pixels_"] = evaluate_pixels(
+            evaluated,
+            method.pretrained().image_size,
+            crop_pct=method.pretrained().crop_pct,
+            device=device,
+            at_most=at_most,
+            workers=data.workers,
+        )
         if unreadable := max([row.pop("unreadable_share") for row in rows.values()]):
             findings.append(
                 f"{100 * unreadable:.3g} % of the held-out images cannot be read: scores are those of the others."

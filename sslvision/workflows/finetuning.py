@@ -2,7 +2,7 @@
 
 The head comes first: fitted on frozen features, it is where training starts (LP-FT: Kumar et al. 2022, arXiv:2202.10054),
 so that the gradients of a random head do not distort the features. Then the layers that are not frozen train, at a tenth
-of the learning rate of pretraining. The weights that did best on the validation images are kept.
+of the learning rate of pretraining. The latest weights that did best on the validation images, up to noise, are kept.
 """
 
 import dataclasses

@@ -165,7 +165,12 @@ def labeled_sources(
         train = Subset(
             train, draw_per_class(train.labels, settings.labels_per_class, seed=settings.seed, classes=train.classes)
         )
-    if validation is None and settings.holdout:
+    assert train.labels is not None
+    if validation is None and settings.holdout and int(train.labels.bincount().max()) < 2:
+        remarks += (
+            "Each class has one image to train on: none is held out to choose weights, and the last ones are kept.",
+        )
+    elif validation is None and settings.holdout:
         train, validation = split_off(train, fraction=settings.holdout, at_most=validate_on, seed=settings.seed)
     if validation is not None and (validation.labels is None or not len(validation)):
         validation = None

@@ -29,7 +29,7 @@ from sslvision.data.source import Source, Splits, UnreadableImage, remarks_in_er
 from sslvision.data.sources.list_images import share
 from sslvision.data.workers import begin_worker
 from sslvision.errors import DataError, UsageError
-from sslvision.evaluation.feature_cache import data_digest
+from sslvision.evaluation.feature_cache import data_digest, labels_digest
 from sslvision.runs.run_files import exclusive
 from sslvision.system.files import require_free, written_whole
 from sslvision.workflows.console import print_configuration, print_findings
@@ -39,7 +39,7 @@ from sslvision.workflows.pretraining import open_splits
 PROGRESS, UNREADABLE, CLASSES, LOCK = ".packing.jsonl", "unreadable.csv", "classes.txt", ".packing.lock"
 SAMPLE = 200  # images whose files tell the size of all
 AROUND = 3200  # bytes of a tar file around an image: three headers, a label, its path, and what they are filled up with
-VERSION = 1  # of the shards; part of the key
+VERSION = 2  # of the shards; part of the key
 
 
 class Plan(NamedTuple):
@@ -138,6 +138,7 @@ def _plan(settings: Pack, sources: Mapping[str, Source]) -> Plan:
     identity = {
         "version": VERSION,
         "splits": {split: [len(one), data_digest(one, range(len(one)))[0]] for split, one in sources.items()},
+        "labels": {split: labels_digest(one) for split, one in sources.items()},
         "classes": next(iter(sources.values())).classes,
         "image_size": settings.image_size,
         "encoding": [settings.format, settings.quality] if settings.image_size else None,
@@ -178,8 +179,8 @@ def _refuse_others(folder: Path, plan: Plan, *, overwrite: bool) -> None:
         raise UsageError(f"{folder} holds something else than packed shards ({min(there)}): give another output_dir.")
     if key is not None and not overwrite:
         raise UsageError(
-            f"{folder} holds shards of other images or settings (shards, image_size, format, quality, shard_size, split): give "
-            "another output_dir, or replace them with overwrite=true."
+            f"{folder} holds shards of other images, labels or settings (shards, image_size, format, quality, shard_size, "
+            "split): give another output_dir, or replace them with overwrite=true."
         )
     for name in FOLDERS.values():
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -98,6 +98,7 @@ def predict_to_csv(settings: Predict) -> Path:
         f"{images:,} images in {time.perf_counter() - started:.1f} s, {problems:,} of them unreadable (see the column "
         f"`problem`{first}): {output.absolute()}"
     )
+    accuracy_file(output).unlink(missing_ok=True)  # of the call whose file this one has replaced
     if known:
         console.print(write_accuracy(known, loaded.classes, output, unknown=images - problems - len(known)))
     return output
@@ -159,7 +160,7 @@ def write_accuracy(
     facts = as_json(scores, classes)
     if ranking.shape[1] < min(5, len(classes)):
         del facts["top5"]  # fewer classes were asked for
-    file = output.with_name(f"{output.stem}-accuracy.json")
+    file = accuracy_file(output)
     write_json(file, {**facts, "images": len(known), "images_without_a_class": unknown})
     low, high = scores.interval
     return (
@@ -167,6 +168,11 @@ def write_accuracy(
         f"{low:.1f} to {high:.1f}): {file.absolute()}"
         + (f". {unknown:,} images lie in no such folder, and are not counted." if unknown else "")
     )
+
+
+def accuracy_file(output: Path) -> Path:
+    """Return the file beside the predictions that has their accuracy."""
+    return output.with_name(f"{output.stem}-accuracy.json")
 
 
 def open_images(

@@ -22,6 +22,7 @@ from torch import Tensor
 from sslvision.augment.crops import Crop
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.data.datamodule import available_workers
+from sslvision.data.order import Order
 from sslvision.data.source import Source, Splits
 from sslvision.data.sources.list_images import share
 from sslvision.errors import DataError, UsageError
@@ -47,6 +48,7 @@ from sslvision.workflows.reporting import reports
 
 KNN, LINEAR = "k-NN, k = {}", "linear probe ({})"  # names in the table
 PIXELS_OF = 10_000  # images at most, whose pixels are compared
+RANKME_OF = 50_000  # images at most, a random sample: they are sorted by class
 
 CONTENTS = """\
 # {name}
@@ -135,14 +137,16 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     pixels = {}
     if settings.pixels:
         size = loaded.backbone.image_size
-        pixels = score_pixels(settings, splits, size, len(indices), process.device, console)
+        crop_pct = loaded.backbone.crop_pct
+        pixels = score_pixels(settings, splits, size, crop_pct, len(indices), process.device, console)
     linear = scores[LINEAR.format(settings.protocol)]
     unreadable = unreadable_among(training=(indices, train), test=(splits.test, test))
     findings = [*splits.remarks, *unreadable]
+    sampled = sorted(Order(len(train.pooled), seed=settings.seed, epoch=0)[:RANKME_OF].tolist())
     results = {
         "linear": facts | as_json(linear, classes),
         "knn": {str(k): as_json(scores[KNN.format(k)], classes) for k in settings.k},
-        "rankme": round(rankme(train.pooled[:50_000]), 2),
+        "rankme": round(rankme(train.pooled[sampled]), 2),
         "pixels": {name: round(value, 2) for name, value in pixels.items()},
         "weights": loaded.weights,
         "crop_pct": loaded.backbone.crop_pct,
@@ -294,17 +298,30 @@ def score_features(
 
 
 def score_pixels(
-    settings: Probe, splits: Splits, size: tuple[int, int], images: int, device: torch.device, console: Console
+    settings: Probe,
+    splits: Splits,
+    size: tuple[int, int],
+    crop_pct: float | None,
+    images: int,
+    device: torch.device,
+    console: Console,
 ) -> dict[str, float]:
-    """Return and print the scores of raw pixels, for comparison with a backbone of this image size."""
+    """Return and print the scores of raw pixels, for comparison with a backbone of this image size and crop."""
     pixels = evaluate_pixels(
-        splits, size, at_most=min(images, PIXELS_OF), seed=settings.seed, workers=workers_of(settings), device=device
+        splits,
+        size,
+        crop_pct=crop_pct,
+        at_most=min(images, PIXELS_OF),
+        test_at_most=PIXELS_OF,
+        seed=settings.seed,
+        workers=workers_of(settings),
+        device=device,
     )
     del pixels["unreadable_share"]  # told of the features
     height, width = size_of_pixels(size)
     console.print(
         f"Raw pixels at {height}x{width}, for comparison: k-NN (k = 20) {pixels['knn_top1']:.1f} %, logistic regression "
-        f"{pixels['linear_top1']:.1f} %."
+        f"{pixels['linear_top1']:.1f} % of {pixels['held_out']:,.0f} test images."
     )
     return pixels
 

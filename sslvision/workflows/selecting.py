@@ -99,7 +99,7 @@ def labeled_rows(opened: Opened, file: str | None) -> list[int]:
                 raise UsageError(
                     f"labeled={file} has no column `path`; its columns are {', '.join(reader.fieldnames or ())}."
                 )
-            paths = [row["path"] for row in reader]
+            paths = list(dict.fromkeys(row["path"] for row in reader if row["path"]))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"labeled={file} cannot be read: {error}.") from error
     rows, missing = rows_of_paths(opened, paths)

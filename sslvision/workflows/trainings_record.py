@@ -10,6 +10,7 @@ from typing import Any
 from sslvision.errors import UsageError
 from sslvision.runs import run_files
 from sslvision.runs.redaction import redact
+from sslvision.runs.resume import UNRECORDED
 from sslvision.settings import Finetune, Pretrain
 from sslvision.system.files import written_whole
 
@@ -45,7 +46,7 @@ def claim(
     resumes = kept.is_file() and not overwrite
     done = recorded(record) if resumes else []
     if done:  # before the first training is done, any setting may be corrected
-        before = json.loads(kept.read_text())
+        before = {**UNRECORDED, **json.loads(kept.read_text())}
         changed = [key for key in plain if key not in may_change and plain[key] != before.get(key)]
         if changed:
             differing = ", ".join(f"{key}={plain[key]} (it was {before.get(key)})" for key in changed)

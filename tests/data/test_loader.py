@@ -237,6 +237,13 @@ def test_two_processes_validate_each_of_five_images_exactly_once(in_memory):
     assert all(torch.equal(seen[place], image) for place, image in enumerate(whole[1]))
 
 
+def test_a_process_without_a_validation_image_has_one_empty_batch():
+    data = data_of(Splits(Images(), None, Images(1)), rank=1, world=2)  # Lightning refuses a loader without a batch
+    ((indices, images),) = data.val_dataloader()
+    assert len(data.val_dataloader()) == 1
+    assert len(indices) == len(images) == 0
+
+
 def test_without_validation_images_there_is_nothing_to_validate_on():
     assert data_of(Splits(Images(), Images())).val_dataloader() == []
 

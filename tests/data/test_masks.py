@@ -16,6 +16,12 @@ def put(root, *names, size=(8, 6), value=1):
         Image.new("L", size, value).save(file)
 
 
+def test_two_images_of_one_name_are_refused_because_a_mask_could_be_of_either(tmp_path):
+    put(tmp_path, "images/a.jpg", "images/a.png", "masks/a.png")
+    with pytest.raises(DataError, match=r"a\.(jpg|png) and .*a\.(jpg|png) have the same name"):
+        open_masked_folder(tmp_path)
+
+
 def names_of(pairs, root):
     return [tuple(str(one.relative_to(root)) for one in pair) for pair in pairs]
 

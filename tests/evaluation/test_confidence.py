@@ -157,3 +157,7 @@ def test_classes_that_share_a_name_keep_their_accuracies_apart() -> None:
 def test_names_for_another_number_of_classes_are_refused() -> None:
     with pytest.raises(ValueError, match="argument 2"):
         as_json(score(RANKING, LABELS, classes=4), ("ant", "bee"))
+
+
+def test_an_image_counts_once_where_two_classes_of_one_name_are_both_among_its_five():
+    assert score(torch.tensor([[0, 1, 0]]), torch.tensor([0]), classes=2).top5 == 100

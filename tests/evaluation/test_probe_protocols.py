@@ -250,3 +250,5 @@ def test_what_cannot_be_is_refused() -> None:
             run_protocol(protocol, features, labels, test_features * math.nan, num_classes=4, seed=0)
     with pytest.raises(DataError, match="not finite in epoch 1: the features of view 1"):
         run_protocol(DINO, [features, features * math.nan], labels, test_features, num_classes=4, seed=0)
+    with pytest.raises(DataError, match="standardizes features by their batch, and there is one image"):
+        run_protocol(MAE, features[:1], labels[:1], test_features, num_classes=4, seed=0)

@@ -71,3 +71,10 @@ def test_the_interval_holds_the_mean_and_shrinks_with_more_images():
         return high - low
 
     assert width(200) < 0.6 * width(20)
+
+
+def test_an_image_whose_mask_has_no_class_changes_neither_the_mean_nor_its_interval():
+    true = torch.tensor([[0, 1], [1, 1]])
+    one, ignored = Overlaps.of(true, true, 2), Overlaps.of(true, torch.full_like(true, -1), 2)
+    scores = Overlaps.joined([one, ignored])
+    assert (scores.miou, scores.interval()) == (100.0, (100.0, 100.0))

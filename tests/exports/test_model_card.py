@@ -14,7 +14,7 @@ from PIL import Image
 
 from sslvision.backbones.load import load_backbone
 from sslvision.exports.loading import loading_code
-from sslvision.exports.model_card import without_folders, write_card
+from sslvision.exports.model_card import without_folder, without_folders, write_card
 from sslvision.exports.network import our_outputs
 from sslvision.workflows.cards_of_run import write_cards_of_run
 from sslvision.workflows.exporting import export_network
@@ -131,6 +131,20 @@ def test_a_run_that_has_not_ended_says_so_and_claims_no_scores(tmp_path):
 )
 def test_what_is_given_away_names_no_folders_of_this_machine(text, shown):
     assert without_folders(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("run=/home/Jane Doe/outputs/a b", "run=a b"),
+        ("run=~/outputs/a", "run=a"),
+        ("run=outputs/a", "run=outputs/a"),
+        ("format=timm", "format=timm"),
+        ("/home/jane/run", "run"),
+    ],
+)
+def test_a_command_that_is_given_away_names_no_folders_either(word, shown):
+    assert without_folder(word) == shown
 
 
 def test_weights_of_which_nothing_is_known_are_not_described_beyond_that(tmp_path):

@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sslvision.data.source import UnreadableImage
+from sslvision.data.subsets import Subset
 from sslvision.nn.normalize import Normalize
 from sslvision.training.trainer import resolve_machine
 from sslvision.workflows.classifier_training import (
@@ -21,10 +23,10 @@ from sslvision.workflows.classifier_training import (
 from sslvision.workflows.labeled_data import open_labeled_data, pretraining_base_lr, untrained_backbone
 
 
-def planned(settings, labeled):
+def planned(settings, labeled, *, pretrained=True):
     """The plan of a fine-tuning with these settings."""
     machine = resolve_machine(settings.trainer)
-    options = {"folder": Path("unused"), "lr_ratio": 0.1, "seed": 0, "pretrained": True, "head_first": False}
+    options = {"folder": Path("unused"), "lr_ratio": 0.1, "seed": 0, "pretrained": pretrained, "head_first": False}
     return plan_training(settings, labeled, machine, **options)
 
 
@@ -61,6 +63,30 @@ def test_norms_that_train_take_the_images_statistics_and_frozen_ones_keep_theirs
     with torch.no_grad():
         method.backbone.eval()(Normalize(labeled.mean, labeled.std)(labeled.train.images))
     torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("broken", "adapts"), [(1, True), (15, False)])
+def test_images_that_cannot_be_read_leave_norms_the_statistics_of_the_others_or_their_own(
+    resnet, monkeypatch, broken, adapts
+):
+    settings, labeled, method = resnet("labels_per_class=2", "holdout=0")  # 20 images: a batch
+    whole = build_network(settings, labeled, pretrained=True, seed=0)
+    assert adapt_batch_norms(whole, labeled, seed=0)
+
+    def read(index):
+        if index < broken:
+            raise UnreadableImage("broken")
+        return Subset.read(labeled.train, index)
+
+    monkeypatch.setattr(labeled.train, "images", None)
+    monkeypatch.setattr(labeled.train, "read", read)
+    before = [norm.running_mean.clone() for norm in norms_of(method)]
+    assert adapt_batch_norms(method.backbone, labeled, seed=0) == adapts
+    after = [norm.running_mean for norm in norms_of(method)]
+    if adapts:
+        full = [module.running_mean for module in whole.modules() if isinstance(module, _BatchNorm)]
+        torch.testing.assert_close(after[0], full[0], rtol=0.2, atol=0.05)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True)) != adapts
 
 
 @pytest.mark.thorough
@@ -102,6 +128,24 @@ def test_a_small_set_is_gone_through_more_often_and_the_last_validation_is_at_th
         assert updates >= max(300, 20 * (images // min(64, images)))
     longer, _ = count_updates(from_scratch(settings), 6400, 64)
     assert longer == 6000
+
+
+def test_a_network_from_scratch_warms_up_for_a_tenth_of_its_updates_or_as_asked_and_a_pretrained_one_as_asked(
+    settings_of, tiny_run
+):
+    words = ("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=20", "holdout=0")  # 200 images, 3 batches
+    labeled = open_labeled_data(settings_of(*words))
+
+    def epochs(*more, pretrained=False):
+        settings = settings_of(*words, *more)
+        plan = planned(settings if pretrained else from_scratch(settings), labeled, pretrained=pretrained)
+        return plan.settings.method["warmup_epochs"]
+
+    assert epochs() == pytest.approx(0.1 * 900 / 3)
+    assert epochs("scratch_warmup=0") == 0
+    assert epochs("warmup_epochs=20") == 60  # of three times as many
+    assert epochs("warmup_epochs=20", pretrained=True) == 20
+    assert epochs(pretrained=True) == 0
 
 
 def test_a_batch_is_never_larger_than_the_set_and_divides_among_devices(settings_of, tiny_run):

@@ -193,6 +193,17 @@ def test_embeddings_of_other_weights_or_images_are_not_mixed(embed, tiny_run, ph
     embed(tmp_path / "a", *words)
     with pytest.raises(UsageError, match=r"a holds other embeddings: dtype differ\. .*overwrite=true"):
         embed(tmp_path / "a", *words, "dtype=float16")
+    listed = tmp_path / "images.csv"
+    for labels in ("cat", "dog"), ("dog", "cat"):
+        files = sorted(photos.rglob("*.*"))[:4]
+        rows = (f"{file},{labels[number % 2]}\n" for number, file in enumerate(files))
+        listed.write_text("path,label\n" + "".join(rows))
+        of_list = (f"run={tiny_run}", "data=list", f"data.file={listed}", "data.holdout=0")
+        if labels[0] == "cat":
+            embed(tmp_path / "listed", *of_list)
+            continue
+        with pytest.raises(UsageError, match=r"other embeddings: the labels differ"):
+            embed(tmp_path / "listed", *of_list)
     Image.new("L", (32, 32)).save(photos / "new.png")
     with pytest.raises(UsageError, match=r"other embeddings: the images differ"):
         embed(tmp_path / "a", *words)

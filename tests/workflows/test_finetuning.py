@@ -264,12 +264,20 @@ def test_two_processes_train_as_one(finetune, command, tiny_run, tmp_path):
         (["trainer.max_epochs=3"], UsageError, "epochs"),
         (["epochs=0", "min_updates=0"], UsageError, "nothing to do"),
         (["randaugment=31"], UsageError, "31"),
+        (["scratch_warmup=1"], UsageError, "scratch_warmup=1.0 must be a fraction"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_before_the_folder_is_made(words, error, message, finetune, tmp_path):
     with pytest.raises(error, match=message):
         finetune(tmp_path / "run", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_of_one_image_a_class_none_is_held_out_and_the_run_says_so(settings_of, tiny_run):
+    settings = settings_of("finetune", f"run={tiny_run}", "data=digits", "labels_per_class=1")
+    labeled = finetuning.open_labeled_data(settings)
+    assert (len(labeled.train), labeled.validation) == (10, None)
+    assert "none is held out to choose weights" in labeled.remarks[-1]
 
 
 def test_images_without_labels_are_refused(finetune, tmp_path):

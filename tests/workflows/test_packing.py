@@ -1,5 +1,6 @@
 """Packing images into shards: what is in them, that what is whole is not written again, and what their reader checks."""
 
+import io
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from PIL import Image
 
 from sslvision.data import shard_index, shard_writer
 from sslvision.data.archive import members_of
+from sslvision.data.image_bytes import image_file
 from sslvision.data.sources.digits import open_digits
 from sslvision.data.sources.folder import open_folder
 from sslvision.data.sources.webdataset import open_webdataset
@@ -119,7 +121,7 @@ def test_a_shard_that_is_gone_or_cut_off_is_written_again(pack):
 
 def test_shards_of_other_settings_are_refused_or_replaced_and_other_files_never_deleted(pack, tmp_path):
     shards = pack()
-    with pytest.raises(UsageError, match="shards of other images or settings"):
+    with pytest.raises(UsageError, match="shards of other images, labels or settings"):
         pack("shard_size=5")
     pack("shard_size=5", "overwrite=true")
     assert len(shards_in(shards)) == 3
@@ -127,6 +129,35 @@ def test_shards_of_other_settings_are_refused_or_replaced_and_other_files_never_
     (tmp_path / "mine" / "notes.txt").touch()
     with pytest.raises(UsageError, match=r"something else than packed shards \(notes.txt\)"):
         pack("overwrite=true", to="mine")
+
+
+def test_labels_that_were_corrected_are_not_those_of_shards_from_before(pack, tmp_path, photos):
+    files = sorted(photos.rglob("*.*"))
+    listed = tmp_path / "images.csv"
+    words = ("data=list", f"data.file={listed}", "data.holdout=0")
+
+    def write(label):
+        listed.write_text("path,label\n" + "".join(f"{file},{label(file)}\n" for file in files))
+
+    write(lambda file: file.parent.name)
+    pack(*words)
+    write(lambda file: {"cat": "dog", "dog": "cat"}.get(file.parent.name, file.parent.name))
+    with pytest.raises(UsageError, match="shards of other images, labels or settings"):
+        pack(*words)
+
+
+def test_images_of_16_bits_that_are_not_shrunk_have_the_range_of_those_that_are(tmp_path):
+    for number, side in enumerate((20, 40, 20, 40)):
+        values = np.full((side, side), 500 if side == 20 else 4000, np.uint16)
+        values[0] = 0
+        Image.fromarray(values).save(tmp_path / f"{number}.png")
+    source = open_folder(tmp_path, holdout=0, channels=1).train
+    files = [image_file(source, index, side=24, encoding="png", quality=95) for index in range(4)]
+    packed = [np.array(Image.open(io.BytesIO(file.content))) for file in files]
+    assert {image.dtype for image in packed} == {np.dtype(np.uint8)}
+    expected = [31, 249, 31, 249]  # of 255, for 500 and 4,000 of 0 to 4,095
+    assert [int(source.read(index).median()) for index in range(4)] == expected
+    assert [int(np.median(image)) for image in packed] == expected
 
 
 def test_what_cannot_be_read_is_left_out_and_named_until_it_is_too_much(pack, photos):

@@ -139,6 +139,10 @@ def test_images_in_no_class_folder_have_no_accuracy(finetuned, settings_of, tmp_
     predict_to_csv(settings_of("predict", f"run={finetuned}", f"images={tmp_path}", f"output={tmp_path / 'out.csv'}"))
     assert "folders named as a class" not in capsys.readouterr().out
     assert not (tmp_path / "out-accuracy.json").exists()
+    (tmp_path / "out-accuracy.json").write_text("of images that out.csv had before")
+    words = (f"run={finetuned}", f"images={tmp_path}", f"output={tmp_path / 'out.csv'}", "overwrite=true")
+    predict_to_csv(settings_of("predict", *words))
+    assert not (tmp_path / "out-accuracy.json").exists()
 
 
 def test_a_nearer_class_folder_decides_and_fewer_classes_have_no_top5(tmp_path):

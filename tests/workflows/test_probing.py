@@ -103,6 +103,7 @@ def test_the_same_network_untrained_is_another_one(of_all_digits, of_some_digits
     assert "before pretraining" in untrained["weights"]
     assert untrained["knn"] != trained["knn"]
     assert untrained["pixels"] == trained["pixels"]
+    assert trained["pixels"]["held_out"] == trained["test_images"] == 599  # the same test images as the features
     assert of_all_digits["pixels"]["knn_top1"] == pytest.approx(95.3, abs=0.2)  # of all 1,198 digits
 
 

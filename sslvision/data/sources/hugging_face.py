@@ -158,8 +158,7 @@ def _opened(path: str, config: str | None) -> Any:
         if files:
             by_split = dict[str, list[str]]()
             for file in files:
-                told = split_of(os.path.splitext(os.path.basename(file))[0])[0]
-                by_split.setdefault(told or "train", []).append(file)
+                by_split.setdefault(_split_told(file, local) or "train", []).append(file)
             return datasets.load_dataset(FILES[os.path.splitext(files[0])[1]], data_files=by_split)
         if os.path.exists(local):
             raise DataError(
@@ -175,6 +174,13 @@ def _opened(path: str, config: str | None) -> Any:
             f"data.path={path} cannot be opened by datasets: {words or type(error).__name__}. Give a folder of save_to_disk, "
             "Parquet files, or a name on the hub; data.config=... names one of several configurations."
         ) from error
+
+
+def _split_told(file: str, local: str) -> str | None:
+    """Return the split that the name of a file tells, or that of the nearest folder below `local`: test/0000.parquet."""
+    folders = os.path.relpath(os.path.dirname(file), local).split(os.sep) if os.path.isdir(local) else []
+    names = [os.path.splitext(os.path.basename(file))[0], *reversed(folders)]
+    return next((split for name in names if (split := split_of(name)[0]) is not None), None)
 
 
 def _splits(opened: Any, path: str, asked: tuple[str, str | None, str | None]) -> dict[int, Any]:
@@ -265,10 +271,33 @@ def _labels(opened: Mapping[int, Any], label: str | None) -> tuple[np.ndarray, l
     names = list(kind.names) if type(kind).__name__ == "ClassLabel" else None
     labels = []
     for table in opened.values():
+        if label not in table.features:
+            labels += [NONE] * len(table)
+            continue
+        numbers = _numbers(table.features[label], names, label) if names else []
         for batch in table.select_columns([label]).with_format(None).iter(batch_size=1 << 16):
             values = batch[label]
-            labels += [NONE if one is None else int(one) for one in values] if names else [codes(one) for one in values]
+            labels += (
+                [NONE if one is None or one < 0 else numbers[int(one)] for one in values]
+                if names
+                else [codes(one) for one in values]
+            )
     if names is not None:
-        return np.maximum(np.array(labels, np.int64), NONE), names, True
+        return np.array(labels, np.int64), names, True
     check_single(list(codes.names))
     return np.array(labels, np.int64), list(codes.names), False
+
+
+def _numbers(kind: Any, names: Sequence[str], label: str) -> list[int]:
+    """Return the numbers, among the classes of training, of the classes of a split, which may have another order.
+
+    Raises:
+        DataError: The split has others.
+    """
+    own = list(kind.names) if type(kind).__name__ == "ClassLabel" else None
+    if own is None or (others := sorted({*own} - {*names})):
+        have = some(others) if own is not None else str(kind)
+        raise DataError(
+            f"Column {label} has other classes in a held-out split than in training: {have}. Training has {some(names)}."
+        )
+    return [names.index(name) for name in own]

@@ -47,9 +47,9 @@ def find_shards(
         DataError: Some do not exist, or are not as the index tells.
         UsageError: A shard is in two splits, or there is no index to verify by.
     """
-    paths = expanded(urls)
-    held = {1: expanded(validation, "data.validation_urls") if validation else [],
-            2: expanded(test, "data.test_urls") if test else []}  # fmt: skip
+    paths = _once(expanded(urls), remarks)
+    held = {1: _once(expanded(validation, "data.validation_urls"), remarks) if validation else [],
+            2: _once(expanded(test, "data.test_urls"), remarks) if test else []}  # fmt: skip
     splits = [0] * len(paths)
     indices = _indices({*paths, *held[1], *held[2]})
     if not held[1] and not held[2]:
@@ -59,6 +59,12 @@ def find_shards(
             if not all(path in indices for path in paths):
                 of = [f"{splits.count(number):,} {split}" for number, split in enumerate(SPLITS) if number in splits]
                 remarks.append(f"By their names, shards are of several splits: {', '.join(of)}.")
+        elif len({*told}) > 1 and {*told} & {1, 2}:
+            of = [path for path, split in zip(paths, told, strict=True) if split in (1, 2)]
+            remarks.append(
+                f"All shards are for training, also {len(of):,} named as held out ({some([shown(path) for path in of])}), "
+                "because others have no such name: data.urls, data.validation_urls and data.test_urls name them apart."
+            )
     for number, more in held.items():
         if both := {*paths} & {*more}:
             raise UsageError(f"{shown(min(both))} is among the shards of two splits.")
@@ -100,6 +106,14 @@ def expanded(urls: str | Sequence[str], setting: str = "data.urls") -> list[str]
             f"{setting}: {shown(tables[0])} is a Parquet file, and no tar file: data=hf data.path=... reads it."
         )
     _refuse_missing([path for path in found if not is_remote(path) and not os.path.isfile(path)], found, setting)
+    return found
+
+
+def _once(paths: Sequence[str], remarks: list[str]) -> list[str]:
+    """Return the shards without those that are named again."""
+    found = list(dict.fromkeys(paths))
+    if again := len(paths) - len(found):
+        remarks.append(f"{again:,} shards are named more than once, and read once.")
     return found
 
 

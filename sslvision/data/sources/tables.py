@@ -29,6 +29,7 @@ KINDS = {
     ".list": "text",
 }
 DELIMITERS = "\t;,|"
+LONGEST = 1 << 24  # characters of a value
 LOOK_AT = 200  # rows that columns are told by
 
 Row = tuple[Any, ...]
@@ -124,9 +125,10 @@ def _csv(file: str) -> Table:
     def rows(wanted: Sequence[str]) -> Iterator[Row]:
         places = [columns.index(name) for name in wanted]
         with _opened(file) as opened:
-            reader = csv.reader(opened, delimiter=delimiter)
+            csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+            reader = csv.reader(opened, delimiter=delimiter, strict=True)
             skipped = not header
-            for cells in reader:
+            for cells in _whole(reader, file):
                 if not any(cells):
                     continue
                 if not skipped:
@@ -140,6 +142,20 @@ def _csv(file: str) -> Table:
                 yield tuple(cells[place].strip() if place < len(cells) else None for place in places)
 
     return Table(file, columns, rows, header)
+
+
+def _whole(reader: Any, file: str) -> Iterator[list[str]]:
+    """Yield the rows of a reader. Raises DataError for a value that is quoted in part, which would hide rows."""
+    began = 1
+    try:
+        for cells in reader:
+            yield cells
+            began = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{file}, line {began:,}: {error}. A value that begins with a quotation mark ends with the next one; write "
+            'those inside a value twice: "the ""big"" dog".'
+        ) from error
 
 
 def _json(file: str) -> Table:

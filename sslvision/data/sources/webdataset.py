@@ -279,8 +279,12 @@ def _class_names(paths: Sequence[str], labels: Sequence[str], told: Sequence[str
         file = os.path.join(os.path.dirname(paths[0]), CLASSES)
         try:
             content = read_whole(file) if is_remote(file) else Path(file).read_bytes()
-        except (OSError, RemoteError):
+        except OSError:
             return None
-        names = content.decode("utf-8", "replace").splitlines()
+        except RemoteError as error:
+            if error.missing or error.refused:
+                return None
+            raise
+        names = content.decode("utf-8-sig", "replace").rstrip().splitlines()
     fits = labels and all(label.isdecimal() and int(label) < len(names) for label in labels)
     return list(names) if fits and len({*names}) == len(names) else None

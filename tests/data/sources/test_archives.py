@@ -118,6 +118,40 @@ def test_missing_shards_are_named(shard):
         expanded(f"{path.parent}/train-{{000000..000002}}.tar")
 
 
+def test_a_shard_that_is_named_twice_is_read_once(shard):
+    path = shard({f"{number}.png": encoded(number) for number in range(3)})
+    splits = open_webdataset([str(path), f"{path.parent}/*.tar"], holdout=0, index_dir=str(path.parent / "index"))
+    assert len(splits.train) == 3
+    assert "1 shards are named more than once" in splits.remarks[0]
+
+
+def test_shards_named_as_held_out_among_others_without_such_a_name_are_said_to_be_for_training(shard):
+    for name in ("all/train-000.tar", "all/val-000.tar", "all/extra-000.tar"):
+        path = shard({"0.png": encoded(), "1.png": encoded(1)}, name)
+    splits = opened(path.parent)
+    assert (len(splits.train), splits.test) == (6, None)
+    assert any("All shards are for training, also 1 named as held out" in remark for remark in splits.remarks)
+
+
+def test_a_hard_link_in_a_tar_file_is_an_image_as_in_the_folder(tmp_path):
+    with tarfile.open(tmp_path / "photos.tar", "w") as archive:
+        for name in ("a", "b"):
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = len(encoded(ord(name)))
+            archive.addfile(info, io.BytesIO(encoded(ord(name))))
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        archive.addfile(link)
+    source = open_folder(tmp_path / "photos.tar", holdout=0).train
+    assert [int(source.read(place)[0, 0, 0]) for place in range(len(source))] == [97, 98, 97]
+
+
+def test_classes_of_a_windows_editor_are_those_that_are_seen(shard):
+    path = shard({"0.png": encoded(), "0.cls": b"0", "1.png": encoded(1), "1.cls": b"1"})
+    (path.parent / "classes.txt").write_bytes("\ufeffcat\r\ndog\r\n\r\n".encode())
+    assert opened(path).train.classes == ("cat", "dog")
+
+
 def test_labels_are_of_cls_or_of_a_key_of_json_or_of_none(shard):
     files = {}
     for number, name in enumerate(("cat", "dog")):

@@ -187,6 +187,12 @@ def test_a_repeated_image_counts_once(listed):
 def test_an_image_in_two_splits_is_said(listed):
     splits = listed("path,split\na.png,train\nb.png,train\na.png,test\n")
     assert "also in another split, such as a.png" in " ".join(splits.remarks)
+    splits = listed("path,split\na.png,train\nb.png,train\na.png,test\na.png,test\nc.png,test\n")
+    assert (grays(splits.train), grays(splits.test)) == ([0, 1], [0, 2])  # once in each split
+
+
+def test_a_long_caption_is_a_value_as_others(listed):
+    assert grays(listed(f"path,caption\na.png,{'word ' * 40_000}\nb.png,dog\n").train) == [0, 1]
 
 
 def test_missing_files_are_said(listed):
@@ -197,6 +203,7 @@ def test_missing_files_are_said(listed):
     ("content", "options", "words"),
     [
         ("path,label\na.png,1,2\n", {}, r"line 2: 3 values for 2 columns \(path, label\)"),
+        ('path,caption\na.png,"the dog\nb.png,he said "x"\n', {}, r"line 2: .* write those inside a value twice"),
         ("path,path\na.png,b.png\n", {}, "names several columns path"),
         ("path,label\n", {"column": "path"}, "lists no images"),
         (
