@@ -63,7 +63,7 @@ def find_shards(
             of = [path for path, split in zip(paths, told, strict=True) if split in (1, 2)]
             remarks.append(
                 f"All shards are for training, also {len(of):,} named as held out ({some([shown(path) for path in of])}), "
-                "because others have no such name: data.urls, data.validation_urls and data.test_urls name them apart."
+                "because the others are not all named as training: data.validation_urls and data.test_urls name them apart."
             )
     for number, more in held.items():
         if both := {*paths} & {*more}:
