@@ -85,13 +85,13 @@ def test_the_choice_is_the_first_that_fits(settings_of):
     assert chosen(ddp=0, fsdp2=0).startswith("nothing fits, not even one image: take more devices")
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_dino_and_networks_of_timm_are_planned_for_too(planned):
     found = planned("dino", "backbone.name=test_resnet", "trainer.devices=2", "optimizer=adamw")
     assert found["plans"]["fsdp2"]["held"]["weights, not trained (EMA teacher)"] > 0
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_from_the_command_line_and_as_a_function(warm_command, tiny_settings, tmp_path):
     words = [word for word in tiny_settings("mae") if not word.startswith("trainer.accelerator")]
     done = warm_command("recipe=mae", "dry_run=plan", *words, cwd=tmp_path)

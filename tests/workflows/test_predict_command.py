@@ -65,7 +65,7 @@ def test_a_folder_of_images_is_labeled_as_the_classifier_would_and_broken_ones_a
         np.testing.assert_allclose(given, best.values[number].numpy(), atol=1e-4)
 
 
-@pytest.mark.thorough
+@pytest.mark.e2e
 def test_linked_folders_and_images_are_labeled_and_what_is_left_out_is_said_first(finetuned, warm_command, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "new").mkdir()
