@@ -5,7 +5,7 @@ computed from the whole image, as in evaluation, or from a random crop of it, as
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
 
 import torch
@@ -229,6 +229,6 @@ def dino_features(backbone: Backbone) -> FeatureKind:
     return FeatureKind(last_blocks=1, patch_mean=True)
 
 
-def sample_indices(source: Source, at_most: int, *, seed: int) -> list[int]:
-    """Return all indices of a source, or a random sample of `at_most`, ascending."""
+def sample_indices(source: Sized, at_most: int, *, seed: int) -> list[int]:
+    """Return all indices of a source or of features, or a random sample of `at_most`, ascending."""
     return sorted(Order(len(source), seed=seed, epoch=0)[:at_most].tolist())

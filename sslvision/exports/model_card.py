@@ -99,15 +99,15 @@ an evaluation of your own."""
 
 
 def files_of(run: str | Path | None) -> dict[str, Any]:
-    """Return the content of config.yaml, results.json and environment.json of a run, as far as they are there."""
+    """Return a run, and the content of its config.yaml, results.json and environment.json, as far as they are there."""
     config = None if run is None else config_file(run)
     if config is None:
-        return {"config": {}, "results": {}, "environment": {}}
+        return {"run": run, "config": {}, "results": {}, "environment": {}}
     try:
         settings = read_settings(config, ("data",))
     except UsageError:
         settings = {}
-    found = {"config": redact(settings)}
+    found: dict[str, Any] = {"run": run, "config": redact(settings)}
     for name in ("results", "environment"):
         try:
             content = json.loads((config.parent / f"{name}.json").read_text())
@@ -167,7 +167,8 @@ def training(loaded: Loaded, known: Mapping[str, Any]) -> str:
     """Return how it was trained: recipe, length, hardware and versions."""
     config, environment, results = known["config"], known["environment"], known["results"]
     if not config:
-        return f"The weights are: {without_folders(loaded.weights)}. Nothing else is recorded about their training."
+        weights = without_folders(loaded.weights, known["run"])
+        return f"The weights are: {weights}. Nothing else is recorded about their training."
     rows = {
         "command": f"`{without_folders(environment['command'])}`" if environment.get("command") else None,
         "recipe": config.get("about") or None,
@@ -257,15 +258,17 @@ def data_name(known: Mapping[str, Any]) -> str:
     return target or "unknown images"
 
 
-def without_folders(text: str) -> str:
-    """Return text with the last part alone of each absolute path: an export is given away, and folders name people."""
+def without_folders(text: str, run: str | Path | None = None) -> str:
+    """Return text with the last part alone of each absolute path: an export is given away, and folders name people.
+
+    Args:
+        text: Words, or a command as shlex joins it.
+        run: A path in it that may have spaces.
+    """
+    if run is not None and str(run).startswith(("/", "~")):
+        text = text.replace(str(run), Path(run).name)
+    text = re.sub(r"'([^'=]*=)?~?/[^']*/([^'/]+)/?'", r"'\1\2'", text)  # in quotes, with spaces
     return re.sub(r"(?<![\w./:])(?:~?/[^\s'\"=,]+/)([^\s'\"=,/]+)", r"\1", text)
-
-
-def without_folder(word: str) -> str:
-    """Return a word of a command, or a path, with the last part alone of an absolute path, which may have spaces."""
-    key, equals, value = word.rpartition("=")
-    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else word
 
 
 def _settings(section: Mapping[str, Any]) -> str:

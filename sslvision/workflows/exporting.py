@@ -22,7 +22,7 @@ from sslvision.errors import UsageError
 from sslvision.exports.deviation import Deviation, deviation, preprocessing_deviation, require_close
 from sslvision.exports.graphs import read_onnx, read_program, write_onnx, write_program
 from sslvision.exports.hub import hub_token, push_to_hub, require_hub, uploaded_files
-from sslvision.exports.model_card import without_folder, without_folders, write_card
+from sslvision.exports.model_card import without_folders, write_card
 from sslvision.exports.network import ExportedNetwork, Interface, our_outputs, outputs_of, preprocessing, statistics_of
 from sslvision.exports.optional import require_packages
 from sslvision.exports.timm_folder import read_timm, timm_pixels, write_timm
@@ -93,14 +93,12 @@ def export_network(settings: Export, folder: Path, words: Sequence[str] = ()) ->
         done = WRITERS[settings.format](loaded, unfinished, settings)
         record = {
             "format": settings.format,
-            "source": without_folder(settings.run or ""),
-            "weights": without_folders(
-                loaded.weights.replace(settings.run or "\0", without_folder(settings.run or ""))
-            ),
+            "source": without_folders(settings.run or "", settings.run),
+            "weights": without_folders(loaded.weights, settings.run),
             "deviation": done.deviation.record(),
             **done.facts,
             "environment": run_files.environment(
-                shlex.join(["python", "-m", "sslvision.export", *map(without_folder, redact([*words]))])
+                without_folders(shlex.join(["python", "-m", "sslvision.export", *redact([*words])]))
             ),
         }
         run_files.write_json(unfinished / RECORD, record)

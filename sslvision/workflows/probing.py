@@ -22,7 +22,6 @@ from torch import Tensor
 from sslvision.augment.crops import Crop
 from sslvision.backbones.load import Loaded, load_backbone
 from sslvision.data.datamodule import available_workers
-from sslvision.data.order import Order
 from sslvision.data.source import Source, Splits
 from sslvision.data.sources.list_images import share
 from sslvision.errors import DataError, UsageError
@@ -142,7 +141,7 @@ def probe(settings: Probe, folder: Path, words: Sequence[str] = ()) -> dict[str,
     linear = scores[LINEAR.format(settings.protocol)]
     unreadable = unreadable_among(training=(indices, train), test=(splits.test, test))
     findings = [*splits.remarks, *unreadable]
-    sampled = sorted(Order(len(train.pooled), seed=settings.seed, epoch=0)[:RANKME_OF].tolist())
+    sampled = sample_indices(train.pooled, RANKME_OF, seed=settings.seed)
     results = {
         "linear": facts | as_json(linear, classes),
         "knn": {str(k): as_json(scores[KNN.format(k)], classes) for k in settings.k},

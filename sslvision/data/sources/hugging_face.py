@@ -22,7 +22,7 @@ from sslvision.data.decode import MAX_PIXELS, File
 from sslvision.data.eight_bits import value_range_from
 from sslvision.data.encoded import EncodedSource, file_stamp
 from sslvision.data.source import Splits, UnreadableImage
-from sslvision.data.sources.layout import split_of
+from sslvision.data.sources.layout import split_of, split_of_file
 from sslvision.data.sources.list_file import LABELS, check_options, with_values
 from sslvision.data.sources.list_images import some
 from sslvision.data.sources.rows import NONE, SPLITS, Codes, check_single, parts_of, refuse_several
@@ -158,7 +158,8 @@ def _opened(path: str, config: str | None) -> Any:
         if files:
             by_split = dict[str, list[str]]()
             for file in files:
-                by_split.setdefault(_split_told(file, local) or "train", []).append(file)
+                folders = file.count(os.sep) - local.count(os.sep) - 1 if os.path.isdir(local) else 0
+                by_split.setdefault(split_of_file(file, folders=folders) or "train", []).append(file)
             return datasets.load_dataset(FILES[os.path.splitext(files[0])[1]], data_files=by_split)
         if os.path.exists(local):
             raise DataError(
@@ -174,13 +175,6 @@ def _opened(path: str, config: str | None) -> Any:
             f"data.path={path} cannot be opened by datasets: {words or type(error).__name__}. Give a folder of save_to_disk, "
             "Parquet files, or a name on the hub; data.config=... names one of several configurations."
         ) from error
-
-
-def _split_told(file: str, local: str) -> str | None:
-    """Return the split that the name of a file tells, or that of the nearest folder below `local`: test/0000.parquet."""
-    folders = os.path.relpath(os.path.dirname(file), local).split(os.sep) if os.path.isdir(local) else []
-    names = [os.path.splitext(os.path.basename(file))[0], *reversed(folders)]
-    return next((split for name in names if (split := split_of(name)[0]) is not None), None)
 
 
 def _splits(opened: Any, path: str, asked: tuple[str, str | None, str | None]) -> dict[int, Any]:

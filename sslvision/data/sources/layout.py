@@ -45,6 +45,13 @@ def split_of(name: str) -> tuple[str | None, str]:
     return (splits.pop() if len(splits) == 1 else None), rest
 
 
+def split_of_file(file: str, *, folders: int = 1) -> str | None:
+    """Return the split that the name of a file tells, or that of the nearest of so many folders above it."""
+    above = os.path.dirname(file).split(os.sep)
+    names = [os.path.splitext(os.path.basename(file))[0], *above[: -1 - folders : -1]]
+    return next((split for name in names if (split := split_of(name)[0]) is not None), None)
+
+
 def unwrapped(found: Found, remarks: list[str]) -> tuple[str, Found]:
     """Return the folder that holds the splits or classes, relative to the root, and what is in it.
 

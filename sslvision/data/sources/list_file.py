@@ -334,8 +334,8 @@ def _without_repeats(listed: Listed, remarks: list[str]) -> Listed:
             f"{share(int(held.sum()), len(paths), 'rows')} list an image that is also in another split, such as "
             f"{paths[int(again[held][0])]}: scores on such images are too good."
         )
-    within = hashes ^ (listed.splits.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)).astype(hashes.dtype)
-    _, first, inverse = np.unique(within, return_index=True, return_inverse=True)
+    pairs = inverse * len(SPLITS) + listed.splits  # of image and split
+    _, first, inverse = np.unique(pairs, return_index=True, return_inverse=True)
     drop = np.flatnonzero(first[inverse] != np.arange(len(paths)))
     if not len(drop):
         return listed

@@ -12,7 +12,7 @@ from sslvision.data.encoded import file_stamp
 from sslvision.data.packed_index import NAME, PackedIndex, PackedShard, read_index, verify
 from sslvision.data.remote_files import RemoteError, find, is_remote, read_whole, shown, stat
 from sslvision.data.shard_index import AT_ONCE, ShardFile
-from sslvision.data.sources.layout import split_of
+from sslvision.data.sources.layout import split_of_file
 from sslvision.data.sources.list_images import some
 from sslvision.data.sources.rows import SPLITS
 from sslvision.errors import DataError, UsageError
@@ -53,7 +53,8 @@ def find_shards(
     splits = [0] * len(paths)
     indices = _indices({*paths, *held[1], *held[2]})
     if not held[1] and not held[2]:
-        told = [SPLITS.index(indices[path][1].split) if path in indices else _split_told(path) for path in paths]
+        names = [indices[path][1].split if path in indices else split_of_file(path) for path in paths]
+        told = [None if name is None else SPLITS.index(name) for name in names]
         if len({*told}) > 1 and 0 in told and None not in told:
             splits = [split for split in told if split is not None]
             if not all(path in indices for path in paths):
@@ -223,14 +224,6 @@ def _indices(paths: set[str]) -> dict[str, tuple[PackedIndex, PackedShard]]:
                 found[path] = told
                 break
     return found
-
-
-def _split_told(path: str) -> int | None:
-    """Return the split that the name of a shard tells, or that of its folder."""
-    for name in (os.path.splitext(os.path.basename(path))[0], os.path.basename(os.path.dirname(path))):
-        if (split := split_of(name)[0]) is not None:
-            return SPLITS.index(split)
-    return None
 
 
 def _check_sizes(files: Sequence[ShardFile]) -> None:
