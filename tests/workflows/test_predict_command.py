@@ -13,7 +13,8 @@ from PIL import Image
 
 from sslvision.data.sources.digits import open_digits
 from sslvision.errors import DataError
-from sslvision.workflows.predicting import Prediction, predict_to_csv, with_true_classes, write_accuracy
+from sslvision.workflows.predicting import predict_to_csv
+from sslvision.workflows.prediction_files import Prediction, with_true_classes, write_accuracy
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from sslvision.backbones.build import build_backbone
 from sslvision.data.decode import read_image
 from sslvision.errors import DataError, StorageError, UsageError
 from sslvision.nn.normalize import Normalize
-from sslvision.workflows import predicting
-from sslvision.workflows.predicting import Prediction, check_output, open_images, predict, write_csv
+from sslvision.workflows import prediction_files
+from sslvision.workflows.predicting import open_images, predict
+from sslvision.workflows.prediction_files import Prediction, check_output, write_csv
 
 CLASSES = ("ant", "bee", "cat", "dog")
 VIT = {"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
@@ -168,7 +169,7 @@ def test_a_folder_without_permission_is_named_with_what_to_do(tmp_path, monkeypa
     def refuse(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(predicting.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(prediction_files.tempfile, "TemporaryFile", refuse)
     with pytest.raises(StorageError, match=r"cannot be written: Permission denied\. Give .*output="):
         check_output(tmp_path / "labels.csv")
 
